@@ -1,0 +1,82 @@
+# `make help` lists the targets. Every target makes .venv first, once.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+DEMO_PRETRAIN := configs/demo_pretrain.yaml
+DEMO_FINETUNE := configs/demo_finetune.yaml
+# Dotted overrides for pretrain and finetune: ARGS="train.micro_batch=16 name=second"
+ARGS ?=
+# An archive or folder of your own in place of the demo's images
+SOURCE ?=
+# Which demo source to use where npm or apt is missing: icons or clipart
+ONLY ?=
+FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || echo webdataset)
+PORT ?= 5000
+export HOSTFILE RANKS
+
+.PHONY: help setup data pretrain finetune evaluate review test bench lint clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo '  variables: CONFIG= HOSTFILE= RANKS= ARGS="key=value ..." SOURCE= ONLY=icons|clipart RUN= PORT='
+
+setup: $(STAMP) ## .venv with the pinned packages, and FFCV where its libraries are (others call it)
+
+$(STAMP): pyproject.toml constraints.txt launch/setup.sh
+	@PYTHON=$(PYTHON) launch/setup.sh
+	@touch $@
+
+data: $(STAMP) ## the demo's images as shards and .beton (or SOURCE=your archive or folder)
+ifeq ($(SOURCE),)
+	@[ -e data/demo-22k/dataset.json ] && [ -e data/demo-1k/dataset.json ] || { \
+	  $(BIN)/python -m data_prep demo --output data/raw $(if $(ONLY),--only $(ONLY)) && \
+	  for set in demo-22k demo-1k; do \
+	    $(BIN)/python -m data_prep shard --source data/raw/$$set.tar --val-source data/raw/$$set-val.tar \
+	      --output data/$$set --format $(FORMAT) --samples-per-shard 500 || exit; \
+	  done; }
+else
+	@for set in demo-22k demo-1k; do \
+	  $(BIN)/python -m data_prep shard --source "$(SOURCE)" --val-per-class 10 \
+	    --output data/$$set --format $(FORMAT) --samples-per-shard 500 || exit; \
+	done
+endif
+
+ifeq ($(origin CONFIG),undefined)
+pretrain: data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
+	@launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(ARGS)
+
+finetune: data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
+	@launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(ARGS)
+else
+pretrain: $(STAMP)
+	@launch/deepspeed.sh pretrain $(CONFIG) $(ARGS)
+
+finetune: $(STAMP)
+	@launch/deepspeed.sh finetune $(CONFIG) $(ARGS)
+endif
+
+RUN ?= runs/demo-finetune
+evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its validation images
+	@$(BIN)/python -m pipeline evaluate $(RUN)
+
+review: $(STAMP) ## MLflow on the run database, at PORT=5000 of this host
+	@echo "MLflow starts (half a minute): open http://127.0.0.1:$(PORT) when it says 'Uvicorn running'; end with Ctrl-C"
+	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) \
+	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --artifacts-destination $(CURDIR)/runs/mlartifacts
+
+test: $(STAMP) ## the test suite
+	@$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## the benchmarks in tests/bench (ratios against named baselines)
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit; done
+
+lint: $(STAMP) ## ruff (lint and format) and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+clean: ## removes runs/, data/ and caches; .venv stays
+	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache

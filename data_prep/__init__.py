@@ -1,0 +1,1 @@
+"""Raw image archives -> WebDataset shards and FFCV files. Entry point: ``python -m data_prep --help``."""

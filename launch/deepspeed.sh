@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Starts `python -m pipeline COMMAND CONFIG [key=value ...]` under the deepspeed launcher.
+#   launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+#   HOSTFILE=hostfile launch/deepspeed.sh pretrain CONFIG        many hosts (launch/hostfile.example), over ssh
+#   RANKS=4 launch/deepspeed.sh pretrain CONFIG                  other than all GPUs here (2 where there is none)
+#   MASTER_PORT=29501, DEEPSPEED_ARGS="..."                      passed on to the launcher
+# The same command continues an interrupted run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+bin=${VENV:-.venv}/bin
+[ -x "$bin/deepspeed" ] || { echo "error: $bin/deepspeed is not there: run 'make setup', or name the environment: VENV=..." >&2; exit 1; }
+export PATH=$PWD/$bin:$PATH # what the launcher starts, on this host, is this environment's python
+
+launcher=()
+if [ -n "${HOSTFILE:-}" ]; then
+  [ -r "$HOSTFILE" ] || { echo "error: HOSTFILE $HOSTFILE is not readable; see launch/hostfile.example" >&2; exit 1; }
+  launcher+=(--hostfile "$HOSTFILE")
+  ranks=$(sed 's/#.*//' "$HOSTFILE" | sed -n 's/.*slots=\([0-9]*\).*/\1/p' | paste -sd+ - | bc)
+else
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+  # A file that is not there keeps a machine-wide hostfile out of a run on this host.
+  launcher+=(--hostfile /nonexistent --num_gpus "$ranks")
+  if [ "$gpus" = 0 ]; then launcher[2]=--num_accelerators; fi
+  launcher+=(--master_port "${MASTER_PORT:-$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}")
+fi
+
+# Faults that every rank would meet are met here, as one line, before anything is started.
+"$bin/python" -m pipeline "$@" --check --ranks "$ranks"
+
+# The ranks on this host leave when this process, which becomes the launcher, is gone: lifetime.py.
+export PIPELINE_LAUNCHER="$(hostname):$$"
+if [ "${gpus:-1}" = 0 ]; then export DS_ACCELERATOR=cpu; fi # said, not guessed with a warning in every process
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
+exec deepspeed "${launcher[@]}" --no_local_rank ${DEEPSPEED_ARGS:-} --module pipeline "$@"

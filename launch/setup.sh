@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# Makes .venv: the pinned dependencies, this project (editable), and FFCV where its system libraries are at hand.
+# `make` calls it; on a cluster, run it once on a file system that every node sees.
+#   launch/setup.sh              everything
+#   FFCV=0 launch/setup.sh       without FFCV (everything but data.format=ffcv works)
+#   PYTHON=python3.12 launch/setup.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=.venv
+python=${PYTHON:-python3}
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
+
+command -v "$python" >/dev/null || fail "$python is not there; install Python >= 3.11 or name one: PYTHON=/path/to/python3 make setup"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+  || fail "$("$python" --version) is too old: Python >= 3.11 is needed (PYTHON=/path/to/python3 make setup)"
+[ -x $venv/bin/pip ] || "$python" -m venv $venv \
+  || fail "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
+
+# An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
+say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
+$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]' \
+  || fail "pip could not install the packages above; mend that and run 'make setup' again"
+
+ffcv_packages="g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0"
+ffcv_hint="FFCV is left out: $ffcv_packages (Debian names; headers of Python too) have to be installed first, then 'make setup' again. All but data.format=ffcv works."
+
+find_opencv() { # prints the include folder that holds opencv2/core.hpp
+  for dir in $(pkg-config --variable=includedir opencv4 2>/dev/null || true) /usr/include/opencv4 /usr/local/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include/opencv4"}; do
+    for sub in "$dir" "$dir/opencv4"; do
+      if [ -e "$sub/opencv2/core.hpp" ] && [ -e "$sub/opencv2/imgproc.hpp" ]; then echo "$sub"; return; fi
+    done
+  done
+  return 1
+}
+have_libraries() {
+  command -v g++ >/dev/null && command -v pkg-config >/dev/null \
+    && pkg-config --exists libturbojpeg && find_opencv >/dev/null
+}
+install_libraries() {
+  command -v apt-get >/dev/null || return 1
+  local as_root=
+  if [ "$(id -u)" != 0 ]; then sudo -n true 2>/dev/null || return 1; as_root="sudo -n"; fi
+  say "installing FFCV's system libraries: $ffcv_packages"
+  $as_root apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+    $as_root apt-get install -y -qq --no-install-recommends $ffcv_packages >/dev/null
+}
+build_ffcv() {
+  local include shim
+  include=$(find_opencv)
+  shim=$PWD/$venv/share/opencv-shim
+  # Debian ships opencv4.pc and opencv2/opencv.hpp only with the 150 MB meta package; FFCV needs two modules of it.
+  if ! pkg-config --exists opencv4; then
+    mkdir -p "$shim/include/opencv2"
+    printf '#include <opencv2/core.hpp>\n#include <opencv2/imgproc.hpp>\n' >"$shim/include/opencv2/opencv.hpp"
+    printf 'Name: opencv4\nDescription: core and imgproc\nVersion: 4\nLibs: -lopencv_imgproc -lopencv_core\nCflags: -I%s -I%s\n' \
+      "$shim/include" "$include" >"$shim/opencv4.pc"
+    export PKG_CONFIG_PATH="$shim${PKG_CONFIG_PATH:+:$PKG_CONFIG_PATH}"
+  fi
+  say "building FFCV (about a minute)"
+  $venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ffcv]' || return 1
+  # The desktop build of opencv-python wants libGL; servers without it get the headless build of the same version.
+  if ! $venv/bin/python -c 'import cv2' 2>/dev/null; then
+    version=$($venv/bin/pip show opencv-python | sed -n 's/^Version: //p')
+    $venv/bin/pip uninstall --quiet -y opencv-python
+    $venv/bin/pip install --quiet --disable-pip-version-check "opencv-python-headless==$version" || return 1
+  fi
+  $venv/bin/python -c 'import ffcv' || return 1
+}
+
+if [ "${FFCV:-1}" = 0 ]; then
+  say "FFCV left out (FFCV=0)"
+elif $venv/bin/python -c 'import ffcv' 2>/dev/null; then
+  say "FFCV is there"
+elif { have_libraries || { install_libraries && have_libraries; }; } && build_ffcv; then
+  say "FFCV built"
+else
+  say "$ffcv_hint"
+fi
+say "done: $($venv/bin/python -c 'import sys, torch, timm; print("Python", sys.version.split()[0], "torch", torch.__version__, "timm", timm.__version__)')"

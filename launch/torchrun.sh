@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# The same run under torchrun; on each host:
+#   NODES=4 NODE_RANK=0..3 MASTER_ADDR=host0 launch/torchrun.sh pretrain CONFIG [key=value ...]
+# On one host NODES, NODE_RANK and MASTER_ADDR are not needed. RANKS: per host, all GPUs by default (2 without a GPU).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+[ $# -ge 2 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+bin=${VENV:-.venv}/bin
+nodes=${NODES:-1}
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
+"$bin/python" -m pipeline "$@" --check --ranks $((ranks * nodes))
+rendezvous=(--standalone)
+if [ "$nodes" -gt 1 ]; then
+  rendezvous=(--node_rank "${NODE_RANK:?is not set}" --master_addr "${MASTER_ADDR:?is not set}" --master_port "${MASTER_PORT:-29500}")
+fi
+export PIPELINE_LAUNCHER="$(hostname):$$" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$bin/python" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$ranks" "${rendezvous[@]}" -m pipeline "$@"

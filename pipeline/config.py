@@ -1,0 +1,321 @@
+"""The typed, frozen configuration of one run: one YAML file plus dotted overrides, checked before anything is spent.
+
+A YAML file is complete: what a run depends on has no default here, so nothing about a run is hidden in the code.
+Only operational keys (logging, checkpoints, tracking) have defaults. Relations between keys, and between keys and
+the number of ranks, are refused at load with both numbers in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run. The message names the file and key, and what to change."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """Which shards, read how."""
+
+    path: Path = Field(description="folder made by `python -m data_prep shard`: dataset.json and its files")
+    format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
+    resolution: Count = Field(description="side of the square input, pixels; a multiple of 32")
+    workers_per_rank: Annotated[int, Field(ge=0)] = Field(
+        description="decoding processes (webdataset; 0: in the training process) or threads (ffcv) of each rank"
+    )
+
+    @model_validator(mode="after")
+    def _resolution_fits_the_strides(self) -> Data:
+        if self.resolution % 32:
+            raise ValueError(
+                f"data.resolution {self.resolution} is not a multiple of 32, HorNet's total stride; "
+                f"nearest: {max(32, round(self.resolution / 32) * 32)}"
+            )
+        return self
+
+
+class Augment(_Section):
+    """Training augmentation, in timm's terms."""
+
+    crop_area_min: Fraction = Field(description="random-resized crop: smallest share of the image's area")
+    horizontal_flip: Fraction
+    rand_augment: str | None = Field(description="timm's RandAugment string, or null")
+    color_jitter: Annotated[float, Field(ge=0)] = Field(
+        description="used only where rand_augment is null (as timm does)"
+    )
+    random_erasing: Fraction
+    interpolation: Literal["bicubic", "bilinear"]
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    label_smoothing: Fraction
+
+
+class Model(_Section):
+    """A model of timm's registry and what to build it with."""
+
+    name: str
+    drop_path_rate: Fraction
+    layer_scale_init: Positive
+    activation_checkpointing: Literal["none", "block"] = Field(
+        description="block: keep only each block's input, recompute the rest in the backward pass"
+    )
+
+
+class Optimizer(_Section):
+    """AdamW and its schedule: linear warm-up, then cosine, per step."""
+
+    lr_peak: Positive = Field(
+        description="learning rate at the end of warm-up, for the global batch as it is"
+    )
+    lr_final: Annotated[float, Field(ge=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        description="not applied to biases, norms and layer scales"
+    )
+    betas: tuple[Fraction, Fraction]
+    eps: Positive
+    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        description="L2 norm bound of the accumulated gradient; 0: none"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        description="learning rate factor per layer; null: none"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(description="per step; null: no EMA")
+
+
+class Train(_Section):
+    """How long, in which pieces."""
+
+    epochs: Count
+    global_batch: Count = Field(
+        description="images per optimizer step, over all ranks and accumulation steps"
+    )
+    micro_batch: Count = Field(description="images per rank and forward pass; accumulation follows from it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        description="bf16: autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    zero_stage: Literal[1, 2, 3] = Field(description="DeepSpeed ZeRO stage")
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Train:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}"
+            )
+        return self
+
+    def accumulation_steps(self, ranks: int) -> int:
+        """Forward passes per optimizer step on each of `ranks` ranks. Raises ConfigError where that is not whole."""
+        if self.global_batch % (ranks * self.micro_batch):
+            raise ConfigError(
+                f"train.global_batch {self.global_batch} is not divisible by {ranks} ranks x train.micro_batch "
+                f"{self.micro_batch} = {ranks * self.micro_batch}; change one of them"
+            )
+        return self.global_batch // (ranks * self.micro_batch)
+
+
+class Evaluate(_Section):
+    """Accuracy over the validation split, every image once."""
+
+    every_epochs: Count
+    micro_batch: Count
+    resize: Literal["crop", "warp"] = Field(
+        description="crop: shorter side to resolution / crop_ratio, then the centre; warp: whole image to the square"
+    )
+    crop_ratio: Annotated[float, Field(gt=0, le=1)]
+
+
+class Init(_Section):
+    """Where the weights come from before the first step."""
+
+    checkpoint: Path | None = Field(
+        description="a run folder, one of its checkpoints, or a weight file; null: random"
+    )
+    weights: Literal["ema", "model"] = "ema"
+    label_space: Literal["checkpoint", "published-22k", "imagenet-1k"] = Field(
+        default="checkpoint",
+        description="classes of the checkpoint's head; ours carry them, a published weight file does not",
+    )
+
+
+class Checkpoint(_Section):
+    """When to write what a killed run continues from."""
+
+    every_steps: Count = 1000
+    keep_last: Count = 2
+
+
+class Tracking(_Section):
+    """Logging and MLflow."""
+
+    log_every_steps: Count = 50
+    experiment: str = "hornet"
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; null: SQLite file mlflow.db in output_root"
+    )
+
+
+class Config(_Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="folder under output_root"
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    output_root: Path = Path("runs")
+    data: Data
+    augment: Augment
+    model: Model
+    optimizer: Optimizer
+    train: Train
+    evaluate: Evaluate
+    init: Init
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_root / self.name
+
+    @model_validator(mode="after")
+    def _relations(self) -> Config:
+        optimizer, train = self.optimizer, self.train
+        if optimizer.warmup_epochs >= train.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {optimizer.warmup_epochs:g} is not less than train.epochs {train.epochs}"
+            )
+        if optimizer.lr_final > optimizer.lr_peak:
+            raise ValueError(
+                f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"
+            )
+        if (self.augment.mixup_alpha or self.augment.cutmix_alpha) and train.micro_batch % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a micro-batch: train.micro_batch {train.micro_batch} must be "
+                f"even, or augment.mixup_alpha and augment.cutmix_alpha 0"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that `load` reads back to an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values in YAML syntax), and check the result.
+
+    Raises ConfigError with one line per fault: the file, the key, what is wrong, and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) or ["none"]
+        raise ConfigError(f"no configuration file {path}; in that folder: {', '.join(known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error, path))) from None
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every leaf key."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from known_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    known = set(known_keys())
+    if key not in known:
+        raise ConfigError(f"override {override!r}: no key {key!r}{_nearest(key, known)}")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section in the file")
+    try:
+        tree[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, path: Path) -> Iterator[str]:
+    known = set(known_keys())
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{path}: no key {key!r}{_nearest(key, known | sections)}"
+        elif fault["type"] == "missing":
+            yield f"{path}: key {key!r} is missing"
+        elif fault["type"] == "value_error":
+            yield f"{path}: {fault['ctx']['error']}"
+        else:
+            yield f"{path}: {key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    # A key in the wrong section shares its leaf name with the right one: look there too.
+    leaf = key.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    best = (
+        leaves[leaf]
+        if leaf in leaves
+        else close[0]
+        if close
+        else leaves[close_leaf[0]]
+        if close_leaf
+        else None
+    )
+    return f"; did you mean {best!r}?" if best else "; --print-config lists the keys"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice.pop()!r} stands twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,1 @@
+"""Sample order, readers of both file formats, augmentation."""

@@ -1,0 +1,73 @@
+"""One live process group per run folder, and none that outlives its launcher."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+LAUNCHER_VARIABLE = "PIPELINE_LAUNCHER"  # "HOST:PID" of the launcher, set by the scripts in launch/
+_WAIT_SECONDS = 30.0
+
+
+class RunBusyError(ValueError):
+    """Another live process writes to the run folder."""
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock goes with the process, however it ends.
+
+    Waits for half a minute, in which the ranks of a launcher that was killed notice and leave. Raises RunBusyError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _WAIT_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    raise RunBusyError(f"{run_dir} is being written by {holder}: end it, or set another name") from None
+                time.sleep(0.5)
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def leave_with_launcher() -> None:
+    """End this process within seconds of the launcher that the scripts in launch/ named, if it ran on this host.
+
+    `deepspeed` killed with SIGKILL takes none of its ranks along: they would train on, unseen, in the way of the next
+    start. Where the variable is not set, or names another host, nothing is watched.
+    """
+    host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
+    if host != socket.gethostname() or not pid.isdigit():
+        return
+
+    def watch() -> None:
+        while _is_alive(int(pid)):
+            time.sleep(1.0)
+        print(f"error: the launcher (process {pid}) is gone; this rank leaves", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"  # a zombie is dead and not yet reaped
+    except FileNotFoundError:
+        return False

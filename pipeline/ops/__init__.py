@@ -1,0 +1,1 @@
+"""Operators of the model in readable plain PyTorch."""

@@ -1,0 +1,130 @@
+"""Configuration: the shipped files are complete and run, mistakes are one clear line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline.config import Config, ConfigError, known_keys, load
+from pipeline.recipe import build_model
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEMO = ROOT / "configs" / "demo_pretrain.yaml"
+# Published settings by file (DESIGN of the recipes): lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.
+PUBLISHED = {
+    "pretrain_hornet_l_in22k_384": (4e-3, 0.1, 5, 0.2, 90, 4096, None, None),
+    "pretrain_hornet_l_in22k_224": (4e-3, 0.1, 5, 0.2, 90, 4096, None, None),
+    "pretrain_hornet_l_gf_in22k_224": (4e-3, 0.1, 1, 0.2, 90, 4096, None, None),
+    "finetune_hornet_l_in1k_384": (5e-5, 1e-8, 1, 0.4, 30, 512, 0.7, 0.9999),
+    "finetune_hornet_l_gf_in1k_384": (5e-5, 1e-8, 1, 0.4, 30, 512, 0.7, 0.9999),
+}
+
+
+def flat_keys(tree: dict, prefix: str = "") -> set[str]:
+    keys: set[str] = set()
+    for key, value in tree.items():
+        keys |= flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key}
+    return keys
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path: Path) -> None:
+    """Complete (no key left to a default), valid, read back equal, and the model they name can be built."""
+    assert flat_keys(yaml.safe_load(path.read_text())) == set(known_keys())
+    config = load(path)
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+    with torch.device("meta"):
+        model = build_model(config.model, 21_841, config.data.resolution)
+    if "hornet_l" in path.stem:
+        assert sum(p.numel() for p in model.parameters()) > 190e6
+        with torch.device("meta"):
+            logits = model.eval()(torch.empty(1, 3, config.data.resolution, config.data.resolution))
+        assert logits.shape == (1, 21_841)
+    for ranks in (2,) if "demo" in path.stem else (8, 16, 32):
+        assert config.train.accumulation_steps(ranks) >= 1
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers(name: str) -> None:
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    o, t = config.optimizer, config.train
+    found = (o.lr_peak, o.weight_decay, o.clip_grad_norm, config.model.drop_path_rate)
+    assert (*found, t.epochs, t.global_batch, o.layer_decay, o.ema_decay) == PUBLISHED[name]
+    augment = config.augment
+    assert (augment.rand_augment, augment.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (augment.mixup_alpha, augment.cutmix_alpha) == ((0.0, 0.0) if "finetune" in name else (0.8, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["optimizer.lr_peek=1"], ["'optimizer.lr_peek'", "did you mean 'optimizer.lr_peak'"]),
+        (["train.lr_peak=1"], ["'train.lr_peak'", "did you mean 'optimizer.lr_peak'"]),
+        (["lr_peak"], ["'lr_peak'", "key.sub=value"]),
+        (["train.epochs=many"], ["train.epochs = 'many'", "integer"]),
+        (["train.global_batch=100"], ["100", "32", "not divisible"]),
+        (["data.resolution=65"], ["65", "multiple of 32", "64"]),
+        (["train.micro_batch=1"], ["even"]),
+        (["optimizer.warmup_epochs=99"], ["99", "train.epochs"]),
+        (["train.zero_stage=4"], ["train.zero_stage = 4"]),
+        (["train.epochs=[1"], ["YAML"]),
+        (["optimizer.lr_peak=.nan"], ["optimizer.lr_peak"]),
+    ],
+)
+def test_mistakes_are_named(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(DEMO, overrides)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_in_the_file(tmp_path: Path) -> None:
+    tree = yaml.safe_load(DEMO.read_text())
+    del tree["seed"]
+    tree["modle"] = tree.pop("model")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="'seed' is missing") as caught:
+        load(bad)
+    assert "no key 'modle'; did you mean 'model" in str(caught.value)
+    bad.write_text(DEMO.read_text() + "\nseed: 3\n")
+    with pytest.raises(ConfigError, match="'seed' stands twice"):
+        load(bad)
+    with pytest.raises(ConfigError, match=r"no configuration file.*demo_pretrain\.yaml"):
+        load(DEMO.with_name("nothing.yaml"))
+
+
+def test_overrides_speak_yaml_and_win() -> None:
+    config = load(DEMO, ["optimizer.lr_peak=2e-3", "augment.rand_augment=null", "name=other"])
+    assert (config.optimizer.lr_peak, config.augment.rand_augment, config.name) == (2e-3, None, "other")
+    with pytest.raises(Exception, match="frozen"):
+        config.name = "again"  # type: ignore[misc]
+
+
+def test_ranks_must_divide_the_batch() -> None:
+    with pytest.raises(ConfigError, match=r"128 is not divisible by 3 ranks x train.micro_batch 32 = 96"):
+        load(DEMO).train.accumulation_steps(3)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    def pipeline(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "pipeline", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    printed = pipeline("pretrain", str(DEMO), "seed=7", "--print-config")
+    assert printed.returncode == 0
+    assert yaml.safe_load(printed.stdout)["seed"] == 7
+    wrong = pipeline("pretrain", str(DEMO), "train.epoch=1")
+    assert (wrong.returncode, wrong.stdout) == (1, "")
+    assert wrong.stderr == "error: override 'train.epoch=1': no key 'train.epoch'; did you mean 'train.epochs'?\n"
+    assert pipeline("pretrain").returncode == 2
+    missing = pipeline("pretrain", str(DEMO), f"data.path={tmp_path}/none", "--check")
+    assert missing.returncode == 1
+    assert missing.stderr.count("\n") == 1
+    assert "dataset.json" in missing.stderr
