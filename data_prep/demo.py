@@ -69,6 +69,11 @@ def build_demo(output: Path, only: str | None = None, cache: Path | None = None,
         return
     output.mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
+    # Everything is fetched before anything is rendered: a missing client shows at once.
+    if only == "icons" or (not only and "demo-22k" in missing):
+        demo_icons.fetch(cache, rules["iconify"])
+    if only == "clipart" or (not only and "demo-1k" in missing):
+        demo_clipart.fetch_all(cache)
     if only:
         missing = list(ARCHIVES)
         splits, notes = (icons_alone if only == "icons" else clipart_alone)(cache, rules)

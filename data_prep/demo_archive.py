@@ -53,11 +53,17 @@ def ways_on(failed: str) -> str:
     )
 
 
+def require(client: str, source: str) -> None:
+    """Refuse to start where a package client is missing."""
+    if shutil.which(client) is None:
+        pictures = {"icons": "icons", "clipart": "clip-art pictures"}[source]
+        raise DemoError(f"`{client}` is not installed, and the demo's {pictures} come through it. {ways_on(source)}")
+
+
 def run_client(command: Sequence[str], cwd: Path, source: str, hint: str = "") -> str:
     """Run a package client in `cwd` and return its output; failure is a DemoError in the client's words."""
     client = command[0]
-    if shutil.which(client) is None:
-        raise DemoError(f"`{client}` is not installed, and the {source} come through it. {ways_on(source)}")
+    require(client, source)
     try:
         done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=900)
     except subprocess.TimeoutExpired as error:
@@ -86,15 +92,15 @@ def cached_download(cache: Path, pattern: str, download: Callable[[Path], None])
 
 
 def in_processes(function: Callable[[T], R], items: Sequence[T], label: str) -> Iterator[R]:
-    """`map(function, items)` over all cores of this process, in order, with a progress bar."""
+    """`map(function, items)` over all cores of this process, in order, with a progress bar on a terminal."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores == 1 or len(items) < 200:  # starting workers costs about as much as 200 pictures
-        yield from tqdm(map(function, items), total=len(items), desc=label, unit="image")
+        yield from tqdm(map(function, items), total=len(items), desc=label, unit="image", disable=None)
         return
     # spawn, not fork: the caller may hold threads
     with ProcessPoolExecutor(cores, mp_context=multiprocessing.get_context("spawn")) as pool:
         results = pool.map(function, items, chunksize=16)
-        yield from tqdm(results, total=len(items), desc=label, unit="image")
+        yield from tqdm(results, total=len(items), desc=label, unit="image", disable=None)
 
 
 def jpeg_bytes(image: Image.Image) -> bytes:

@@ -29,6 +29,7 @@ from data_prep.demo_archive import (
     in_processes,
     jpeg_bytes,
     perceptual_hash,
+    require,
     run_client,
     unit_hash,
 )
@@ -70,6 +71,12 @@ def fetch(cache: Path, package: str) -> Path:
         run_client(["apt-get", "download", package], folder, "clipart", hint)
 
     return cached_download(cache, f"{package}_*.deb", download)
+
+
+def fetch_all(cache: Path) -> dict[str, Path]:
+    """Both packages, by short name; refuses before any download where they could not be unpacked."""
+    require("dpkg", "clipart")
+    return {short: fetch(cache, package) for short, (package, _) in PACKAGES.items()}
 
 
 def find_sources(folders: dict[str, Path], rules: dict[str, Any]) -> list[Source]:
@@ -209,7 +216,7 @@ def split(pictures: Iterable[Picture], share: float) -> tuple[list[Picture], lis
 
 def collect(cache: Path, rules: dict[str, Any]) -> tuple[list[Picture], dict[str, str]]:
     """All clip-art pictures, and the version of each package (for the attribution)."""
-    debs = {short: fetch(cache, package) for short, (package, _) in PACKAGES.items()}
+    debs = fetch_all(cache)
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache) as folder:
         folders = {}
         for short, deb in debs.items():

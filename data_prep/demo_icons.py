@@ -140,9 +140,9 @@ def palette(key: str) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Foreground and background for an icon, far apart in lightness, from its name alone."""
     hue, other, dark_side, depth = (unit_hash(f"{key}/{part}") for part in ("hue", "other", "dark", "depth"))
     dark = colorsys.hls_to_rgb(hue, 0.12 + 0.28 * depth, 0.25 + 0.65 * other)
-    light = colorsys.hls_to_rgb((hue + 0.25 + 0.5 * other) % 1, 0.82 + 0.17 * depth, 0.5)
+    light = colorsys.hls_to_rgb((hue + 0.25 + 0.5 * other) % 1, 0.9 + 0.1 * depth, 0.5)
     pair = [tuple(round(255 * channel) for channel in colour) for colour in (dark, light)]
-    foreground, background = pair if dark_side < 0.75 else pair[::-1]  # a quarter are light on dark
+    foreground, background = pair if dark_side < 0.9 else pair[::-1]  # a tenth are light on dark
     return foreground, background  # type: ignore[return-value]
 
 

@@ -154,7 +154,7 @@ def test_archives_have_imagenets_shape_and_the_same_bytes_each_time(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("only", "client", "other"), [("icons", "npm", "--only clipart"), ("clipart", "apt-get", "--only icons")]
+    ("only", "client", "other"), [("icons", "npm", "--only clipart"), ("clipart", "dpkg", "--only icons")]
 )
 def test_a_missing_client_is_named_with_both_ways_on(
     only: str, client: str, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +165,7 @@ def test_a_missing_client_is_named_with_both_ways_on(
     message = str(caught.value)
     assert f"`{client}` is not installed" in message
     assert other in message
+    assert other.replace("--only ", "make pretrain ONLY=") in message
     assert "make pretrain SOURCE=" in message
     assert "\n" not in message
 
@@ -238,6 +239,8 @@ def test_finished_archives_are_kept_and_modes_do_not_mix(
 
         return source
 
+    monkeypatch.setattr(demo_icons, "fetch", lambda *_: None)
+    monkeypatch.setattr(demo_clipart, "fetch_all", lambda *_: None)
     for name in ("icons", "clipart", "icons_alone", "clipart_alone"):
         monkeypatch.setattr(demo, name, fake(name))
     output = tmp_path / "raw"
