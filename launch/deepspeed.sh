@@ -8,15 +8,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-bin=${VENV:-.venv}/bin
-[ -x "$bin/deepspeed" ] || { echo "error: $bin/deepspeed is not there: run 'make setup', or name the environment: VENV=..." >&2; exit 1; }
-export PATH=$PWD/$bin:$PATH # what the launcher starts, on this host, is this environment's python
+venv=${VENV:-.venv}
+bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
+export PATH=$bin:$PATH # what the launcher starts, on this host, is this environment's python
 
 launcher=()
 if [ -n "${HOSTFILE:-}" ]; then
   [ -r "$HOSTFILE" ] || { echo "error: HOSTFILE $HOSTFILE is not readable; see launch/hostfile.example" >&2; exit 1; }
   launcher+=(--hostfile "$HOSTFILE")
-  ranks=$(sed 's/#.*//' "$HOSTFILE" | sed -n 's/.*slots=\([0-9]*\).*/\1/p' | paste -sd+ - | bc)
+  ranks=$(awk '{ sub(/#.*/, "") } match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }' "$HOSTFILE")
+  [ "$ranks" -gt 0 ] || { echo "error: HOSTFILE $HOSTFILE names no host with slots=N; see launch/hostfile.example" >&2; exit 1; }
 else
   gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
   ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}

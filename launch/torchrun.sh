@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
-bin=${VENV:-.venv}/bin
+venv=${VENV:-.venv}
+bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 nodes=${NODES:-1}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}

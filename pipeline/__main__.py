@@ -43,12 +43,15 @@ def _train(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
-    from pipeline import train  # seconds of imports, which a wrong key need not wait for
-
     resume = options.resume == "auto"
+    # Imported here: they take seconds, which a wrong key need not wait for.
     if options.check:
-        train.preflight(config, options.ranks, resume)
+        from pipeline.preflight import preflight
+
+        preflight(config, options.ranks, resume)
         return 0
+    from pipeline import train
+
     train.main(options.command, config, resume)
     return 0
 

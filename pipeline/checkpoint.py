@@ -17,7 +17,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,7 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.config import Config
-from pipeline.engine import Engine
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, which reading a checkpoint need not wait for
+    from pipeline.engine import Engine
 
 META_FILE = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -127,8 +129,25 @@ def read_optimizer(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
-    """Raise CheckpointError unless going on from `path` with `config` is the same run."""
+def newest_of_run(config: Config, dataset_id: str, resume: bool) -> tuple[Path, Meta] | tuple[None, None]:
+    """The checkpoint that the run of `config` goes on from, if any.
+
+    Raises CheckpointError if it is another run's, or if there is one and `resume` is false.
+    """
+    last = newest(config.run_dir / "checkpoints")
+    if last is None:
+        return None, None
+    if not resume:
+        raise CheckpointError(
+            f"{config.run_dir} already holds a run ({last.name}): leave out --resume never to continue it, "
+            f"set another name, or remove the folder"
+        )
+    meta = read_meta(last)
+    _check_same_run(last, meta, config, dataset_id)
+    return last, meta
+
+
+def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
     changes = differing_keys(meta.config, config.model_dump(mode="json"))
     changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
     if meta.dataset_id != dataset_id:

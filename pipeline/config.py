@@ -79,14 +79,10 @@ class Model(_Section):
 class Optimizer(_Section):
     """AdamW and its schedule: linear warm-up, then cosine, per step."""
 
-    lr_peak: Positive = Field(
-        description="learning rate at the end of warm-up, for the global batch as it is"
-    )
+    lr_peak: Positive = Field(description="learning rate at the end of warm-up, for the global batch as it is")
     lr_final: Annotated[float, Field(ge=0)]
     warmup_epochs: Annotated[float, Field(ge=0)]
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        description="not applied to biases, norms and layer scales"
-    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="not applied to biases, norms and layer scales")
     betas: tuple[Fraction, Fraction]
     eps: Positive
     clip_grad_norm: Annotated[float, Field(ge=0)] = Field(
@@ -102,9 +98,7 @@ class Train(_Section):
     """How long, in which pieces."""
 
     epochs: Count
-    global_batch: Count = Field(
-        description="images per optimizer step, over all ranks and accumulation steps"
-    )
+    global_batch: Count = Field(description="images per optimizer step, over all ranks and accumulation steps")
     micro_batch: Count = Field(description="images per rank and forward pass; accumulation follows from it")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="bf16: autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
@@ -118,6 +112,10 @@ class Train(_Section):
                 f"train.global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}"
             )
         return self
+
+    def bf16_on(self, device_type: str) -> bool:
+        """Whether a "cuda" or "cpu" runs under bf16 autocast; weights, gradients and optimizer state stay fp32."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
 
     def accumulation_steps(self, ranks: int) -> int:
         """Forward passes per optimizer step on each of `ranks` ranks. Raises ConfigError where that is not whole."""
@@ -143,9 +141,7 @@ class Evaluate(_Section):
 class Init(_Section):
     """Where the weights come from before the first step."""
 
-    checkpoint: Path | None = Field(
-        description="a run folder, one of its checkpoints, or a weight file; null: random"
-    )
+    checkpoint: Path | None = Field(description="a run folder, one of its checkpoints, or a weight file; null: random")
     weights: Literal["ema", "model"] = "ema"
     label_space: Literal["checkpoint", "published-22k", "imagenet-1k"] = Field(
         default="checkpoint",
@@ -165,17 +161,13 @@ class Tracking(_Section):
 
     log_every_steps: Count = 50
     experiment: str = "hornet"
-    uri: str | None = Field(
-        default=None, description="MLflow tracking URI; null: SQLite file mlflow.db in output_root"
-    )
+    uri: str | None = Field(default=None, description="MLflow tracking URI; null: SQLite file mlflow.db in output_root")
 
 
 class Config(_Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="folder under output_root"
-    )
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder under output_root")
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     output_root: Path = Path("runs")
     data: Data
@@ -289,15 +281,7 @@ def _nearest(key: str, known: set[str]) -> str:
     leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     close_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
-    best = (
-        leaves[leaf]
-        if leaf in leaves
-        else close[0]
-        if close
-        else leaves[close_leaf[0]]
-        if close_leaf
-        else None
-    )
+    best = leaves[leaf] if leaf in leaves else close[0] if close else leaves[close_leaf[0]] if close_leaf else None
     return f"; did you mean {best!r}?" if best else "; --print-config lists the keys"
 
 
@@ -305,12 +289,10 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {twice.pop()!r} stands twice", node.start_mark
-            )
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice.pop()!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

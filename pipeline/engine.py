@@ -7,6 +7,7 @@ around here, each with the reason beside it.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from collections.abc import Iterable, Mapping
@@ -64,7 +65,7 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else count))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    return Ranks(dist.get_rank(), count, local), device
+    return Ranks(dist.get_rank(), count), device
 
 
 def stop_ranks() -> None:
@@ -82,11 +83,6 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over all ranks, on all of them."""
     dist.all_reduce(values)
     return values
-
-
-def uses_bf16(config: Config, device: torch.device) -> bool:
-    """Whether forward and backward run under bf16 autocast; weights, gradients and optimizer state stay fp32."""
-    return config.train.precision == "bf16" or (config.train.precision == "auto" and device.type == "cuda")
 
 
 def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
@@ -110,7 +106,7 @@ class Engine:
 
     def __init__(self, config: Config, model: nn.Module, optimizer: AdamWithEma, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
-        self.bf16 = uses_bf16(config, device)
+        self.bf16 = config.train.bf16_on(device.type)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=deepspeed_config(config, ranks.count, self.bf16)
         )
@@ -175,6 +171,11 @@ class Engine:
     def state_names(self) -> tuple[str, ...]:
         """Optimizer states that `full_state` takes: exp_avg, exp_avg_sq and, with an EMA, ema."""
         return self._inner.state_names
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self._parameters.values())
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         if self.zero_stage == 3:

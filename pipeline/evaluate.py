@@ -83,7 +83,7 @@ def evaluate_checkpoint(path: Path, data: Path | None, weights: str | None) -> d
         unit="batch",
         desc="evaluate",
     )
-    result = evaluate(model.to(device), batches, device, bf16=device.type == "cuda")
+    result = evaluate(model.to(device), batches, device, config.train.bf16_on(device.type))
     table = Table(title=f"{path} ({weights}) on {config.data.path}")
     for column in ("top-1 %", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")

@@ -39,6 +39,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                     holder = file.read().strip() or "another process"
                     raise RunBusyError(f"{run_dir} is being written by {holder}: end it, or set another name") from None
                 time.sleep(0.5)
+            except OSError as error:  # some network file systems have no locks
+                print(f"warning: {run_dir} cannot be locked ({error}); two runs into it would collide", file=sys.stderr)
+                break
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

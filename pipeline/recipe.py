@@ -15,14 +15,14 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-import pipeline.models  # noqa: F401  (registers HorNet with timm)
 from pipeline.config import Augment, Config, ConfigError, Model, Optimizer
+from pipeline.models import HorNet
 
 Mixing = Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_model(model: Model, num_classes: int, resolution: int) -> nn.Module:
+def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
     """The model of `model.name` for square inputs of `resolution` pixels. Raises ConfigError for a name timm lacks.
 
     Global filters are made at the size that the resolution asks for, so none is resized at each step.
@@ -40,6 +40,7 @@ def build_model(model: Model, num_classes: int, resolution: int) -> nn.Module:
         layer_scale_init=model.layer_scale_init,
         **filters,
     )
+    assert isinstance(net, HorNet)
     net.set_grad_checkpointing(model.activation_checkpointing == "block")
     return net
 
@@ -96,7 +97,7 @@ def schedule(optimizer: Any, config: Optimizer, steps_per_epoch: int, steps: int
     )
 
 
-def optimizer(groups: list[dict[str, Any]], config: Config) -> torch.optim.Optimizer:
+def optimizer(groups: list[dict[str, Any]], config: Config) -> AdamWithEma:
     """AdamW, with the EMA where the config asks for one. `groups` are those of `parameter_groups`."""
     settings = config.optimizer
     options: dict[str, Any] = {"lr": settings.lr_peak, "betas": settings.betas, "eps": settings.eps}
@@ -131,7 +132,7 @@ class AdamWithEma(torch.optim.AdamW):
             self.state[parameter]["ema"] = parameter.detach().clone()
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         super().step(closure)
         if self.ema_decay is None:
             return

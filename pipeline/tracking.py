@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 # Read when mlflow is imported: its defaults wait for minutes on a server that is down.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -62,6 +62,13 @@ class Tracker:
         print(line, flush=True)
         self._pending += [Metric(key, float(value), int(now * 1000), step) for key, value in metrics.items()]
         self._send()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:  # a run that ends well has said so with `finish`
+            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED", [self._path])
 
     def finish(self, status: str, files: list[Path]) -> None:
         """Send what waits, attach `files` to the MLflow run, and end it with `status` (FINISHED, FAILED, KILLED)."""

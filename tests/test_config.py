@@ -14,7 +14,7 @@ from pipeline.recipe import build_model
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo_pretrain.yaml"
-# Published settings by file (DESIGN of the recipes): lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.
+# Published settings by file: lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.
 PUBLISHED = {
     "pretrain_hornet_l_in22k_384": (4e-3, 0.1, 5, 0.2, 90, 4096, None, None),
     "pretrain_hornet_l_in22k_224": (4e-3, 0.1, 5, 0.2, 90, 4096, None, None),

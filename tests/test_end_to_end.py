@@ -66,9 +66,9 @@ def test_what_a_run_leaves(pretrained: Path, datasets: Datasets) -> None:
     assert run.data.params["train.global_batch"] == "16"
     assert run.data.tags["dataset_id"] == Manifest.load(datasets.in22k).dataset_id
     history = client.get_metric_history(summary["mlflow_run_id"], "loss")
-    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [(x["step"], x["loss"]) for x in lines] or [
-        pytest.approx(m.value, rel=1e-6) for m in sorted(history, key=lambda m: m.step)
-    ] == [x["loss"] for x in lines]
+    assert [(m.step, m.value) for m in sorted(history, key=lambda m: m.step)] == [
+        (x["step"], x["loss"]) for x in lines
+    ] or [pytest.approx(m.value, rel=1e-6) for m in sorted(history, key=lambda m: m.step)] == [x["loss"] for x in lines]
     artifacts = {item.path for item in client.list_artifacts(summary["mlflow_run_id"])}
     assert artifacts == {"config.yaml", "log.jsonl", "summary.json", "dataset.json"}
 
@@ -170,7 +170,14 @@ def test_another_world_size_goes_on(pretrained: Path, datasets: Datasets, root: 
 
 def test_finetune_and_evaluate(pretrained: Path, datasets: Datasets, root: Path) -> None:
     """From the pretrained weights at another resolution: head by WordNet id, filters resized, layer decay."""
-    arguments = small_run(datasets, root, f"init.checkpoint={pretrained}", "data.resolution=64", stage="finetune")
+    arguments = small_run(
+        datasets,
+        root,
+        f"init.checkpoint={pretrained}",
+        "data.resolution=64",
+        "optimizer.layer_decay=0.7",
+        stage="finetune",
+    )
     done = launch(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 of 3 classes from the source by" in done.stdout

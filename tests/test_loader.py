@@ -28,7 +28,9 @@ def read(datasets: Datasets, first: int, last: int, *more: str, rank: int = 0, r
 
 def same_images(a: list[Batch], b: list[Batch]) -> bool:
     first = {int(s): image for batch in a for s, image in zip(batch.samples, batch.images, strict=True)}
-    return all(torch.equal(image, first[int(s)]) for batch in b for s, image in zip(batch.samples, batch.images, strict=True))
+    return all(
+        torch.equal(image, first[int(s)]) for batch in b for s, image in zip(batch.samples, batch.images, strict=True)
+    )
 
 
 FORMATS = ["webdataset", pytest.param("ffcv", marks=needs_ffcv)]
@@ -36,7 +38,7 @@ FORMATS = ["webdataset", pytest.param("ffcv", marks=needs_ffcv)]
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_batches_do_not_depend_on_workers_ranks_or_start(datasets: Datasets, file_format: str) -> None:
-    """Pixels too: augmentation is keyed by (seed, epoch, sample). In a worker, since numba allows one loader a process."""
+    """Pixels too: augmentation is keyed by (seed, epoch, sample)."""
     options = (f"data.format={file_format}", "data.workers_per_rank=1")
     whole = read(datasets, 4, 8, *options)  # 6 steps an epoch: the end of epoch 0, the start of epoch 1
     assert [len(batch.labels) for batch in whole] == [4] * 16
@@ -111,5 +113,5 @@ def test_ffcv_without_a_beton(datasets: Datasets, tmp_path: Path) -> None:
     config, manifest, order = configured(datasets, "data.format=ffcv")
     split = manifest.split("train").model_copy(update={"betons": []})
     bare = manifest.model_copy(update={"splits": {**manifest.splits, "train": split}})
-    with pytest.raises(DataError, match="has no .beton of split 'train': set data.format=webdataset"):
+    with pytest.raises(DataError, match=r"has no \.beton of split 'train': set data.format=webdataset"):
         training_batches(config, bare, order, Ranks(), 0, 1)

@@ -40,7 +40,7 @@ def training_transform(augment: Augment, resolution: int) -> tuple[Compose, Comp
         scale=(augment.crop_area_min, 1.0),
         hflip=augment.horizontal_flip,
         auto_augment=augment.rand_augment,
-        color_jitter=augment.color_jitter or None,
+        color_jitter=augment.color_jitter,
         interpolation=augment.interpolation,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,

@@ -2,8 +2,8 @@
 
 The Loader runs inside one data worker process of each rank, with `workers_per_rank` threads. That keeps FFCV's threads
 and page cache out of the training process, lets the rest of the augmentation overlap with the GPU, and turns a hang
-into an error, since the DataLoader around it has a timeout. FFCV decodes and crops; flip, RandAugment, normalisation and
-erasing follow in the worker, one image at a time.
+into an error, since the DataLoader around it has a timeout. FFCV decodes and crops; flip, RandAugment, normalisation
+and erasing follow in the worker, one image at a time.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ class EvaluationBeton(IterableDataset[Any]):
 
         side, evaluate = self.config.data.resolution, self.config.evaluate
         decoder = (
-            WarpDecoder(side)
-            if evaluate.resize == "warp"
-            else CentreCropDecoder((side, side), evaluate.crop_ratio)
+            WarpDecoder(side) if evaluate.resize == "warp" else CentreCropDecoder((side, side), evaluate.crop_ratio)
         )
         loader = _ffcv_loader(self.path, decoder, evaluate.micro_batch, self.config.data.workers_per_rank)
         try:
@@ -140,7 +138,7 @@ def _ffcv_loader(path: Path, decoder: Any, batch: int, threads: int) -> Any:
     import ffcv.loader.epoch_iterator as epoch_iterator
     from ffcv.loader import Loader, OrderOption
 
-    # Where the rank has a GPU, FFCV would open CUDA streams, which a forked worker cannot; the trainer copies to the GPU.
+    # Where the rank has a GPU, FFCV would open CUDA streams, which a forked worker cannot; the trainer copies.
     epoch_iterator.IS_CUDA = False
     loader = Loader(
         str(path),
@@ -177,9 +175,7 @@ def _epoch(loader: Any, indices: np.ndarray) -> Iterator[np.ndarray]:
                     break
                 except Empty:
                     if not alive:
-                        raise DataError(
-                            f"{loader.fname}: FFCV's reading thread died; its error is above"
-                        ) from None
+                        raise DataError(f"{loader.fname}: FFCV's reading thread died; its error is above") from None
             _, (pixels,) = item
             yield pixels
     finally:

@@ -37,9 +37,7 @@ def keyed_crop(height: int, width: int, area_min: float, key: int) -> tuple[int,
     ratio_min, ratio_max = 3.0 / 4.0, 4.0 / 3.0
     for attempt in range(10):
         area = height * width * (area_min + (1.0 - area_min) * keyed_uniform(key, 4 * attempt))
-        log_ratio = np.log(ratio_min) + (np.log(ratio_max) - np.log(ratio_min)) * keyed_uniform(
-            key, 4 * attempt + 1
-        )
+        log_ratio = np.log(ratio_min) + (np.log(ratio_max) - np.log(ratio_min)) * keyed_uniform(key, 4 * attempt + 1)
         w = int(np.sqrt(area * np.exp(log_ratio)) + 0.5)
         h = int(np.sqrt(area / np.exp(log_ratio)) + 0.5)
         if 0 < w <= width and 0 < h <= height:
@@ -75,7 +73,7 @@ class KeyedCropDecoder(ResizedCropRGBImageDecoder):
         samples, area_min = np.uint64(self.samples), float(self.area_min)
         stream = np.uint64(self.seed) * np.uint64(0x2545F4914F6CDD1D)
 
-        def decode(batch_indices, storage, metadata, storage_state):  # type: ignore[no-untyped-def]
+        def decode(batch_indices, storage, metadata, storage_state):
             destination, scratch = storage
             for slot in parallel_range(len(batch_indices)):
                 virtual = np.uint64(batch_indices[slot])
@@ -94,11 +92,11 @@ class KeyedCropDecoder(ResizedCropRGBImageDecoder):
                 resize(pixels, top, top + h, left, left + w, destination[slot])
             return destination[: len(batch_indices)]
 
-        decode.is_parallel = True  # type: ignore[attr-defined]
+        decode.__dict__["is_parallel"] = True  # FFCV's mark for functions that numba may run in threads
         return decode
 
 
-def _whole_image(height, width, scale, ratio):  # type: ignore[no-untyped-def]
+def _whole_image(height, width, scale, ratio):
     return 0, 0, height, width
 
 

@@ -23,9 +23,7 @@ from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
 from pipeline.data.order import SampleOrder
 from pipeline.data.shards import DataError, ShardImages, load_labels
 
-_SILENT_SECONDS = (
-    600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
-)
+_SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
 
 
 class Batch(NamedTuple):
@@ -38,11 +36,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: `rank` of `count`, and how many of them share this host."""
+    """This process among all: `rank` of `count`."""
 
     rank: int = 0
     count: int = 1
-    on_this_host: int = 1
 
 
 def training_batches(
@@ -57,9 +54,7 @@ def training_batches(
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "train")
         labels = load_labels(config.data.path, manifest, "train")
-        source = TrainingBeton(
-            path, labels, config, order, ranks.rank, ranks.count, first_step, last_step, rest
-        )
+        source = TrainingBeton(path, labels, config, order, ranks.rank, ranks.count, first_step, last_step, rest)
         return _beton_batches(source, config)
     schedule = order.micro_batches(first_step, last_step, ranks.rank, ranks.count, config.train.micro_batch)
     # Items carry the epoch, since augmentation is keyed by it.
@@ -74,9 +69,7 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
     Ranks may yield different numbers of batches: hold no collective inside the loop over them.
     """
     mine = np.arange(ranks.rank, manifest.split("val").samples, ranks.count)
-    batches = [
-        mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)
-    ]
+    batches = [mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)]
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "val")
         labels = load_labels(config.data.path, manifest, "val")
@@ -120,7 +113,7 @@ def _collate(items: Sequence[tuple[torch.Tensor, int, int] | DataError]) -> Batc
     for item in items:
         if isinstance(item, DataError):
             return item
-    images, labels, samples = zip(*items, strict=True)  # type: ignore[arg-type]
+    images, labels, samples = zip(*items, strict=True)
     return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(samples))
 
 
@@ -139,9 +132,7 @@ def _beton_batches(source: Dataset[Any], config: Config) -> Iterator[Batch]:
 
 
 def _start_worker(_: int) -> None:
-    torch.set_num_threads(
-        1
-    )  # several processes share each core; more threads cost several times the CPU time
+    torch.set_num_threads(1)  # several processes share each core; more threads cost several times the CPU time
 
 
 def _loader(source: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:

@@ -42,14 +42,14 @@ class SampleOrder:
         return _permutation(self.samples, self.seed, epoch)
 
     def rank_steps(self, epoch: int, first_step: int, rank: int, ranks: int) -> np.ndarray:
-        """Sample ids of one rank, int64 (steps, global_batch // ranks), from step `first_step` of `epoch` to its end."""
+        """One rank's sample ids, int64 (steps, global_batch // ranks), from step `first_step` of `epoch` to its end."""
         steps = self.permutation(epoch)[: self.steps_per_epoch * self.global_batch]
         return steps.reshape(self.steps_per_epoch, ranks, -1)[first_step:, rank]
 
     def micro_batches(
         self, first_step: int, last_step: int, rank: int, ranks: int, micro_batch: int
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, sample ids (micro_batch,)) of one rank, for optimizer steps first_step .. last_step - 1 of the run."""
+        """(epoch, sample ids (micro_batch,)) of one rank, for the run's steps first_step .. last_step - 1."""
         step = first_step
         while step < last_step:
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -23,7 +23,7 @@ class ShardImages:
     """The encoded images of one split, by sample id (the position in the concatenated shards).
 
     `labels` is int32 (samples,), the class numbers of the manifest's `synsets`.
-    Raises ManifestError or DataError at once when a shard or index is missing or has another size than the manifest says.
+    Raises ManifestError or DataError at once when a shard or index is missing or not of the size the manifest says.
     """
 
     def __init__(self, directory: Path | str, manifest: Manifest, split: str) -> None:
@@ -48,9 +48,7 @@ class ShardImages:
         offset, size = int(self._offsets[sample]), int(self._sizes[sample])
         data = os.pread(self._file(shard), size, offset)
         if len(data) != size:
-            raise DataError(
-                f"{self.describe(sample)}: the shard ends after {len(data)} of the image's {size} bytes"
-            )
+            raise DataError(f"{self.describe(sample)}: the shard ends after {len(data)} of the image's {size} bytes")
         return data
 
     def image(self, sample: int) -> Image.Image:
@@ -86,9 +84,7 @@ class ShardImages:
 
 def load_labels(directory: Path, manifest: Manifest, split: str) -> np.ndarray:
     """Class numbers by sample id, int32 (samples,), from the shards' indexes; the shards themselves may be absent."""
-    return np.concatenate(
-        [manifest.load_index(directory, entry).labels for entry in manifest.split(split).shards]
-    )
+    return np.concatenate([manifest.load_index(directory, entry).labels for entry in manifest.split(split).shards])
 
 
 def check_file(path: Path, size_bytes: int) -> None:

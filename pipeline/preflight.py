@@ -1,0 +1,35 @@
+"""What can be known to be wrong before ranks are started: configuration, files, batch, checkpoints, start weights."""
+
+from __future__ import annotations
+
+import torch
+
+from data_prep.manifest import Manifest
+from pipeline import transfer
+from pipeline.checkpoint import newest_of_run
+from pipeline.config import Config
+from pipeline.data.beton import beton_path
+from pipeline.data.order import SampleOrder
+from pipeline.data.shards import ShardImages
+from pipeline.recipe import build_model
+
+
+def preflight(config: Config, ranks: int | None, resume: bool) -> None:
+    """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
+
+    `ranks` is their number where it is known before the launch.
+    """
+    manifest = Manifest.load(config.data.path)
+    SampleOrder(manifest.split("train").samples, config.train.global_batch, config.seed)
+    if ranks is not None:
+        config.train.accumulation_steps(ranks)
+    for split in ("train", "val"):
+        if config.data.format == "ffcv":
+            beton_path(config.data.path, manifest, split)
+        else:
+            ShardImages(config.data.path, manifest, split)
+    with torch.device("meta"):
+        build_model(config.model, manifest.num_classes, config.data.resolution)
+    last, _ = newest_of_run(config, manifest.dataset_id, resume)
+    if last is None and config.init.checkpoint is not None:
+        transfer.check_model(transfer.find_source(config.init), config.model.name)
