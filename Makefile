@@ -9,7 +9,7 @@ DEMO_PRETRAIN := configs/demo_pretrain.yaml
 DEMO_FINETUNE := configs/demo_finetune.yaml
 # Dotted overrides for pretrain and finetune: ARGS="train.micro_batch=16 name=second"
 ARGS ?=
-# An archive or folder of your own in place of the demo's images
+# An archive or folder of your own in place of the demo's images, for both stages
 SOURCE ?=
 # Which demo source to use where npm or apt is missing: icons or clipart
 ONLY ?=
@@ -38,18 +38,17 @@ ifeq ($(SOURCE),)
 	      --output data/$$set --format $(FORMAT) --samples-per-shard 500 || exit; \
 	  done; }
 else
-	@for set in demo-22k demo-1k; do \
-	  $(BIN)/python -m data_prep shard --source "$(SOURCE)" --val-per-class 10 \
-	    --output data/$$set --format $(FORMAT) --samples-per-shard 500 || exit; \
-	done
+	@$(BIN)/python -m data_prep shard --source "$(SOURCE)" --val-per-class 10 --output data/own --format $(FORMAT)
+OWN_PRETRAIN := data.path=data/own name=own-pretrain
+OWN_FINETUNE := data.path=data/own name=own-finetune init.checkpoint=runs/own-pretrain
 endif
 
 ifeq ($(origin CONFIG),undefined)
 pretrain: data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
-	@launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(ARGS)
+	@launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
 
 finetune: data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
-	@launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(ARGS)
+	@launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
 else
 pretrain: $(STAMP)
 	@launch/deepspeed.sh pretrain $(CONFIG) $(ARGS)
