@@ -15,6 +15,8 @@ SOURCE ?=
 ONLY ?=
 FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || echo webdataset)
 PORT ?= 5000
+# The demo is sized for one or two ranks, however many GPUs there are
+DEMO_RANKS = $(or $(RANKS),$(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2))
 export HOSTFILE RANKS
 
 .PHONY: help setup data pretrain finetune evaluate review test bench lint clean
@@ -45,10 +47,10 @@ endif
 
 ifeq ($(origin CONFIG),undefined)
 pretrain: data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
-	@launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
+	@RANKS=$(DEMO_RANKS) launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
 
 finetune: data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
-	@launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
+	@RANKS=$(DEMO_RANKS) launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
 else
 pretrain: $(STAMP)
 	@launch/deepspeed.sh pretrain $(CONFIG) $(ARGS)
@@ -77,5 +79,6 @@ lint: $(STAMP) ## ruff (lint and format) and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-clean: ## removes runs/, data/ and caches; .venv stays
-	rm -rf runs data .pytest_cache .mypy_cache .ruff_cache
+clean: ## removes the demo's data and runs, and caches; data/ and runs/ of yours and .venv stay
+	rm -rf data/raw data/demo-22k data/demo-1k runs/demo-pretrain runs/demo-finetune
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,18 +19,29 @@ if [ -n "${HOSTFILE:-}" ]; then
   ranks=$(awk '{ sub(/#.*/, "") } match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }' "$HOSTFILE")
   [ "$ranks" -gt 0 ] || { echo "error: HOSTFILE $HOSTFILE names no host with slots=N; see launch/hostfile.example" >&2; exit 1; }
 else
-  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-  ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
   # A file that is not there keeps a machine-wide hostfile out of a run on this host.
-  launcher+=(--hostfile /nonexistent --num_gpus "$ranks")
-  if [ "$gpus" = 0 ]; then launcher[2]=--num_accelerators; fi
-  launcher+=(--master_port "${MASTER_PORT:-$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}")
+  launcher+=(--hostfile /nonexistent)
+  gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+  if [ "$gpus" -gt 0 ]; then
+    # Devices are named: with a mere number of them DeepSpeed drops CUDA_VISIBLE_DEVICES.
+    devices=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus - 1)))}
+    if [ -n "${RANKS:-}" ]; then devices=$(cut -d, -f "1-$RANKS" <<<"$devices"); fi
+    ranks=$(awk -F, '{ print NF }' <<<"$devices")
+    launcher+=(--include "localhost:$devices")
+    unset CUDA_VISIBLE_DEVICES
+  else
+    ranks=${RANKS:-2}
+    launcher+=(--num_accelerators "$ranks")
+  fi
+  MASTER_PORT=${MASTER_PORT:-$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 fi
+if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
 
 # Faults that every rank would meet are met here, as one line, before anything is started.
 "$bin/python" -m pipeline "$@" --check --ranks "$ranks"
 
-# The ranks on this host leave when this process, which becomes the launcher, is gone: lifetime.py.
+# Ranks on this host leave when this process, which becomes the launcher, is gone: lifetime.py. (Over ssh DeepSpeed
+# does not pass this on: there, ranks leave with the launcher of their own host.)
 export PIPELINE_LAUNCHER="$(hostname):$$"
 if [ "${gpus:-1}" = 0 ]; then export DS_ACCELERATOR=cpu; fi # said, not guessed with a warning in every process
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1

@@ -9,6 +9,7 @@ venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 nodes=${NODES:-1}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$gpus" -gt 0 ]; then gpus=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"); fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
 "$bin/python" -m pipeline "$@" --check --ranks $((ranks * nodes))
 rendezvous=(--standalone)

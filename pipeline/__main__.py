@@ -10,6 +10,7 @@ from pathlib import Path
 from data_prep.manifest import DataPrepError
 from pipeline import config as configuration
 
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _EPILOG = """\
 examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
@@ -21,21 +22,36 @@ The same command continues an interrupted run. exit codes: 0 done, 1 error, 2 us
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. What a user can mend is one line on stderr, unless --debug."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        # Errors of this kind say what to change; anything else is a fault of ours, and its traceback is the report.
-        if options.debug or not isinstance(error, ValueError | FloatingPointError):
+        text = _explain(error)
+        # Where an error says what to change it is one line; anything else is our fault, and its traceback the report.
+        if options.debug or text is None:
             raise
         rank = os.environ.get("RANK", "0")
-        # All ranks meet most errors together: rank 0 speaks for them, and only data differs from rank to rank.
-        if rank == "0" or type(error).__name__ == "DataError":
+        # All ranks meet most errors together: rank 0 speaks for them. What it cannot know differs from rank to rank.
+        if rank == "0" or type(error).__name__ in ("DataError", "OutOfMemoryError"):
             where = f" (rank {rank})" if rank != "0" else ""
-            print(f"error{where}: {_one_line(error)}", file=sys.stderr, flush=True)
+            print(f"error{where}: {text}", file=sys.stderr, flush=True)
+        if "RANK" in os.environ and options.run is _train:
+            os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse takes positional arguments only together; overrides may stand on both sides of an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(overrides) != len(rest) or (rest and not hasattr(options, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *overrides]
+    return options
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -102,10 +118,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    own = isinstance(error, DataPrepError) or type(error).__module__.startswith("pipeline.")
-    return text if own else f"{type(error).__name__}: {text} (--debug shows where)"
+def _explain(error: Exception) -> str | None:
+    """The one line for an error that a user can do something about, else None."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
+    if isinstance(error, DataPrepError | FloatingPointError) or type(error).__module__.startswith("pipeline."):
+        return text
+    if kind == "OutOfMemoryError":
+        return f"out of GPU memory: lower train.micro_batch, or set model.activation_checkpointing=block ({text[:200]})"
+    if isinstance(error, RuntimeError) and any(mark in text for mark in _LOST_PEER):
+        return f"another rank failed or was lost, see its message ({text[:200]})"
+    if isinstance(error, ValueError | OSError):
+        return f"{kind}: {text} (--debug shows where)"
+    return None
 
 
 if __name__ == "__main__":

@@ -45,11 +45,12 @@ class CheckpointError(ValueError):
 class Meta(BaseModel):
     """What `checkpoint.json` says."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     format_version: Literal[1] = 1
     step: int
     samples_seen: int
+    skipped_steps: int
     seconds: float
     num_classes: int
     synsets: list[str]
@@ -65,15 +66,17 @@ class Meta(BaseModel):
 def save(folder: Path, engine: Engine, meta: Meta, keep_last: int) -> Path:
     """Write a checkpoint under `folder` and drop all but the newest `keep_last`. All ranks must call it.
 
-    Returns its path. Nothing stands under that name before all of it is on disk.
+    Returns its path. Nothing stands under that name before all of it is on disk; the disk holds one more than
+    `keep_last` meanwhile.
     """
     final = folder / f"step-{meta.step:08d}"
     weights = engine.full_state("model")
     optimizer = {state: engine.full_state(state) for state in engine.state_names}
     if engine.ranks.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.glob(".tmp-*"):
+            shutil.rmtree(unfinished)
         temporary = folder / f".tmp-{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         save_file(weights, temporary / "model.safetensors")
         if "ema" in optimizer:

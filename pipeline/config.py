@@ -36,7 +36,7 @@ class Data(_Section):
     format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
     resolution: Count = Field(description="side of the square input, pixels; a multiple of 32")
     workers_per_rank: Annotated[int, Field(ge=0)] = Field(
-        description="decoding processes (webdataset; 0: in the training process) or threads (ffcv) of each rank"
+        description="per rank. webdataset: decoding processes (0: the rank itself); ffcv: threads of its data worker"
     )
 
     @model_validator(mode="after")
@@ -143,9 +143,9 @@ class Init(_Section):
 
     checkpoint: Path | None = Field(description="a run folder, one of its checkpoints, or a weight file; null: random")
     weights: Literal["ema", "model"] = "ema"
-    label_space: Literal["checkpoint", "published-22k", "imagenet-1k"] = Field(
+    label_space: Literal["checkpoint", "published-22k", "imagenet-1k", "none"] = Field(
         default="checkpoint",
-        description="classes of the checkpoint's head; ours carry them, a published weight file does not",
+        description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head",
     )
 
 

@@ -35,7 +35,10 @@ from pipeline.recipe import AdamWithEma, Loss
 
 
 class StepResult(NamedTuple):
-    """loss: mean over this rank's micro-batches, still on the device; grad_norm: L2 norm before clipping."""
+    """loss: mean over this rank's micro-batches, still on the device; grad_norm: L2 norm before clipping.
+
+    grad_norm is inf where a gradient was not finite: DeepSpeed then leaves out the update on all ranks.
+    """
 
     loss: torch.Tensor
     grad_norm: float | torch.Tensor
@@ -79,6 +82,13 @@ def barrier() -> None:
     dist.barrier()
 
 
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value` (any picklable object), on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum of `values` over all ranks, on all of them."""
     dist.all_reduce(values)
@@ -111,6 +121,7 @@ class Engine:
             model=model.to(device), optimizer=optimizer, config=deepspeed_config(config, ranks.count, self.bf16)
         )
         self.zero_stage = config.train.zero_stage
+        self._skipped_before = 0
         self._inner: AdamWithEma = self.optimizer.optimizer
         self._parameters = dict(self.engine.module.named_parameters())
         # DeepSpeed links state to parameters inside the first group's first step, when the other groups have none
@@ -148,8 +159,10 @@ class Engine:
                 full[name] = value.detach().clone().cpu()
         return full
 
-    def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], steps_done: int) -> None:
+    def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], steps_done: int, skipped: int) -> None:
         """Set optimizer states (name -> parameter name -> full tensor) and the step count of AdamW's bias correction.
+
+        `skipped` of the `steps_done` steps had no update.
 
         The weights are not set here: they are loaded into the model before the engine is built.
         """
@@ -165,12 +178,18 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value, state)
         for partition in self._flat_partitions():
-            self._inner.state[partition]["step"].fill_(float(steps_done))
+            self._inner.state[partition]["step"].fill_(float(steps_done - skipped))
+        self._skipped_before = skipped
 
     @property
     def state_names(self) -> tuple[str, ...]:
         """Optimizer states that `full_state` takes: exp_avg, exp_avg_sq and, with an EMA, ema."""
         return self._inner.state_names
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps of the run so far without an update, because a gradient was not finite."""
+        return self._skipped_before + self.engine.skipped_steps
 
     @property
     def parameters(self) -> int:

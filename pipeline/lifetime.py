@@ -22,7 +22,7 @@ class RunBusyError(ValueError):
 
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
-    """Hold the run folder for this process; the lock goes with the process, however it ends.
+    """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
 
     Waits for half a minute, in which the ranks of a launcher that was killed notice and leave. Raises RunBusyError.
     """
@@ -50,19 +50,21 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
 
 def leave_with_launcher() -> None:
-    """End this process within seconds of the launcher that the scripts in launch/ named, if it ran on this host.
+    """End this process within seconds of its launcher's end: of its parent, and of the process that the scripts in
+    launch/ named, if that ran on this host.
 
     `deepspeed` killed with SIGKILL takes none of its ranks along: they would train on, unseen, in the way of the next
-    start. Where the variable is not set, or names another host, nothing is watched.
+    start. Without a launcher nothing is watched.
     """
-    host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
-    if host != socket.gethostname() or not pid.isdigit():
+    if "LOCAL_RANK" not in os.environ:
         return
+    host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
+    watched = [os.getppid()] + ([int(pid)] if host == socket.gethostname() and pid.isdigit() else [])
 
     def watch() -> None:
-        while _is_alive(int(pid)):
+        while all(map(_is_alive, watched)):
             time.sleep(1.0)
-        print(f"error: the launcher (process {pid}) is gone; this rank leaves", file=sys.stderr, flush=True)
+        print("error: the launcher is gone; this rank leaves", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()

@@ -76,8 +76,13 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     table.add_row("checkpoint", summary["checkpoint"])
     table.add_row("log", str(config.run_dir / "log.jsonl"))
     table.add_row("MLflow run", summary["mlflow_run_id"] or "not reached")
-    following = {"pretrain": "make finetune    then: make review", "finetune": "make review"}
-    table.add_row("next", following[summary["stage"]])
+    review = "make review" if config.tracking.uri is None else f"the runs at {config.tracking.uri}"
+    if summary["stage"] == "finetune":
+        table.add_row("next", review)
+    elif config.name == "demo-pretrain":
+        table.add_row("next", f"make finetune    then: {review}")
+    else:
+        table.add_row("next", f'make finetune CONFIG=... ARGS="init.checkpoint={config.run_dir}"    then: {review}')
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
@@ -122,6 +127,7 @@ def step_line(done: int, steps: int, logged: dict[str, float], seconds_per_step:
         f"step {done:>{len(str(steps))}}/{steps}  epoch {logged['epoch']:6.2f}  loss {logged['loss']:.4f}  "
         f"lr {logged['lr']:.2e}  grad {logged['grad_norm']:.2f}  {logged['images_per_second']:.0f} images/s  "
         f"waiting for data {logged['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        + (f"  SKIPPED UPDATES {logged['skipped_steps']:.0f}" if logged["skipped_steps"] else "")
     )
 
 

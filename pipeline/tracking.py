@@ -21,6 +21,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
 
+from data_prep.manifest import atomic_write
 from pipeline.config import Config
 
 _RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
@@ -37,8 +38,8 @@ class Tracker:
         dropped, since the steps are run again.
         """
         self.config = config
-        self._id_file = config.run_dir / "mlflow_run_id"
-        self.run_id: str | None = self._id_file.read_text().strip() if self._id_file.exists() else None
+        self.run_id: str | None = None
+        self._id_file = config.run_dir / "mlflow_run.json"
         self._tags = dict(tags)
         self._pending: list[Metric] = []
         self._complained = False
@@ -50,17 +51,23 @@ class Tracker:
         self._artifacts = None if config.tracking.uri else (root / "mlartifacts").as_uri()
         self._path = config.run_dir / "log.jsonl"
         self._drop_lines_after(first_step)
+        if first_step and self._id_file.exists():
+            known = json.loads(self._id_file.read_text())
+            if known["uri"] == self.uri:
+                self.run_id = known["run_id"]
+        if self.run_id is None:  # a new MLflow run: what the run has logged so far goes there too
+            self._pending = [metric for line in self._lines() for metric in _metrics(line)]
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
         self._reach()
 
     def log(self, step: int, metrics: Mapping[str, float], line: str) -> None:
         """Record `metrics` at `step` everywhere; `line` is what the console shows."""
-        now = time.time()
-        record = {"time": round(now, 3), "step": step, **{key: _round(value) for key, value in metrics.items()}}
+        record = {"time": round(time.time(), 3), "step": step}
+        record |= {key: _round(value) for key, value in metrics.items()}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         print(line, flush=True)
-        self._pending += [Metric(key, float(value), int(now * 1000), step) for key, value in metrics.items()]
+        self._pending += _metrics(record)
         self._send()
 
     def __enter__(self) -> Self:
@@ -99,10 +106,11 @@ class Tracker:
                 else client.create_experiment(self.config.tracking.experiment, artifact_location=self._artifacts)
             )
             run = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags)
-            params = [Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
-            client.log_batch(run.info.run_id, params=params, tags=[RunTag("run_dir", str(self.config.run_dir))])
             self.run_id = run.info.run_id
-            self._id_file.write_text(run.info.run_id + "\n")
+            with atomic_write(self._id_file) as file:
+                file.write(json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
+            params = [Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
+            client.log_batch(self.run_id, params=params, tags=[RunTag("run_dir", str(self.config.run_dir))])
         except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
             self._complain(str(error))
 
@@ -134,19 +142,26 @@ class Tracker:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
 
     def _drop_lines_after(self, step: int) -> None:
+        kept = [line for line in self._lines() if line["step"] <= step]
+        with atomic_write(self._path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def _lines(self) -> list[dict[str, float]]:
         if not self._path.exists():
-            return
-        kept = [line for line in self._path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+            return []
+        lines = []
+        for text in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # the last line of a killed run may be cut
+                break
+        return lines
 
 
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):  # the last line of a killed run may be cut
-        return float("inf")
+def _metrics(record: Mapping[str, float]) -> list[Metric]:
+    """MLflow's form of a line of log.jsonl."""
+    stamp, step = round(record["time"] * 1000), int(record["step"])
+    return [Metric(key, float(value), stamp, step) for key, value in record.items() if key not in ("time", "step")]
 
 
 def _round(value: float) -> float:

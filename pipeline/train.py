@@ -32,14 +32,13 @@ def main(command: str, config: Config, resume: bool) -> None:
     """
     leave_with_launcher()
     ranks, device = engine.start_ranks()
-    try:
-        with ExitStack() as stack:
-            if ranks.rank == 0:
-                stack.enter_context(exclusive(config.run_dir))
-            engine.barrier()
-            train(command, config, ranks, device, resume, stack)
-    finally:
-        engine.stop_ranks()
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.enter_context(exclusive(config.run_dir))
+        engine.barrier()
+        train(command, config, ranks, device, resume, stack)
+    # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
+    engine.stop_ranks()
 
 
 def train(command: str, config: Config, ranks: Ranks, device: torch.device, resume: bool, stack: ExitStack) -> None:
@@ -53,20 +52,24 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
     torch.manual_seed(config.seed)
     model = build_model(config.model, manifest.num_classes, config.data.resolution)
     twin = build_model(config.model, manifest.num_classes, config.data.resolution)  # holds full weights to evaluate
-    last, meta = checkpoint.newest_of_run(config, manifest.dataset_id, resume)
+    # Rank 0 chooses: on a network file system, hosts may for a while see different listings.
+    found = checkpoint.newest_of_run(config, manifest.dataset_id, resume) if ranks.rank == 0 else (None, None)
+    last, meta = engine.from_rank_0(found)
     origin = "random weights"
-    if last is not None and meta is not None:
+    if last is not None:
         model.load_state_dict(checkpoint.read_tensors(last / "model.safetensors"))
         origin = f"resumed from {last}"
     elif config.init.checkpoint is not None:
-        origin = transfer.load_into(model, transfer.find_source(config.init), manifest.synsets)
+        source = transfer.find_source(config.init)
+        transfer.check_model(source, config.model.name)
+        origin = transfer.load_into(model, source, manifest.synsets)
     first_step = meta.step if meta else 0
     seconds_before = meta.seconds if meta else 0.0
 
     adamw = optimizer(parameter_groups(model, config.optimizer), config)
     deepspeed_engine = engine.Engine(config, model, adamw, ranks, device)
     if last is not None:
-        deepspeed_engine.load_state(checkpoint.read_optimizer(last), first_step)
+        deepspeed_engine.load_state(checkpoint.read_optimizer(last), first_step, meta.skipped_steps)
     rates = schedule(deepspeed_engine.optimizer, config.optimizer, order.steps_per_epoch, steps)
     mix, loss = mixing_and_loss(config.augment, manifest.num_classes)
 
@@ -99,10 +102,15 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
             logged["epoch"] = done / order.steps_per_epoch
             logged["lr"] = max(group["lr"] for group in deepspeed_engine.optimizer.param_groups)
             logged["grad_norm"] = float(result.grad_norm)
+            logged["skipped_steps"] = deepspeed_engine.skipped_steps
             if tracker:
                 tracker.log(done, logged, step_line(done, steps, logged, seconds / done))
             if not math.isfinite(logged["loss"]):
-                raise FloatingPointError(f"loss is {logged['loss']} at step {done}; the last checkpoint is kept")
+                raise FloatingPointError(
+                    f"the loss is {logged['loss']} at step {done}. The same command would meet it again: start another "
+                    f"run from the last good weights, for example with a lower rate: name=second "
+                    f"init.checkpoint={last or config.run_dir} init.weights=model optimizer.lr_peak=..."
+                )
 
         epoch_ends = done % order.steps_per_epoch == 0
         if done == steps or (epoch_ends and done // order.steps_per_epoch % config.evaluate.every_epochs == 0):
@@ -116,6 +124,7 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
                 state = checkpoint.Meta(
                     step=done,
                     samples_seen=done * config.train.global_batch,
+                    skipped_steps=deepspeed_engine.skipped_steps,
                     seconds=seconds,
                     num_classes=manifest.num_classes,
                     synsets=manifest.synsets,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from data_prep.labels import imagenet_1k_synsets, lemma, map_labels, published_hornet_22k_synsets
-from pipeline.checkpoint import CheckpointError, locate, read_meta, read_tensors
+from pipeline.checkpoint import META_FILE, CheckpointError, locate, read_meta, read_tensors
 from pipeline.config import Init
 from pipeline.ops.gnconv import resize_global_filters
 
@@ -30,16 +30,23 @@ def find_source(init: Init) -> Source:
     """What `init.checkpoint` names, checked to exist. Raises CheckpointError."""
     assert init.checkpoint is not None
     path = locate(init.checkpoint)
+    spaces = {"published-22k": published_hornet_22k_synsets, "imagenet-1k": imagenet_1k_synsets, "none": lambda: None}
+    if path.is_file() and not (path.parent / META_FILE).exists():
+        if init.label_space not in spaces:
+            raise CheckpointError(
+                f"{path} does not say which classes its head has: set init.label_space to published-22k, imagenet-1k, "
+                f"or none (a fresh head)"
+            )
+        return Source(path, None, spaces[init.label_space]())
+    meta = read_meta(path.parent if path.is_file() else path)
+    synsets = spaces.get(init.label_space, lambda: meta.synsets)()
     if path.is_file():
-        spaces = {"published-22k": published_hornet_22k_synsets, "imagenet-1k": imagenet_1k_synsets}
-        known = spaces.get(init.label_space)
-        return Source(path, None, known() if known else None)
-    meta = read_meta(path)
+        return Source(path, meta.model_name, synsets)
     weights = path / ("ema.safetensors" if init.weights == "ema" else "model.safetensors")
     if not weights.exists():
         other = "model" if init.weights == "ema" else "ema"
         raise CheckpointError(f"{path} has no {weights.name}: set init.weights={other}")
-    return Source(weights, meta.model_name, meta.synsets)
+    return Source(weights, meta.model_name, synsets)
 
 
 def check_model(source: Source, model_name: str) -> None:
@@ -72,7 +79,7 @@ def load_into(model: nn.Module, source: Source, synsets: Sequence[str]) -> str:
     if faults:
         more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
         raise CheckpointError(f"{source.weights} does not fit the model: {'; '.join(faults[:3])}{more}")
-    report = "head left fresh: the source's classes are not known (init.label_space)"
+    report = "head left fresh (init.label_space is none)"
     if source.synsets is not None and head:
         rows = len(head["head.weight"])
         if rows != len(source.synsets):

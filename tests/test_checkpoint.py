@@ -35,6 +35,7 @@ def saved(config: Config) -> Path:
     meta = checkpoint.Meta(
         step=10,
         samples_seen=640,
+        skipped_steps=1,
         seconds=1.0,
         num_classes=3,
         synsets=SYNSETS,
@@ -75,6 +76,9 @@ def test_published_file(config: Config, tmp_path: Path) -> None:
     assert "1000 of 1000" in transfer.load_into(target, transfer.find_source(init), imagenet_1k_synsets())
     space = published_hornet_22k_synsets()
     assert [space[int(row)] for row in target.head.weight[:, 0]] == imagenet_1k_synsets()
+    unsaid = init.model_copy(update={"label_space": "checkpoint"})
+    with pytest.raises(CheckpointError, match=r"published\.pth does not say which classes its head has"):
+        transfer.find_source(unsaid)
     wrong = init.model_copy(update={"label_space": "imagenet-1k"})
     with pytest.raises(CheckpointError, match="head of 10459 classes, its label space 1000"):
         transfer.load_into(target, transfer.find_source(wrong), imagenet_1k_synsets())

@@ -107,7 +107,7 @@ def test_overrides_speak_yaml_and_win() -> None:
 
 
 def test_ranks_must_divide_the_batch() -> None:
-    with pytest.raises(ConfigError, match=r"128 is not divisible by 3 ranks x train.micro_batch 32 = 96"):
+    with pytest.raises(ConfigError, match=r"64 is not divisible by 3 ranks x train.micro_batch 32 = 96"):
         load(DEMO).train.accumulation_steps(3)
 
 
@@ -124,6 +124,9 @@ def test_command_line(tmp_path: Path) -> None:
     assert (wrong.returncode, wrong.stdout) == (1, "")
     assert wrong.stderr == "error: override 'train.epoch=1': no key 'train.epoch'; did you mean 'train.epochs'?\n"
     assert pipeline("pretrain").returncode == 2
+    assert pipeline("pretrain", str(DEMO), "--no-such-option").returncode == 2
+    both_sides = pipeline("pretrain", str(DEMO), "seed=7", "--print-config", "name=second")
+    assert (yaml.safe_load(both_sides.stdout)["seed"], yaml.safe_load(both_sides.stdout)["name"]) == (7, "second")
     missing = pipeline("pretrain", str(DEMO), f"data.path={tmp_path}/none", "--check")
     assert missing.returncode == 1
     assert missing.stderr.count("\n") == 1

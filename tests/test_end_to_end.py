@@ -114,13 +114,22 @@ def test_equals_plain_pytorch(pretrained: Path, datasets: Datasets) -> None:
             assert (mine - theirs).norm() <= 1e-2 * mine.norm() + 1e-5, name
 
 
-@pytest.mark.parametrize("more", [["train.zero_stage=3", "name=zero3"], ["train.zero_stage=2", "name=zero2"]])
-def test_zero_stages_are_the_same_run(pretrained: Path, datasets: Datasets, root: Path, more: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("more", "tolerance"),
+    [
+        (["train.zero_stage=3", "name=zero3"], 1e-4),
+        (["train.zero_stage=2", "name=zero2-bf16", "train.precision=bf16"], 0.05),
+    ],
+)
+def test_zero_stages_are_the_same_run(
+    pretrained: Path, datasets: Datasets, root: Path, more: list[str], tolerance: float
+) -> None:
     done = launch(*small_run(datasets, root, *more))
     assert done.returncode == 0, done.stdout + done.stderr
     name = more[1].removeprefix("name=")
     expected = [line["loss"] for line in log_of(root, NAME)]
-    assert [line["loss"] for line in log_of(root, name)] == pytest.approx(expected, rel=1e-4)
+    assert [line["loss"] for line in log_of(root, name)] == pytest.approx(expected, rel=tolerance)
+    assert all(value.dtype == torch.float32 for value in weights(root / name).values())
 
 
 def test_killed_launcher_same_command_same_weights(pretrained: Path, datasets: Datasets, root: Path) -> None:

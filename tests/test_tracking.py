@@ -94,9 +94,15 @@ def test_going_on_with_a_run(tmp_path: Path) -> None:
         assert second.run_id == first.run_id
         second.log(3, {"loss": 3.0}, "")
         second.finish("FINISHED", [])
+    # Somewhere else, the run is new and gets all there is; from the first step on it is new too.
+    other = configured(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/other.db")
+    with Tracker(other, {}, first_step=3) as third:
+        third.finish("FINISHED", [])
+    assert [(step, value) for step, value, _ in history(third.uri, str(third.run_id))] == [(1, 1.0), (2, 2.0), (3, 3.0)]
     steps = [json.loads(line)["step"] for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
-    with pytest.raises(ZeroDivisionError), Tracker(config, {}, first_step=3):
+    with pytest.raises(ZeroDivisionError), Tracker(config, {}, first_step=0) as fourth:
         raise ZeroDivisionError
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
-    assert client.get_run(second.run_id).info.status == "FAILED"
+    assert fourth.run_id not in (None, second.run_id)
+    assert client.get_run(fourth.run_id).info.status == "FAILED"

@@ -9,6 +9,7 @@ and erasing follow in the worker, one image at a time.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from queue import Empty
@@ -143,7 +144,8 @@ def _ffcv_loader(path: Path, decoder: Any, batch: int, threads: int) -> Any:
     loader = Loader(
         str(path),
         batch_size=batch,
-        num_workers=max(1, threads),
+        # numba refuses more threads than this process may use cores.
+        num_workers=min(max(1, threads), len(os.sched_getaffinity(0))),
         os_cache=True,
         order=OrderOption.SEQUENTIAL,
         # Labels and ids follow from the order: nothing but pixels is read.

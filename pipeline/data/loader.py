@@ -55,7 +55,7 @@ def training_batches(
         path = beton_path(config.data.path, manifest, "train")
         labels = load_labels(config.data.path, manifest, "train")
         source = TrainingBeton(path, labels, config, order, ranks.rank, ranks.count, first_step, last_step, rest)
-        return _beton_batches(source, config)
+        return _beton_batches(source)
     schedule = order.micro_batches(first_step, last_step, ranks.rank, ranks.count, config.train.micro_batch)
     # Items carry the epoch, since augmentation is keyed by it.
     items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in schedule)
@@ -73,7 +73,7 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "val")
         labels = load_labels(config.data.path, manifest, "val")
-        return _beton_batches(EvaluationBeton(path, labels, config, batches), config)
+        return _beton_batches(EvaluationBeton(path, labels, config, batches))
     images = ShardImages(config.data.path, manifest, "val")
     return _shard_batches(
         _Evaluated(images, evaluation_transform(config.evaluate, config.data.resolution)), batches, config
@@ -126,9 +126,9 @@ def _shard_batches(source: Dataset[Any], items: Iterable[Any], config: Config) -
     return _raising(_loader(source, workers, batch_sampler=items, collate_fn=_collate))
 
 
-def _beton_batches(source: Dataset[Any], config: Config) -> Iterator[Batch]:
+def _beton_batches(source: Dataset[Any]) -> Iterator[Batch]:
     # FFCV has threads of its own: one process holds them all.
-    return _raising(_loader(source, min(1, config.data.workers_per_rank), batch_size=None, collate_fn=_as_is))
+    return _raising(_loader(source, 1, batch_size=None, collate_fn=_as_is))
 
 
 def _start_worker(_: int) -> None:
