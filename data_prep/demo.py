@@ -3,8 +3,8 @@
     python -m data_prep demo --output data/raw
 
 writes demo-22k.tar and demo-22k-val.tar (50 synsets of rendered icons), demo-1k.tar and demo-1k-val.tar
-(24 synsets of clip art: photographs and drawings), and ATTRIBUTION.md. Half of the clip-art synsets are among
-the icon synsets too, so that pretraining on the first helps on the second. The pictures come through the
+(24 synsets of clip art: photographs and drawings), and ATTRIBUTION.md. About half of the clip-art synsets are
+among the icon synsets too, so that pretraining on the first helps on the second. The pictures come through the
 machine's own package clients (npm; apt-get and dpkg); nothing else is downloaded.
 """
 
