@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -221,6 +222,26 @@ def test_a_mistake_is_one_line_before_anything_starts(datasets: Datasets, root: 
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: /nowhere does not exist")
     assert done.stderr.count("\n") == 1
+
+
+def test_damage_that_only_training_can_find(datasets: Datasets, root: Path, tmp_path: Path) -> None:
+    """An image of the right size that does not decode: the rank that met it names it, and all ranks end at once."""
+    broken = tmp_path / "broken"
+    shutil.copytree(datasets.in22k, broken)
+    manifest = Manifest.load(broken)
+    entry = manifest.split("train").shards[0]
+    start = int(manifest.load_index(broken, entry).offsets[5])
+    content = bytearray((broken / entry.file).read_bytes())
+    content[start : start + 100] = bytes(100)
+    (broken / entry.file).write_bytes(content)
+    done = launch(*small_run(datasets, root, "name=broken", f"data.path={broken}"))
+    assert done.returncode == 1
+    assert f"shard {broken / entry.file}: sample 'n" in done.stderr
+    assert "(id 5) does not decode" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    runs = client.search_runs(["1"], "attributes.run_name = 'broken'")
+    assert [run.info.status for run in runs] == ["FAILED"]
 
 
 @pytest.mark.parametrize(
