@@ -15,9 +15,11 @@ This file is the contract between `data_prep` and `pipeline`, so it imports only
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,7 +57,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     `path` is as it was.
     """
     path = Path(path)
-    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}")
+    # Two hosts may write the same file, under the same process id.
+    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield temp
         with open(temp, "rb+") as file:
@@ -99,9 +102,12 @@ class ShardEntry(_Frozen):
 
 
 class BetonEntry(ShardEntry):
-    """One FFCV file. `write_mode` is FFCV's ('jpg': the shard's own JPEG bytes); max_* in pixels."""
+    """One FFCV file. `write_mode` is FFCV's (jpg, raw, proportion); max_* in pixels. `settings` says what decided its
+    content, see BetonSettings; empty in files from before there was a choice: the shards' own JPEG bytes.
+    """
 
     write_mode: str = "jpg"
+    settings: dict[str, Any] = {}
     page_size_bytes: int = Field(gt=0)
     max_height: int = Field(gt=0)
     max_width: int = Field(gt=0)
@@ -168,11 +174,13 @@ class Manifest(_Frozen):
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read `dataset.json` of a dataset folder. Raises ManifestError when it is missing or invalid."""
-        path = Path(directory) / MANIFEST_NAME
+        path = f"{str(directory).rstrip('/')}/{MANIFEST_NAME}"
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(_read(path))
         except (FileNotFoundError, NotADirectoryError):
-            what = "holds no" if Path(directory).is_dir() else "does not exist, so there is no"
+            what = (
+                "holds no" if Path(directory).is_dir() or "://" in str(directory) else "does not exist, so there is no"
+            )
             raise ManifestError(
                 f"{directory} {what} {MANIFEST_NAME}: give a folder built by `python -m data_prep shard`, "
                 "or build it first (an interrupted build is finished by running the same command again)"
@@ -194,15 +202,18 @@ class Manifest(_Frozen):
                 f"({error.error_count()} problem(s)): rebuild the dataset with --force"
             ) from None
 
+    def to_bytes(self) -> bytes:
+        """The content of `dataset.json`; the same manifest always gives the same bytes."""
+        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+
     def save(self, directory: str | Path) -> None:
-        """Write `dataset.json` atomically; the same manifest always gives the same bytes."""
-        text = json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n"
+        """Write `dataset.json` atomically into a local folder."""
         with atomic_write(Path(directory) / MANIFEST_NAME) as file:
-            file.write(text.encode())
+            file.write(self.to_bytes())
 
     def load_index(self, directory: str | Path, shard: ShardEntry) -> "ShardIndex":
         """The index of one shard, checked against the manifest's count and bytes."""
-        path = index_path(Path(directory) / shard.file)
+        path = f"{str(directory).rstrip('/')}/{index_path(shard.file)}"
         index = ShardIndex.load(path)
         if len(index) != shard.samples:
             raise ManifestError(
@@ -216,6 +227,15 @@ class Manifest(_Frozen):
         if len(index) and int(index.labels.max()) >= self.num_classes:
             raise ManifestError(f"{path} has label {int(index.labels.max())}, there are {self.num_classes} classes")
         return index
+
+
+def _read(path: str | Path) -> bytes:
+    if "://" not in str(path):
+        return Path(path).read_bytes()
+    from data_prep.storage import Folder  # only remote data sets need fsspec
+
+    folder, _, name = str(path).rpartition("/")
+    return Folder(folder).read(name)
 
 
 def index_path(shard_path: str | Path) -> Path:
@@ -254,7 +274,7 @@ class ShardIndex:
     def load(cls, path: str | Path) -> Self:
         """Read an index file. Raises ManifestError naming the file when it is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(_read(path)), allow_pickle=False) as arrays:
                 # Keys are ASCII: stored as bytes they take a quarter of numpy's 4-byte characters.
                 keys = np.char.decode(arrays["keys"], "ascii") if arrays["keys"].size else arrays["keys"]
                 return cls(keys, arrays["offsets"], arrays["sizes"], arrays["labels"])
@@ -263,14 +283,20 @@ class ShardIndex:
         except Exception as error:  # numpy raises zipfile, zlib, key and value errors for damaged files
             raise ManifestError(f"shard index {path} is damaged ({error}): rebuild the dataset with --force") from None
 
+    def to_bytes(self) -> bytes:
+        """The content of an index file; the same index always gives the same bytes (uncompressed, no times)."""
+        file = io.BytesIO()
+        np.savez(
+            file,
+            allow_pickle=False,
+            keys=np.char.encode(self.keys, "ascii") if len(self) else np.empty(0, "S1"),
+            offsets=self.offsets,
+            sizes=self.sizes,
+            labels=self.labels,
+        )
+        return file.getvalue()
+
     def save(self, path: str | Path) -> None:
-        """Write the index atomically; the same index always gives the same bytes (uncompressed, no times)."""
+        """Write the index atomically to a local path."""
         with atomic_write(path) as file:
-            np.savez(
-                file,
-                allow_pickle=False,
-                keys=np.char.encode(self.keys, "ascii") if len(self) else np.empty(0, "S1"),
-                offsets=self.offsets,
-                sizes=self.sizes,
-                labels=self.labels,
-            )
+            file.write(self.to_bytes())

@@ -19,7 +19,7 @@ command -v "$python" >/dev/null || fail "$python is not there; install Python >=
 
 # An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
 say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
-$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]' \
+$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,s3,slurm]' \
   || fail "pip could not install the packages above; mend that and run 'make setup' again"
 
 ffcv_packages="g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0"

@@ -1,0 +1,227 @@
+"""Where the work runs: in this process, on Dask worker processes of this machine, or on a Dask cluster.
+
+A task is a picklable function of one argument. Results come in the order in which they are finished, and only a
+few tasks per worker are under way, so a long list of tasks may be a generator that makes them one by one.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+from data_prep.manifest import DataPrepError
+
+TASKS_PER_WORKER = 2  # one at work, one waiting: a worker is never idle, memory and spool stay bounded
+ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is thought to be what kills them
+
+START_ATTEMPTS = 3
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class ClusterError(DataPrepError):
+    """The Dask cluster is not there, is gone, or its workers keep dying."""
+
+
+class Cluster(Protocol):
+    """Something that runs tasks."""
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R]]:
+        """Yield (task, function(task)) for every task, in the order of completion."""
+        ...
+
+    def slots(self) -> int:
+        """How many tasks run at the same time now."""
+        ...
+
+
+class InProcess:
+    """One task after the other, in this process."""
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R]]:
+        for task in tasks:
+            yield task, function(task)
+
+    def slots(self) -> int:
+        return 1
+
+
+class DaskCluster:
+    """Tasks on the workers of a connected Dask client."""
+
+    def __init__(self, client: Any):
+        self.client = client
+
+    def slots(self) -> int:
+        try:
+            return max(1, sum(self.client.nthreads().values()))
+        except OSError:
+            raise ClusterError(_scheduler_gone(self.client)) from None
+
+    def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R]]:
+        from concurrent.futures import CancelledError
+
+        from distributed import as_completed
+        from distributed.client import FutureCancelledError
+        from distributed.comm import CommClosedError
+        from distributed.scheduler import KilledWorker
+
+        pending = iter(tasks)
+        under_way: dict[Any, T] = {}
+        finished = as_completed(loop=self.client.loop)
+        more = True
+        try:
+            while True:
+                while more and len(under_way) < TASKS_PER_WORKER * self.slots():
+                    try:
+                        task = next(pending)
+                    except StopIteration:
+                        more = False
+                        break
+                    future = self.client.submit(function, task, pure=False)
+                    under_way[future] = task
+                    finished.add(future)
+                if not under_way:
+                    return
+                future = next(finished)
+                task = under_way.pop(future)
+                result = future.result()
+                future.release()
+                yield task, result
+        except KilledWorker:
+            raise ClusterError(
+                f"{ALLOWED_DEATHS + 1} workers died, one after the other, with the same work in hand ({task}): "
+                "most often for lack of memory; use fewer --workers, then give the same command again"
+            ) from None
+        except (CancelledError, FutureCancelledError, CommClosedError):
+            raise ClusterError(_scheduler_gone(self.client)) from None
+        finally:
+            for future in under_way:
+                future.release()
+
+
+def _scheduler_gone(client: Any) -> str:
+    address = getattr(getattr(client, "scheduler", None), "address", "?")
+    return f"the Dask scheduler at {address} is gone: start it again, then give the same command again"
+
+
+def available_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say where the work runs."""
+    add = parser.add_argument_group("where it runs").add_argument
+    add(
+        "--workers",
+        type=int,
+        default=available_cpus(),
+        metavar="N",
+        help="worker processes on this machine; 1: work in this process (default: one per CPU, here %(default)s)",
+    )
+    add(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="use the workers of a Dask cluster: tcp://HOST:8786, or the scheduler file that `dask scheduler` wrote; "
+        "all of its machines must see the paths given here",
+    )
+    add("--slurm-jobs", type=int, metavar="N", help="start N Slurm jobs of Dask workers (package dask-jobqueue)")
+    add(
+        "--slurm-option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of dask_jobqueue.SLURMCluster, such as queue=cpu, cores=32, memory=64GB, walltime=08:00:00",
+    )
+
+
+@contextmanager
+def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
+    """The cluster that the options of `add_cluster_arguments` ask for. Raises ClusterError."""
+    if args.scheduler and args.slurm_jobs:
+        raise ClusterError("--scheduler and --slurm-jobs exclude each other: give one of them")
+    if args.scheduler is None and args.slurm_jobs is None and args.workers <= 1:
+        yield InProcess()
+        return
+    import dask
+    from distributed import Client
+
+    logging.getLogger("distributed").setLevel(logging.ERROR)  # a worker that died is started again: not our user's news
+    # An image's bytes are short-lived, but the C library keeps what was freed: Dask must not take that for a leak.
+    dask.config.set(
+        {
+            "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
+            "distributed.worker.memory.spill": False,
+            "distributed.worker.memory.target": False,
+            "distributed.comm.timeouts.connect": "10s",
+        }
+    )
+    if args.scheduler:
+        try:
+            known = (
+                {"scheduler_file": args.scheduler} if os.path.isfile(args.scheduler) else {"address": args.scheduler}
+            )
+            client = Client(**known, timeout="10s", set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ClusterError(
+                f"no Dask scheduler answers at {args.scheduler} ({error or 'timed out'}): "
+                "start one with `dask scheduler`"
+            ) from None
+        with client:
+            if not client.nthreads():
+                raise ClusterError(
+                    f"the Dask scheduler at {args.scheduler} has no workers: start some with `dask worker`"
+                )
+            yield DaskCluster(client)
+        return
+    if args.slurm_jobs:
+        cluster = slurm_cluster(args.slurm_option)
+        cluster.scale(jobs=args.slurm_jobs)
+        print(f"{args.slurm_jobs} Slurm jobs submitted; work begins when the first one runs", file=sys.stderr)
+    else:
+        cluster = _local_cluster(args.workers)
+    with cluster, Client(cluster, set_as_default=False) as client:
+        client.wait_for_workers(1)
+        yield DaskCluster(client)
+
+
+def _local_cluster(workers: int) -> Any:
+    from distributed import LocalCluster
+
+    for _ in range(START_ATTEMPTS):
+        try:
+            return LocalCluster(
+                n_workers=workers, threads_per_worker=1, dashboard_address="127.0.0.1:0", silence_logs=logging.CRITICAL
+            )
+        except RuntimeError as error:  # a worker was killed while it started
+            failure = error
+    raise ClusterError(
+        f"the {workers} workers did not start ({failure}): is there memory for as many? Use fewer --workers"
+    )
+
+
+def slurm_cluster(options: list[str]) -> Any:
+    """A dask_jobqueue.SLURMCluster made of KEY=VALUE options. Raises ClusterError when it cannot be."""
+    try:
+        from dask_jobqueue import SLURMCluster
+    except ImportError:
+        raise ClusterError(
+            "--slurm-jobs needs the package dask-jobqueue: .venv/bin/pip install dask-jobqueue"
+        ) from None
+    settings: dict[str, Any] = {"processes": None}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise ClusterError(f"--slurm-option {option} is not KEY=VALUE")
+        settings[key] = int(value) if value.isdigit() else value
+    # One process a core: decoding holds the interpreter's lock.
+    settings["processes"] = settings["processes"] or settings.get("cores")
+    try:
+        return SLURMCluster(**settings)
+    except (TypeError, ValueError) as error:
+        raise ClusterError(f"dask-jobqueue does not accept these --slurm-option settings: {error}") from None

@@ -1,0 +1,173 @@
+"""Folders and files, on this machine or behind an fsspec URL (s3://bucket/folder, gs://, ...), in one way.
+
+Whatever is written gets its final name only when it is whole: locally by temporary name, fsync and rename; on an
+object store by one upload, which shows nothing until it is complete.
+"""
+
+import fnmatch
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from data_prep.manifest import TEMP_MARK, DataPrepError, atomic_path
+
+# Stores on which an upload appears as a whole under its final name; on others it is renamed after it.
+WHOLE_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory", "oci"}
+
+
+class StorageError(DataPrepError):
+    """A URL cannot be used: unknown scheme, missing package, or no access."""
+
+
+def is_url(path: str | Path) -> bool:
+    """Whether `path` is an fsspec URL rather than a local path."""
+    return "://" in str(path)
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the path on it. Raises StorageError when fsspec cannot make one."""
+    import fsspec
+
+    try:
+        return fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise StorageError(f"{url} cannot be opened: {error}") from None
+
+
+def open_binary(path: str | Path) -> BinaryIO:
+    """Open a file for reading, seekable, local or remote."""
+    if not is_url(path):
+        return open(path, "rb")
+    system, inner = file_system(str(path))
+    # Sequential reads dominate: one block ahead, nothing kept.
+    return system.open(inner, "rb", block_size=8 << 20, cache_type="readahead")
+
+
+class Folder:
+    """A folder of files, local or remote. Names may hold slashes; a remote folder needs not exist beforehand."""
+
+    def __init__(self, url: str | Path):
+        self.url = str(url).rstrip("/") or "/"
+        self.is_local = not is_url(url)
+        self._system: Any = None
+        self._root = self.url
+        if not self.is_local:
+            self._system, self._root = file_system(self.url)
+
+    def __repr__(self) -> str:
+        return f"Folder({self.url!r})"
+
+    def __reduce__(self) -> Any:
+        return Folder, (self.url,)  # file systems hold connections: each process makes its own
+
+    def join(self, name: str) -> str:
+        """Path or URL of a file of this folder."""
+        return f"{self.url}/{name}"
+
+    def folder(self, name: str) -> "Folder":
+        """A folder inside this one."""
+        return Folder(self.join(name))
+
+    def _inner(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+        try:
+            if self._system is None:
+                return os.stat(self.join(name)).st_size
+            return int(self._system.info(self._inner(name))["size"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def exists(self, name: str) -> bool:
+        """Whether the file is there."""
+        return self.size(name) is not None
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Sorted names of the files right in this folder that match; unfinished files are never among them."""
+        if self._system is None:
+            try:
+                found = [entry.name for entry in os.scandir(self.url) if entry.is_file()]
+            except FileNotFoundError:
+                return []
+        else:
+            self._system.invalidate_cache()
+            try:
+                listed = self._system.ls(self._root, detail=True)
+            except FileNotFoundError:
+                return []
+            found = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
+        return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern) and TEMP_MARK not in name)
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        if self._system is None:
+            return Path(self.join(name)).read_bytes()
+        return bytes(self._system.cat_file(self._inner(name)))
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes [start, stop) of files, given as (name, start, stop); remote ranges are fetched together.
+
+        Raises OSError when a file is shorter than asked.
+        """
+        if self._system is None:
+            found = []
+            for name, start, stop in ranges:
+                with open(self.join(name), "rb") as file:
+                    found.append(os.pread(file.fileno(), stop - start, start))
+        else:
+            paths = [self._inner(name) for name, _, _ in ranges]
+            found = self._system.cat_ranges(paths, [r[1] for r in ranges], [r[2] for r in ranges], on_error="raise")
+        for (name, start, stop), data in zip(ranges, found, strict=True):
+            if len(data) != stop - start:
+                raise OSError(f"{self.join(name)} ends before byte {stop}")
+        return found
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield a local temporary path; what the block wrote there appears under `name` when the block ends well."""
+        if self._system is None:
+            path = Path(self.join(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temp:
+                yield temp
+            return
+        with tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
+            temp = Path(scratch) / "file"
+            yield temp
+            target = self._inner(name)
+            protocol = self._system.protocol
+            protocols = {protocol} if isinstance(protocol, str) else set(protocol)
+            if protocols & WHOLE_OBJECT_STORES:
+                self._system.put_file(str(temp), target)
+            else:
+                self._system.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+                hidden = f"{target}{TEMP_MARK}{os.getpid()}"
+                self._system.put_file(str(temp), hidden)
+                self._system.mv(hidden, target)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file as `writing` does."""
+        with self.writing(name) as temp:
+            temp.write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        if self._system is None:
+            Path(self.join(name)).unlink(missing_ok=True)
+        else:
+            with suppress(FileNotFoundError):
+                self._system.rm_file(self._inner(name))
+
+    def remove_all(self) -> None:
+        """Remove the folder with everything in it."""
+        if self._system is None:
+            shutil.rmtree(self.url, ignore_errors=True)
+        else:
+            with suppress(FileNotFoundError):
+                self._system.rm(self._root, recursive=True)
