@@ -157,6 +157,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; DemoError is left to the caller, who prints it in one line."""
+    """Run the command."""
     build_demo(args.output, only=args.only, cache=args.cache, force=args.force)
     return 0

@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.manifest import DataPrepError
+
 JPEG_QUALITY = 90
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-class DemoError(ValueError):
+class DemoError(DataPrepError):
     """The demo pictures cannot be built; the message says why and what else there is."""
 
 

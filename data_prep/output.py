@@ -1,6 +1,7 @@
 """The output folder of a build: one writer at a time, what is there already, what an interrupted build left."""
 
 import fcntl
+import io
 import json
 import os
 import re
@@ -8,36 +9,196 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from data_prep.manifest import MANIFEST_NAME, TEMP_MARK, DataPrepError, Manifest, atomic_write, index_path
+import pyarrow.parquet as pq
 
-REJECTED_NAME = "rejected.jsonl"
-OUR_FILES = re.compile(r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|" + re.escape(REJECTED_NAME))
+from data_prep.manifest import MANIFEST_NAME, TEMP_MARK, DataPrepError, Manifest, ShardEntry, index_path
+from data_prep.storage import Folder
+
+BUILD_FOLDER = ".build"
+BUILD_RECORD = "build.json"
+OUR_FILES = re.compile(
+    r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
+)
 
 
 class ShardError(DataPrepError):
     """The output folder cannot be used for this build."""
 
 
+class RejectError(DataPrepError):
+    """Too many images are rejected, or the archive is damaged. The work done is kept."""
+
+    exit_code = 3
+
+
 @dataclass
 class BuildResult:
-    """`rejected`: one dict (split, wnid, name, reason) for each image or file that is in no shard."""
+    """`notes` are lines for the user."""
 
     manifest: Manifest
     already_built: bool
-    rejected: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
+class Output:
+    """The folder (or URL) of a data set, and the folder of unfinished work (OUTPUT/.build unless given)."""
+
+    def __init__(self, url: str | Path, work: str | Path | None = None):
+        self.folder = Folder(url)
+        self.work = Folder(work) if work else self.folder.folder(BUILD_FOLDER)
+
+    def __str__(self) -> str:
+        return self.folder.url
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Lock the folder against another run on this file system; raises ShardError when one holds it."""
+        if not self.folder.is_local:
+            yield
+            return
+        os.makedirs(self.folder.url, exist_ok=True)
+        with sole_writer(Path(self.folder.url)):
+            yield
+
+    def begin(self, name: str, wanted: dict[str, Any], *, force: bool) -> None:
+        """Make ready for a build, or for going on with one of the same settings."""
+        identity = {"name": name, "settings": wanted}
+        if force and self.folder.exists(MANIFEST_NAME):
+            self.clear()
+        if self.work.exists(BUILD_RECORD):
+            there = json.loads(self.work.read(BUILD_RECORD))
+            differing = _differing(there["name"], there["settings"], name, wanted)
+            if not differing:
+                self.clear_unfinished()
+                return
+            if not force:
+                raise ShardError(
+                    f"{self} holds an unfinished build with other settings: {', '.join(differing)}: give those to "
+                    "finish it, --force to begin anew, or another --output"
+                )
+        foreign = [found for found in self.folder.names() if OUR_FILES.fullmatch(found)]
+        if foreign and not self.work.exists(BUILD_RECORD) and not force:
+            raise ShardError(
+                f"{self} holds {foreign[0]} but neither {MANIFEST_NAME} nor an unfinished build: give --force to "
+                "replace such files, or choose another --output"
+            )
+        self.clear()
+        self.work.write(BUILD_RECORD, json.dumps(identity, indent=1).encode())
+
+    def already_built(self, name: str, wanted: dict[str, Any]) -> BuildResult:
+        """The finished build. Raises ShardError when it has other settings, or files of it are missing."""
+        manifest = Manifest.load(self.folder.url)
+        differing = _differing(manifest.name, manifest.settings, name, wanted)
+        if differing:
+            raise ShardError(
+                f"{self} holds a dataset built with other settings: {', '.join(differing)}: "
+                "give --force to replace it, or choose another --output"
+            )
+        for split in manifest.splits.values():
+            for entry in [*split.shards, *split.betons]:
+                indexed = entry in split.betons or self.folder.exists(str(index_path(entry.file)))
+                if self.folder.size(entry.file) != entry.bytes or not indexed:
+                    raise ShardError(
+                        f"{self.folder.join(entry.file)} or its index is missing or has another size than "
+                        f"{MANIFEST_NAME} says: give --force to build the dataset anew"
+                    )
+        if self.work.exists(BUILD_RECORD):  # killed between the manifest and the end
+            self.work.remove_all()
+        return BuildResult(manifest, True)
+
+    def finished_shards(self) -> dict[str, ShardEntry]:
+        """Shards that an interrupted run has written."""
+        records = self.work.folder("shards")
+        entries = [ShardEntry.model_validate_json(records.read(name)) for name in records.names("*.json")]
+        return {
+            entry.file: entry
+            for entry in entries
+            if self.folder.size(entry.file) == entry.bytes and self.folder.exists(str(index_path(entry.file)))
+        }
+
+    def judge(self, chunks: list[str], *, max_reject: float, salvage: bool) -> None:
+        """Raise RejectError when the archive is damaged (unless `salvage`), or when the share of rejected images
+        passes `max_reject`.
+        """
+        images = rejected = 0
+        damage: list[str] = []
+        reasons: dict[str, int] = {}
+        for name in chunks:
+            columns = ["action", "reason", "name", "detail", "sha256"]
+            table = pq.read_table(io.BytesIO(self.work.folder("chunks").read(f"{name}.parquet")), columns=columns)
+            images += len(table) - table.column("sha256").null_count
+            for row in table.filter(_rejected(table)).to_pylist():
+                if row["reason"] == "damaged_archive":
+                    damage.append(f"{row['name']}: {row['detail']}")
+                elif row["sha256"] is not None:
+                    rejected += 1
+                    reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+        if damage and not salvage:
+            raise RejectError(
+                f"the source is damaged in {len(damage)} place(s), first {damage[0]}: fetch it again; or give "
+                "--salvage to go on without what cannot be read (what is done is kept)"
+            )
+        if images and rejected / images > max_reject:
+            most = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:5])
+            raise RejectError(
+                f"{rejected:,} of {images:,} images are rejected ({rejected / images:.1%}: {most}), more than "
+                f"--max-reject {max_reject:.1%} allows: look at the source, or raise it (what is done is kept)"
+            )
+
+    def first_reject(self, chunks: list[str]) -> str:
+        """Why nothing is usable, by the first example."""
+        for name in chunks:
+            table = pq.read_table(io.BytesIO(self.work.folder("chunks").read(f"{name}.parquet")))
+            for row in table.slice(0, 1).to_pylist():
+                return f"the first file, {row['name']}, is {row['action']}: {row['reason']} {row['detail']}".rstrip()
+        return "it holds no files"
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest, which makes the data set whole, then drop the unfinished work."""
+        self.folder.write(MANIFEST_NAME, manifest.to_bytes())
+        self.work.remove_all()
+
+    def clear(self) -> None:
+        """Remove what an interrupted or earlier build left. The manifest goes first: without it nothing else counts."""
+        self.folder.remove(MANIFEST_NAME)
+        self.clear_unfinished()
+        for name in self.folder.names():
+            if OUR_FILES.fullmatch(name):
+                self.folder.remove(name)
+        self.work.remove_all()
+
+    def clear_unfinished(self) -> None:
+        """Remove the temporary files of killed runs; only for the sole writer of the folder."""
+        for folder in (self.folder, self.work):
+            if folder.is_local and Path(folder.url).is_dir():
+                clear_unfinished(Path(folder.url))
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Remove the temporary files of killed runs from a folder and its folders."""
+    for path in directory.rglob(f".*{TEMP_MARK}*"):
+        path.unlink(missing_ok=True)
+
+
+def _rejected(table: Any) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.equal(table.column("action"), "rejected")
+
+
 @contextmanager
-def sole_writer(output: Path) -> Iterator[None]:
-    folder = os.open(output, os.O_RDONLY)
+def sole_writer(directory: Path) -> Iterator[None]:
+    """Hold the folder's lock. Raises ShardError when another process of this machine (or file system) holds it."""
+    folder = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ShardError(f"another run is writing to {output}: wait for it, or choose another --output") from None
+            raise ShardError(
+                f"another run is writing to {directory}: wait for it, or choose another --output"
+            ) from None
         except OSError:
             pass  # some network file systems cannot lock a folder; then nothing guards against two runs
         yield
@@ -45,66 +206,15 @@ def sole_writer(output: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def already_built(output: Path, name: str, wanted: dict[str, Any]) -> BuildResult:
-    manifest = Manifest.load(output)
-
-    def compared(dataset_name: str, settings: dict[str, Any]) -> dict[str, Any]:
+def _differing(name_there: str, there: dict[str, Any], name_now: str, now: dict[str, Any]) -> list[str]:
+    def compared(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         # A source may be moved or renamed: only its content counts.
         content = {key: (settings.get(key) or {}).get("fingerprint", "none") for key in ("source", "val_source")}
-        return {"name": dataset_name, **settings, **content}
+        return {"name": name, **settings, **content}
 
-    there, now = compared(manifest.name, manifest.settings), compared(name, wanted)
-    differing = [
-        f"{key} ({there.get(key)} there, {now.get(key)} now)"
-        for key in sorted(there.keys() | now.keys())
-        if there.get(key) != now.get(key)
+    old, new = compared(name_there, there), compared(name_now, now)
+    return [
+        f"{key} ({old.get(key)} there, {new.get(key)} now)"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
-    if differing:
-        raise ShardError(
-            f"{output} holds a dataset built with other settings: {', '.join(differing)}: "
-            "give --force to replace it, or choose another --output"
-        )
-    for split in manifest.splits.values():
-        for entry in [*split.shards, *split.betons]:
-            path = output / entry.file
-            if (
-                not path.is_file()
-                or path.stat().st_size != entry.bytes
-                or not (entry in split.betons or index_path(path).is_file())
-            ):
-                raise ShardError(
-                    f"{path} or its index is missing or has another size than {MANIFEST_NAME} says: "
-                    "give --force to build the dataset anew"
-                )
-    rejected_path = output / REJECTED_NAME
-    lines = rejected_path.read_text().splitlines() if rejected_path.exists() else []
-    return BuildResult(manifest, True, [json.loads(line) for line in lines])
-
-
-def clear(output: Path) -> None:
-    """Remove what an interrupted or earlier build left. The manifest goes first: without it nothing else counts."""
-    (output / MANIFEST_NAME).unlink(missing_ok=True)
-    clear_unfinished(output)
-    for path in output.iterdir():
-        if OUR_FILES.fullmatch(path.name):
-            path.unlink()
-
-
-def clear_unfinished(output: Path) -> None:
-    """Remove the temporary files of killed runs; only for the sole writer of the folder."""
-    for path in output.glob(f".*{TEMP_MARK}*"):
-        path.unlink()
-
-
-@contextmanager
-def spill_file(output: Path) -> Iterator[BinaryIO]:
-    path = output / f".spill{TEMP_MARK}{os.getpid()}"
-    with open(path, "w+b") as spill:
-        path.unlink()  # the open file lives on without a name, so that not even a kill leaves it behind
-        yield spill
-
-
-def write_rejected(output: Path, rejected: list[dict[str, str]]) -> None:
-    with atomic_write(output / REJECTED_NAME) as file:
-        for row in rejected:
-            file.write(json.dumps(row).encode() + b"\n")

@@ -1,273 +1,240 @@
-"""A source of images -> shuffled WebDataset shards with indexes, and the manifest.
+"""A source of images -> shuffled WebDataset shards with indexes, the ledger, and the manifest.
 
-Two stages, so that neither the order nor the bytes depend on the number of workers:
-1. every image is prepared and its bytes appended to one spill file in the output folder;
-2. a sample's place in the split is given by a hash of (seed, class, name), so each shard is a uniform random
-   draw of the whole set; shards are then written one after another from the spill.
+Two stages, so that neither the order nor the bytes depend on the number of workers, their deaths or restarts:
+1. `ingest.py`: each chunk of the source becomes a data file of prepared images and a table of rows;
+2. `assign.py` gives every image its place by hashes, so each shard is a uniform random draw of the whole set; then
+   each shard is gathered from the data files, by any worker, to the same bytes.
 
-All files get their final name only when complete; `dataset.json` comes last: a folder that has one is whole.
+All files get their final name only when complete; `dataset.json` comes last: a folder that has one is whole. What the
+stages have done stands in OUTPUT/.build until then, and the same command goes on from there.
 """
 
 import hashlib
-import io
 import json
-import os
-import re
-import sys
-import tarfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from data_prep.images import ImagePolicy, Prepared, prepare_all
-from data_prep.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    ShardEntry,
-    ShardIndex,
-    Split,
-    atomic_write,
-    file_sha256,
-    index_path,
-)
-from data_prep.output import (
-    BuildResult,
-    ShardError,
-    already_built,
-    clear,
-    sole_writer,
-    spill_file,
-    write_rejected,
-)
-from data_prep.sources import Source, SourceError, limit_per_class, name_hash
+from data_prep.assign import Assignment, Rows, assign, load_rows
+from data_prep.cluster import Cluster
+from data_prep.gather import ShardTask, write_shard
+from data_prep.images import ImagePolicy
+from data_prep.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
+from data_prep.ledger import write_ledger
+from data_prep.manifest import Manifest, Split
+from data_prep.output import BuildResult, Output
+from data_prep.progress import Progress
+from data_prep.reclaim import Reclaimer
+from data_prep.sources import Source, SourceError
+from data_prep.storage import Folder
 
-MAX_KEY_CHARS = 80  # leaves room for the extension in the 100 bytes of a plain tar header
+MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, CHUNKS_OF_A_SMALL_SOURCE = 128 << 20, 1 << 16, 32
+MAX_CHUNK_IMAGES = 8_000
 
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """What decides the content of the shards (workers and formats do not)."""
+    """What decides the content of the data set (workers and formats do not)."""
 
     short_side_px: int = 512
     quality: int = 90
+    reencode: str = "when-resized"
+    truncated: str = "reject"
+    min_side_px: int = 32
+    exif_orientation: str = "ignore"
+    check: str = "decode"
     samples_per_shard: int = 10_000
     seed: int = 0
     max_images_per_class: int | None = None
     val_per_class: int = 0
+    duplicates: str = "leaks"
 
-
-@dataclass(slots=True)
-class _Sample:
-    wnid: str
-    name: str
-    key: str
-    spill_offset: int
-    size_bytes: int
-    image: Prepared  # without its bytes: those are in the spill
+    @property
+    def policy(self) -> ImagePolicy:
+        """The part that concerns one image."""
+        names = ("short_side_px", "quality", "reencode", "truncated", "min_side_px", "exif_orientation", "check")
+        return ImagePolicy(**{name: getattr(self, name) for name in names})
 
 
 def build_shards(
-    source: Source,
-    output: Path,
+    sources: list[Source],
+    output: Output,
     settings: ShardSettings,
+    cluster: Cluster,
     *,
     name: str,
-    val_source: Source | None = None,
-    workers: int = 1,
+    exclude: Collection[tuple[str, str]] = (),
+    max_reject: float = 1.0,
+    salvage: bool = False,
     force: bool = False,
 ) -> BuildResult:
-    """Build the dataset folder `output`, or find that it is there already.
+    """Build the data set in `output`, go on with an interrupted build, or find that it is there already.
 
-    Raises ShardError when `output` holds a build with other settings (unless `force`), SourceError when the
-    source is damaged or gives no usable image.
+    Raises ShardError when `output` holds a build with other settings (unless `force`), SourceError when the source
+    gives no usable image, RejectError when too much of it is unusable.
     """
-    for read in (source, val_source):
-        if read is not None and read.path.is_dir() and output.resolve().is_relative_to(read.path.resolve()):
-            raise ShardError(f"output {output} lies inside the source {read.path}: choose a folder outside of it")
-    wanted = {**asdict(settings), "source": _identity(source), "val_source": val_source and _identity(val_source)}
-    output.mkdir(parents=True, exist_ok=True)
-    with sole_writer(output):
-        if (output / MANIFEST_NAME).exists() and not force:
-            return already_built(output, name, wanted)
-        clear(output)
-        with spill_file(output) as spill:
-            samples, rejected = _ingest(source, spill, settings, workers, split="train")
-            splits = {"train": samples}
-            synsets = sorted(set(source.classes))
-            notes = []
-            if val_source is not None:
-                splits["val"], more = _ingest(val_source, spill, settings, workers, "val", known=set(synsets))
-                rejected += more
-            elif settings.val_per_class:
-                splits["train"], splits["val"], note = _take_validation(samples, settings.val_per_class)
-                notes += note
-            empty = len(set(synsets) - {sample.wnid for sample in splits["train"]})
-            if empty:
-                notes.append(f"{empty} of {len(synsets)} classes have no usable training image")
-            label = {wnid: number for number, wnid in enumerate(synsets)}
-            built = {split: _write_split(output, split, rows, spill, label, settings) for split, rows in splits.items()}
-        write_rejected(output, rejected)
+    wanted = {**asdict(settings), "exclude": _digest(exclude) if exclude else None}
+    wanted |= dict.fromkeys(("source", "val_source"))
+    for key, source in zip(("source", "val_source"), sources, strict=False):
+        wanted[key] = {"file": source.name, "kind": source.kind}
+        wanted[key]["fingerprint"] = source.fingerprint()
+    with output.sole_writer():
+        if output.folder.exists("dataset.json") and not force:
+            return output.already_built(name, wanted)
+        output.begin(name, wanted, force=force)
+        names, classes = _ingest(sources, output.work, settings, cluster)
+        rows = load_rows(output.work.folder("chunks"), names)
+        output.judge(names, max_reject=max_reject, salvage=salvage)
+        assignment = assign(
+            rows,
+            output.work.folder("chunks"),
+            max_images_per_class=settings.max_images_per_class,
+            val_per_class=settings.val_per_class,
+            duplicates=settings.duplicates,
+            exclude=exclude,
+        )
+        if not len(assignment.order["train"]):
+            raise SourceError(f"no usable training images in {sources[0].path}: {output.first_reject(names)}")
+        has_val = bool(settings.val_per_class) or any("val" in source.splits for source in sources)
+        splits = _write_shards(rows, assignment, classes, output, settings, cluster, has_val)
+        empty = splits["train"].class_counts.count(0)
+        if empty:
+            assignment.notes.append(f"{empty} of {len(classes)} classes have no usable training image")
+        write_ledger(rows, assignment, output.folder, output.work.folder("chunks"), settings.samples_per_shard)
         manifest = Manifest(
             name=name,
-            dataset_id=_dataset_id(synsets, built, settings),
-            synsets=synsets,
-            splits=built,
+            dataset_id=_dataset_id(classes, splits, settings),
+            synsets=classes,
+            splits=splits,
             settings=wanted,
         )
-        manifest.save(output)
-    return BuildResult(manifest, False, rejected, notes)
-
-
-def _identity(source: Source) -> dict[str, str]:
-    return {"file": source.path.name, "kind": source.kind, "fingerprint": source.fingerprint()}
+        output.finish(manifest)
+    return BuildResult(manifest, False, assignment.notes)
 
 
 def _ingest(
-    source: Source,
-    spill: BinaryIO,
-    settings: ShardSettings,
-    workers: int,
-    split: str,
-    known: set[str] | None = None,
-) -> tuple[list[_Sample], list[dict[str, str]]]:
-    """Stage 1: prepare every image, append its bytes to the spill. Classes outside `known` are rejected."""
-    samples: list[_Sample] = []
-    rejected: list[dict[str, str]] = []
-    keys: set[str] = set()
-    records: Iterable[Any] = source
-    if settings.max_images_per_class is not None and split == "train":
-        records = limit_per_class(source, settings.max_images_per_class)
-    policy = ImagePolicy(settings.short_side_px, settings.quality)
-    with tqdm(
-        prepare_all(records, policy, workers),
-        desc=f"images for {split}",
-        unit="image",
-        mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file is not a terminal
-    ) as progress:
-        for wnid, name, outcome in progress:
-            if isinstance(outcome, Prepared) and known is not None and wnid not in known:
-                outcome = "its class is not in the training source"
-            if isinstance(outcome, str):
-                rejected.append({"split": split, "wnid": wnid, "name": name, "reason": outcome})
-                progress.set_postfix(rejected=len(rejected), refresh=False)
-                continue
-            samples.append(
-                _Sample(
-                    wnid, name, _new_key(wnid, name, keys), spill.tell(), len(outcome.jpeg), outcome._replace(jpeg=b"")
+    sources: list[Source], work: Folder, settings: ShardSettings, cluster: Cluster
+) -> tuple[list[str], list[str]]:
+    """Stage 1. Returns the names of all chunks, in source order, and the classes of train, sorted."""
+    names: list[str] = []
+    classes: set[str] = set()
+    for source in sources:
+        record = f"ingested-{source.split}.json"
+        if not work.exists(record):
+            found = _ingest_source(source, work, settings, cluster)
+            work.write(record, json.dumps(found).encode())
+        found = json.loads(work.read(record))
+        names += found["chunks"]
+        if source.split == "train":
+            classes |= set(found["classes"])
+    return names, sorted(classes)
+
+
+def _ingest_source(source: Source, work: Folder, settings: ShardSettings, cluster: Cluster) -> dict[str, Any]:
+    present = {stem.removesuffix(".parquet") for stem in work.folder("chunks").names("*.parquet")}
+    done = {int(stem.rsplit("-", 1)[1]) for stem in present if stem.startswith(f"{source.split}-")}
+    spool = work.folder("spool")
+    names: list[str] = []
+    classes: set[str] = set()
+    max_bytes = MAX_CHUNK_BYTES
+    if source.total_bytes:  # so that a small source, too, keeps all workers busy
+        max_bytes = min(max_bytes, max(MIN_CHUNK_BYTES, source.total_bytes // CHUNKS_OF_A_SMALL_SOURCE))
+    progress = Progress(f"images of {source.split}", source.total_bytes)
+
+    def tasks() -> Iterator[IngestTask]:
+        for chunk in source.chunks(max_bytes, MAX_CHUNK_IMAGES, spool, done):
+            names.append(chunk_name(source.split, chunk.number))
+            if chunk.split == "train":
+                classes.update(chunk.classes)
+            if chunk.number in done:
+                progress.advance(chunk.bytes, resumed=True)
+            else:
+                yield IngestTask(
+                    source.split, chunk, settings.policy, settings.seed, settings.max_images_per_class, work
                 )
-            )
-            spill.write(outcome.jpeg)
-    if not samples:
-        why = f"; {rejected[0]['name']}: {rejected[0]['reason']}" if rejected else ""
-        raise SourceError(
-            f"no images found in {source.path}: {len(source.classes)} classes, {len(rejected)} unusable files{why}"
+
+    task: IngestTask
+    result: ChunkResult
+    with progress:
+        for task, result in cluster.run(ingest_chunk, tasks()):
+            if task.chunk.spool is not None:
+                spool.remove(task.chunk.spool)
+            progress.advance(task.chunk.bytes, images=result.images, rejected=result.rejected)
+            for damage in result.damage:
+                progress.say(f"damaged: {damage}")
+    return {"chunks": names, "classes": sorted(classes)}
+
+
+def _write_shards(
+    rows: Rows,
+    assignment: Assignment,
+    classes: list[str],
+    output: Output,
+    settings: ShardSettings,
+    cluster: Cluster,
+    has_val: bool,
+) -> dict[str, Split]:
+    """Stage 2."""
+    label_of = {wnid: label for label, wnid in enumerate(classes)}
+    label = np.array([label_of.get(wnid, -1) for wnid in rows.wnids], np.int32)
+    entries = output.finished_shards()
+    splits = ("val", "train") if has_val else ("train",)  # val first: `Reclaimer` wants it so
+    shard_names = {
+        split: [
+            f"{split}-{number:06d}.tar"
+            for number in range(-(-len(assignment.order[split]) // settings.samples_per_shard))
+        ]
+        for split in splits
+    }
+
+    reclaimer = Reclaimer(rows, assignment.order["train"], settings.samples_per_shard, output.work)
+    reclaimer.check({number for number, name in enumerate(shard_names["train"]) if name in entries})
+
+    def tasks() -> Iterator[ShardTask]:
+        for split in splits:
+            for number, name in enumerate(shard_names[split]):
+                if name in entries:
+                    progress.advance(entries[name].samples, resumed=True)
+                    continue
+                start = number * settings.samples_per_shard
+                index = assignment.order[split][start : start + settings.samples_per_shard]
+                numbers, chunk = np.unique(np.searchsorted(rows.start, index, side="right") - 1, return_inverse=True)
+                yield ShardTask(
+                    name=name,
+                    output=output.folder,
+                    work=output.work,
+                    chunks=[rows.chunks[i] for i in numbers],
+                    chunk=chunk.astype(np.int32),
+                    offset=rows.offset[index],
+                    jpeg_bytes=rows.jpeg_bytes[index],
+                    tail_bytes=rows.tail_bytes[index],
+                    label=label[rows.wnid[index]],
+                    wnids=classes,
+                    keys={at: assignment.keys[row] for at, row in enumerate(index.tolist()) if row in assignment.keys},
+                )
+
+    train_shards = {name: number for number, name in enumerate(shard_names["train"])}
+    val_shards = set(shard_names.get("val", ()))
+    with Progress("shards", sum(len(assignment.order[split]) for split in splits), unit="images") as progress:
+        for task, entry in cluster.run(write_shard, tasks()):
+            entries[task.name] = entry
+            progress.advance(entry.samples)
+            if task.name in train_shards and val_shards <= entries.keys():
+                reclaimer.finish(train_shards[task.name])
+    return {
+        split: Split(
+            samples=len(assignment.order[split]),
+            class_counts=np.bincount(label[rows.wnid[assignment.order[split]]], minlength=len(classes)).tolist(),
+            shards=[entries[name] for name in shard_names[split]],
         )
-    rejected += [
-        {"split": split, "wnid": "", "name": stray, "reason": "belongs to no class"} for stray in source.strays
-    ]
-    spill.flush()
-    return samples, rejected
+        for split in sorted(splits)
+    }
 
 
-def _new_key(wnid: str, name: str, taken: set[str]) -> str:
-    """A key unique in the split, the same in every build: from the name, with a hash where that is not enough."""
-    # WebDataset takes everything after the first dot for the extension, and a slash for a folder.
-    stem = re.sub(r"[^A-Za-z0-9_-]", "_", os.path.splitext(name)[0])
-    plain = stem if stem.startswith(f"{wnid}_") else f"{wnid}_{stem}"
-    key, attempt = plain, 0
-    while key in taken or len(key) > MAX_KEY_CHARS:
-        suffix = f"-{name_hash(f'key{attempt}', wnid, name):016x}"
-        key, attempt = plain[: MAX_KEY_CHARS - len(suffix)] + suffix, attempt + 1
-    taken.add(key)
-    return key
-
-
-def _take_validation(samples: list[_Sample], per_class: int) -> tuple[list[_Sample], list[_Sample], list[str]]:
-    """Take `per_class` images of each class for validation, at most half of the class.
-
-    Chosen by a hash of class and name without the seed: another shuffle must not move images between splits.
-    """
-    by_class: dict[str, list[_Sample]] = defaultdict(list)
-    for sample in samples:
-        by_class[sample.wnid].append(sample)
-    val_keys: set[str] = set()
-    short = 0
-    for rows in by_class.values():
-        rows.sort(key=lambda row: (name_hash("val", row.wnid, row.name), row.key))
-        taken = min(per_class, len(rows) // 2)
-        short += taken < per_class
-        val_keys.update(row.key for row in rows[:taken])
-    notes = [f"{short} classes gave less than {per_class} validation images: half of a class stays in train"]
-    train = [sample for sample in samples if sample.key not in val_keys]
-    return train, [sample for sample in samples if sample.key in val_keys], notes if short else []
-
-
-def _write_split(
-    output: Path, split: str, samples: list[_Sample], spill: BinaryIO, label: dict[str, int], settings: ShardSettings
-) -> Split:
-    """Stage 2: put the samples in the order of their hash and write the shards."""
-    salt = f"order{settings.seed}"
-    samples = sorted(samples, key=lambda row: (name_hash(salt, row.wnid, row.name), row.key))
-    shards = []
-    starts = range(0, len(samples), settings.samples_per_shard)
-    for number, start in enumerate(tqdm(starts, desc=f"shards of {split}", unit="shard", leave=False, disable=None)):
-        rows = samples[start : start + settings.samples_per_shard]
-        shards.append(_write_shard(output / f"{split}-{number:06d}.tar", rows, spill, label))
-    counts = Counter(sample.wnid for sample in samples)
-    return Split(samples=len(samples), class_counts=[counts[wnid] for wnid in label], shards=shards)
-
-
-def _write_shard(path: Path, rows: list[_Sample], spill: BinaryIO, label: dict[str, int]) -> ShardEntry:
-    # tarfile rather than webdataset.TarWriter: it gives the same bytes, tells where each member's data lies (the
-    # index needs that), and does not import torch.
-    offsets = []
-    with atomic_write(path) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row in rows:
-                jpeg = os.pread(spill.fileno(), row.size_bytes, row.spill_offset)
-                assert len(jpeg) == row.size_bytes, "the spill file holds every sample"
-                offsets.append(_add_member(tar, f"{row.key}.jpg", jpeg))
-                described = {
-                    "wnid": row.wnid,
-                    "label": label[row.wnid],
-                    "source_name": row.name,
-                    "width": row.image.width,
-                    "height": row.image.height,
-                    "bytes": row.size_bytes,
-                    "source_width": row.image.source_width,
-                    "source_height": row.image.source_height,
-                    "reencoded": row.image.reencoded,
-                }
-                _add_member(tar, f"{row.key}.json", json.dumps(described).encode())
-        file.flush()
-        entry = ShardEntry(
-            file=path.name,
-            samples=len(rows),
-            bytes=file.tell(),
-            sha256=file_sha256(file.name),
-        )
-        index = ShardIndex(
-            keys=np.array([row.key for row in rows]),
-            offsets=np.array(offsets),
-            sizes=np.array([row.size_bytes for row in rows]),
-            labels=np.array([label[row.wnid] for row in rows]),
-        )
-        index.save(index_path(path))  # before the shard gets its name: a shard is never without its index
-    return entry
-
-
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a file; returns the offset of its first data byte in the tar."""
-    info = tarfile.TarInfo(name)  # mtime, owner and mode keep their fixed defaults: the same input, the same bytes
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-    padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-    return tar.offset - padded
+def _digest(exclude: Collection[tuple[str, str]]) -> str:
+    return hashlib.sha256("\n".join(sorted("\t".join(pair) for pair in exclude)).encode()).hexdigest()[:32]
 
 
 def _dataset_id(synsets: list[str], splits: dict[str, Split], settings: ShardSettings) -> str:

@@ -1,26 +1,28 @@
-"""What a build is told to the user at its end."""
+"""What a build is told to the user at its end: the splits, and what became of the images, by reason."""
 
-from collections import Counter
-from pathlib import Path
-
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.output import REJECTED_NAME, BuildResult
+from data_prep.ledger import ACTIONS, LEDGER_NAME
+from data_prep.output import BuildResult
+from data_prep.storage import Folder, open_binary
 
-LISTED_REJECTS = 5
+LISTED_REASONS = 25
 
 
-def print_summary(result: BuildResult, output: Path, already_built: bool) -> None:
-    """Print a table of the splits, the rejected images by reason, and notes, to standard output."""
+def print_summary(result: BuildResult, output: Folder) -> None:
+    """Print a table of the splits, one of actions and reasons from the ledger, and notes, to standard output."""
     console = Console(soft_wrap=True, highlight=False)
     manifest = result.manifest
-    state = "already built" if already_built else "built"
+    state = "already built" if result.already_built else "built"
     table = Table(
-        title=f"{state}: {manifest.name}, {manifest.num_classes} classes (id {manifest.dataset_id[:12]}), in {output}",
+        title=f"{state}: {manifest.name}, {manifest.num_classes:,} classes (id {manifest.dataset_id[:12]}), "
+        f"in {output.url}",
         title_justify="left",
     )
-    for column in ("split", "samples", "per class", "shards", "MB", "MB in .beton", "rejected"):
+    for column in ("split", "samples", "per class", "shards", "MB", "MB in .beton"):
         table.add_column(column, justify="left" if column == "split" else "right", no_wrap=True)
     for name, split in manifest.splits.items():
         counts = split.class_counts
@@ -28,19 +30,35 @@ def print_summary(result: BuildResult, output: Path, already_built: bool) -> Non
             name,
             f"{split.samples:,}",
             f"{min(counts)}-{max(counts)}",
-            str(len(split.shards)),
+            f"{len(split.shards):,}",
             f"{sum(entry.bytes for entry in split.shards) / 1e6:,.1f}",
             f"{sum(entry.bytes for entry in split.betons) / 1e6:,.1f}" if split.betons else "-",
-            str(sum(row["split"] == name for row in result.rejected)),
         )
     console.print(table)
+    print_ledger(console, output)
     for note in result.notes:
         console.print(f"note: {note}", markup=False)
-    if result.rejected:
-        console.print(f"rejected images, all listed in {output / REJECTED_NAME}:", markup=False)
-        reasons = Counter(row["reason"] for row in result.rejected).most_common()
-        for reason, count in reasons[:LISTED_REJECTS]:
-            example = next(row for row in result.rejected if row["reason"] == reason)
-            console.print(f"  {count} x {reason} (such as {example['wnid']} {example['name']})", markup=False)
-        if len(reasons) > LISTED_REJECTS:
-            console.print(f"  and {len(reasons) - LISTED_REJECTS} other reasons", markup=False)
+
+
+def print_ledger(console: Console, output: Folder) -> None:
+    """Print how many images had which action and reason, with an example of each."""
+    if not output.exists(LEDGER_NAME):
+        return
+    counts: dict[tuple[str, str], int] = {}
+    examples: dict[tuple[str, str], str] = {}
+    with open_binary(output.join(LEDGER_NAME)) as file:
+        for batch in pq.ParquetFile(file).iter_batches(columns=["action", "reason", "name"]):
+            groups = pa.Table.from_batches([batch]).group_by(["action", "reason"])
+            for row in groups.aggregate([("name", "count"), ("name", "min")]).to_pylist():
+                key = (row["action"], row["reason"])
+                counts[key] = counts.get(key, 0) + row["name_count"]
+                examples.setdefault(key, row["name_min"])
+    listing = Table(title=f"every image, as listed in {output.join(LEDGER_NAME)}", title_justify="left")
+    for column in ("action", "reason", "images", "such as"):
+        listing.add_column(column, justify="right" if column == "images" else "left", no_wrap=column != "such as")
+    ordered = sorted(counts, key=lambda key: (ACTIONS.index(key[0]), -counts[key], key[1]))
+    for action, reason in ordered[:LISTED_REASONS]:
+        listing.add_row(action, reason, f"{counts[action, reason]:,}", examples[action, reason])
+    if len(ordered) > LISTED_REASONS:
+        listing.add_row("", "and others", str(sum(counts[key] for key in ordered[LISTED_REASONS:])), "")
+    console.print(listing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import io
 import json
@@ -9,8 +10,10 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,3 +138,65 @@ def log_of(root: Path, name: str) -> list[dict[str, float]]:
     """The lines of a run's log.jsonl that carry a training loss."""
     lines = [json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+@dataclass(frozen=True)
+class ObjectStore:
+    """A real S3 API on this machine, with one bucket named `bucket`."""
+
+    environment: dict[str, str]
+    client: Any
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket="bucket", Key=key, Body=data)
+
+    def digests(self, prefix: str) -> dict[str, str]:
+        """SHA-256 of every object below the prefix, by the rest of its key."""
+        listed = self.client.list_objects_v2(Bucket="bucket", Prefix=prefix).get("Contents", [])
+        return {
+            entry["Key"].removeprefix(prefix): hashlib.sha256(
+                self.client.get_object(Bucket="bucket", Key=entry["Key"])["Body"].read()
+            ).hexdigest()
+            for entry in listed
+        }
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[ObjectStore]:
+    """One server for all tests: its buckets are global to the process."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    client = boto3.client(
+        "s3",
+        endpoint_url=environment["AWS_ENDPOINT_URL"],
+        aws_access_key_id="test",
+        aws_secret_access_key="test",
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket="bucket")
+    yield ObjectStore(environment, client)
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """The store, with this process's s3fs pointed to it and nothing in its bucket."""
+    import s3fs
+
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    yield s3_server
+    for entry in s3_server.client.list_objects_v2(Bucket="bucket").get("Contents", []):
+        s3_server.client.delete_object(Bucket="bucket", Key=entry["Key"])
+    s3fs.S3FileSystem.clear_instance_cache()

@@ -1,0 +1,200 @@
+"""Interruptions of `data_prep shard`: kills of anything at any moment, lost schedulers, full disks, object stores."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from archives import ROOT, WNIDS, archive, command, digests, image_bytes, run, shard, tar_bytes
+
+from data_prep.manifest import Manifest
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """600 images of 30 kB, so that a build takes a while and has many chunks."""
+    path = tmp_path_factory.mktemp("source") / "source.tar"
+    rng = np.random.default_rng(1)
+    members = {}
+    for wnid in WNIDS:
+        images = {f"{wnid}_{i}.JPEG": image_bytes(int(rng.integers(1 << 30)), (900, 700)) for i in range(200)}
+        members[f"{wnid}.tar"] = tar_bytes(images)
+    path.write_bytes(tar_bytes(members))
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(source, tmp_path_factory) -> dict[str, str]:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    done = run(command(source, output, "--workers", "1"))
+    assert done.returncode == 0, done.stderr
+    assert Manifest.load(output).split("train").samples == 585
+    return digests(output)
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def test_killed_at_random_moments_gives_the_same_bytes(source, undisturbed, tmp_path):
+    choose = random.Random(0)
+    kills = dict.fromkeys(("command", "worker"), 0)
+    finished = 0
+    while sum(kills.values()) < KILLS or not finished:
+        output = tmp_path / f"out{finished}"
+        victim, workers = choose.choice((("command", "1"), ("command", "2"), ("worker", "2")))
+        # Moments from before the first file to well into the shards, whatever this machine's speed.
+        wanted_files = _files(output) + choose.randrange(0, 25)
+        process = subprocess.Popen(
+            command(source, output, "--workers", workers), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        while process.poll() is None and sum(kills.values()) < KILLS:
+            found = [child for child in descendants(process.pid) if "spawn_main" in " ".join(_command_line(child))]
+            if _files(output) < wanted_files or (victim == "worker" and not found):
+                time.sleep(0.01)
+                continue
+            if victim == "worker":
+                found[choose.randrange(len(found))].kill()
+            else:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                assert not psutil.wait_procs(found, timeout=30)[1], "workers outlive their command"
+                # Whatever has its final name is complete.
+                there = digests(output) if output.exists() else {}
+                assert {n: d for n, d in there.items() if not n.startswith(".")}.items() <= undisturbed.items()
+            kills[victim] += 1
+            break
+        _, errors = process.communicate(timeout=120)
+        if process.returncode == 0:
+            assert digests(output) == undisturbed
+            assert not (output / ".build").exists()
+            finished += 1
+        else:
+            assert process.returncode == -signal.SIGKILL, errors.decode()
+    assert min(kills.values()) > 0
+
+
+def _files(output: Path) -> int:
+    return sum(1 for _ in output.rglob("*")) if output.exists() else 0
+
+
+def _command_line(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+@contextmanager
+def dask(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dask", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        yield process
+    finally:
+        for child in [*descendants(process.pid), psutil.Process(process.pid)] if process.poll() is None else []:
+            child.kill()
+        process.wait()
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_dask_cluster_loses_a_worker_then_its_scheduler(source, undisturbed, tmp_path):
+    file, output = str(tmp_path / "scheduler.json"), tmp_path / "out"
+    scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", file)
+    worker = ("worker", "--scheduler-file", file, "--nthreads", "1", "--no-dashboard", "--no-nanny")
+    build = command(source, output, "--scheduler", file)
+    with dask(*scheduler) as first_scheduler, dask(*worker) as first, dask(*worker):
+        wait_for(lambda: os.path.exists(file))
+        process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) >= 2)
+        first.kill()
+        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) >= 8)
+        assert process.poll() is None
+        first_scheduler.kill()
+        _, errors = process.communicate(timeout=90)
+        assert process.returncode == 1
+        assert "scheduler" in errors.splitlines()[-1]
+        assert "give the same command again" in errors.splitlines()[-1]
+    os.unlink(file)
+    kept = len(list(output.rglob("chunks/*.parquet")))
+    with dask(*scheduler), dask(*worker) as second, dask(*worker):
+        wait_for(lambda: os.path.exists(file))
+        process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) > kept)
+        second.kill()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert digests(output) == undisturbed
+
+
+def test_no_scheduler_is_one_clear_line(source, tmp_path):
+    done = run(command(source, tmp_path / "out", "--scheduler", "tcp://127.0.0.1:1"))
+    assert done.returncode == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1" in done.stderr.splitlines()[-1]
+
+
+def test_other_settings_into_an_unfinished_build_are_refused(tmp_path, capsys):
+    source, out = archive(tmp_path / "s.tar", extra={f"bad{i}.JPEG": b"" for i in range(9)}), tmp_path / "out"
+    assert shard(source, out) == 3  # too many rejects: an unfinished build
+    capsys.readouterr()
+    assert shard(source, out, "--quality", "80", "--max-reject", "1") == 1
+    assert "unfinished build with other settings: quality (90 there, 80 now)" in capsys.readouterr().err
+    assert shard(source, out, "--quality", "80", "--max-reject", "1", "--force") == 0
+    assert Manifest.load(out).settings["quality"] == 80
+
+
+def test_full_disk_is_clear_and_resumable(source, undisturbed, tmp_path):
+    output = tmp_path / "out"
+
+    def run_limited(limit_bytes: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(source, output, "--workers", "1"),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
+        )
+
+    for limit_bytes in (100_000, 250_000):  # in stage 1, then in stage 2
+        done = run_limited(limit_bytes)
+        assert done.returncode == 1, done.stderr
+        assert "make room in the output folder, then give the same command again" in done.stderr.splitlines()[-1]
+    assert run(command(source, output, "--workers", "1")).returncode == 0
+    assert digests(output) == undisturbed
+
+
+def test_from_and_to_an_object_store(source, undisturbed, tmp_path, s3):
+    s3.put("raw/source.tar", source.read_bytes())
+    done = run(command("s3://bucket/raw/source.tar", "s3://bucket/sets/out", "--workers", "2"), **s3.environment)
+    assert done.returncode == 0, done.stderr
+    there = s3.digests("sets/out/")
+    assert not [name for name in there if ".build" in name]
+    here = {name: digest for name, digest in undisturbed.items() if name != "dataset.json"}
+    assert {name: digest for name, digest in there.items() if name != "dataset.json"} == here
+    again = run(command(source, "s3://bucket/sets/out", "--workers", "1"), **s3.environment)
+    assert "already built" in again.stdout, again.stderr
