@@ -1,188 +1,289 @@
-"""Shards -> one FFCV `.beton` per split, with the shards' own JPEG bytes.
+"""Shards -> one FFCV `.beton` per split. Sample i of the `.beton` is sample i of the concatenated shards, so a run
+reads the same samples from either format.
 
-Sample i of the `.beton` is sample i of the concatenated shards, so a run reads the same samples from either format.
+FFCV's `DatasetWriter` starts workers and waits for them for ever when one of them raises, and takes some 300 bytes of
+memory a sample. So the file is laid out here (`beton_file.py`): an error is an error, the same shards give the same
+bytes whatever the number of workers, and memory does not grow with the data set.
 
-FFCV's `DatasetWriter.from_indexed_dataset` starts workers and waits for them for ever when one of them raises. There
-is nothing to compute here, only bytes to copy, so this file drives the writer's own parts (header, page allocator,
-sample encoding, final tables) in this process: an error is an error, and the same shards give the same bytes.
+Where pixels have to be decoded, workers do it: a task is a range of samples of one shard, its result a temporary file
+beside the `.beton`; these parts are appended in the order of the samples.
 """
 
 import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from types import MethodType, SimpleNamespace
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.images import jpeg_frame
-from data_prep.manifest import (
-    BetonEntry,
-    DataPrepError,
-    Manifest,
-    ShardEntry,
-    ShardIndex,
-    Split,
-    atomic_path,
-    file_sha256,
-)
+from data_prep.beton_file import RAW, TABLE_BYTES, BetonError, BetonFile, open_reader, page_size, require_ffcv
+from data_prep.beton_sample import BetonSettings, Stored, plan_sample, store_sample
+from data_prep.cluster import Cluster, InProcess
+from data_prep.manifest import BetonEntry, Manifest, ShardEntry, ShardIndex, Split, atomic_path, file_sha256, index_path
 from data_prep.output import clear_unfinished, sole_writer
 
-MIN_PAGE_BYTES = 8 << 20  # FFCV's default: some 150 images of 50 kB, so little is lost at the end of a page
-MAX_PAGE_BYTES = 1 << 31  # the next power of two does not fit FFCV's 32-bit field
-MAX_SIDE_PX = 65_535  # 16 bits
+__all__ = ["BetonError", "BetonSettings", "add_betons", "require_ffcv", "write_beton"]
+
+DEFAULTS = BetonSettings()
+RANGE_SAMPLES = 32  # some 30 MB of pixels: tenths of a second of work, against a millisecond of Dask's
+RANGES_PER_SLOT = 16  # parts that may wait on disk for a slow one before them
 CHECKED_SAMPLES = 200
-FIELD_NAMES = ("image", "label", "sample")
 
 
-class BetonError(DataPrepError):
-    """FFCV is missing, or a `.beton` cannot be written from these shards."""
-
-
-def require_ffcv() -> None:
-    """Raise BetonError, saying how to get it, when FFCV cannot be imported."""
-    try:
-        import ffcv.reader
-        import ffcv.writer  # noqa: F401
-    except ImportError as error:
+def add_betons(
+    directory: str | Path,
+    manifest: Manifest,
+    settings: BetonSettings = DEFAULTS,
+    cluster: Cluster | None = None,
+) -> Manifest:
+    """Write the `.beton` of every split that has none with these settings; returns the manifest that lists them, and
+    saves it. Raises BetonError.
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(directory)):  # a Path made of a URL has lost one of its slashes
         raise BetonError(
-            f"FFCV cannot be imported ({error}): `make setup` builds it or prints the system packages it needs; "
-            "--format webdataset works without it"
-        ) from None
-
-
-def add_betons(directory: Path, manifest: Manifest) -> Manifest:
-    """Write the `.beton` of every split that has none yet; returns the manifest that lists them, and saves it."""
-    missing = [name for name, split in manifest.splits.items() if not split.betons and split.samples]
-    if not missing:
+            f"{directory} is not a local folder, and FFCV maps its files into memory: give --format webdataset, or a "
+            "local folder"
+        )
+    directory = Path(directory)
+    todo = []
+    for name, split in manifest.splits.items():
+        there = [entry for entry in split.betons if _is_there(directory, entry)]
+        if not split.samples or [BetonSettings.of(e).described() for e in there] == [settings.described()]:
+            continue
+        todo.append(name)
+        if there:
+            was, now = (
+                " ".join(f"{k}={v}" for k, v in s.described().items()) for s in (BetonSettings.of(there[0]), settings)
+            )
+            print(f"{there[0].file} has {was}: it is written anew with {now}", file=sys.stderr)
+    if not todo:
         return manifest
     require_ffcv()
     with sole_writer(directory):
         clear_unfinished(directory)
-        for name in missing:
-            entry = write_beton(directory, manifest, name)
+        for name in todo:
+            entry = write_beton(directory, manifest, name, settings, cluster)
             split = manifest.splits[name].model_copy(update={"betons": [entry]})
             manifest = manifest.model_copy(update={"splits": {**manifest.splits, name: split}})
             manifest.save(directory)
     return manifest
 
 
-def write_beton(directory: Path, manifest: Manifest, split_name: str) -> BetonEntry:
-    """Write `SPLIT.beton` from the shards of a split and check it. Raises BetonError, leaving no file, when a shard
-    differs from the manifest or holds an image that FFCV cannot hold.
-    """
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.writer import DatasetWriter, handle_sample
+def _is_there(directory: Path, entry: BetonEntry) -> bool:
+    path = directory / entry.file
+    return path.is_file() and path.stat().st_size == entry.bytes
 
+
+def write_beton(
+    directory: Path,
+    manifest: Manifest,
+    split_name: str,
+    settings: BetonSettings = DEFAULTS,
+    cluster: Cluster | None = None,
+) -> BetonEntry:
+    """Write `SPLIT.beton` from the shards of a split and check it. Raises BetonError, leaving no file, when a shard
+    differs from the manifest or holds an image that FFCV cannot hold, or the disk is too small.
+    """
+    cluster = cluster or InProcess()
+    directory = directory.absolute()  # workers may stand elsewhere
     split = manifest.split(split_name)
-    indexes = [manifest.load_index(directory, shard) for shard in split.shards]
-    page_bytes = _page_bytes(max(int(index.sizes.max()) for index in indexes if len(index)), split_name)
-    image_field = RGBImageField(write_mode="jpg")
-    # A subclass would be a field type that FFCV's reader does not know: so the method is bound on the instance.
-    image_field.encode = MethodType(_store_jpeg, image_field)
-    fields = dict(zip(FIELD_NAMES, (image_field, IntField(), IntField()), strict=True))
     path = directory / f"{split_name}.beton"
+    largest, total = _measure(directory, split, settings, cluster, path.name)
+    page_bytes = page_size(largest)
+    _check_disk(path, split.samples, total, page_bytes, 0 if settings.copies else cluster.slots())
     with atomic_path(path) as temp:
-        writer = DatasetWriter(str(temp), fields, page_size=page_bytes, num_workers=1)
-        writer.num_samples = split.samples
-        writer.prepare()
-        # prepare() puts the table of samples into shared memory for its workers; containers often have 64 MB of that.
-        table_bytes = writer.metadata_sm.size
-        writer.metadata_sm.close()
-        writer.metadata_sm.unlink()
-        writer.metadata_sm = SimpleNamespace(buf=bytearray(table_bytes))
-        table = np.frombuffer(writer.metadata_sm.buf, dtype=writer.metadata_type, count=split.samples)
-        allocator = MemoryAllocator(str(temp), writer.data_region_start, page_bytes)
-        sample_id = 0
-        with allocator, tqdm(total=split.samples, desc=path.name, unit="image", disable=None) as progress:
-            for shard, index in zip(split.shards, indexes, strict=True):
-                _check_shard(directory, shard)
-                with open(directory / shard.file, "rb") as file:
-                    for i in range(len(index)):
-                        jpeg = os.pread(file.fileno(), int(index.sizes[i]), int(index.offsets[i]))
-                        image = _described(jpeg, f"{shard.file}: {index.keys[i]}")
-                        sample = (image, int(index.labels[i]), sample_id)
-                        handle_sample(sample, sample_id, table.dtype.names, table, allocator, fields)
-                        sample_id += 1
-                progress.update(len(index))
-        assert sample_id == split.samples, "the indexes hold as many samples as the manifest"
-        writer.finalize(allocator.allocations)
-        height, width = int(table["f0"]["height"].max()), int(table["f0"]["width"].max())
-        _check_beton(temp, directory, split, indexes)
+        with (
+            BetonFile(temp, split.samples, page_bytes) as file,
+            tqdm(total=split.samples, desc=path.name, unit="image", disable=None) as progress,
+        ):
+            for label, stored in _samples_in_order(directory, manifest, split, settings, cluster, temp):
+                file.add(*stored, label)
+                progress.update()
+            file.finish()
+            width, height = file.max_width, file.max_height
+        _check_beton(temp, directory, manifest, split, settings)
         return BetonEntry(
             file=path.name,
             samples=split.samples,
             bytes=temp.stat().st_size,
             sha256=file_sha256(temp),
-            write_mode="jpg",
+            write_mode=settings.mode,
+            settings=settings.described(),
             page_size_bytes=page_bytes,
             max_height=height,
             max_width=width,
         )
 
 
-def _page_bytes(largest_image_bytes: int, split_name: str) -> int:
-    page = max(MIN_PAGE_BYTES, 1 << (largest_image_bytes - 1).bit_length())
-    if page > MAX_PAGE_BYTES:
-        raise BetonError(
-            f"the largest image of {split_name} has {largest_image_bytes} bytes, more than an FFCV page can hold: "
-            "build the shards with a smaller --short-side"
-        )
-    return page
+def _measure(directory: Path, split: Split, settings: BetonSettings, cluster: Cluster, name: str) -> tuple[int, int]:
+    """Check all shards against the manifest; upper bounds of the bytes of (the largest image, all images)."""
+    largest, total = 0, 0
+    tasks = [(directory, shard, settings) for shard in split.shards]
+    with tqdm(total=split.samples, desc=f"shards for {name}", unit="image", disable=None) as progress:
+        for (_, shard, _), (largest_here, total_here) in cluster.run(_measure_shard, tasks):
+            largest, total = max(largest, largest_here), total + total_here
+            progress.update(shard.samples)
+    return largest, total
 
 
-def _check_shard(directory: Path, shard: ShardEntry) -> None:
+def _measure_shard(task: tuple[Path, ShardEntry, BetonSettings]) -> tuple[int, int]:
+    directory, shard, settings = task
     path = directory / shard.file
     if not path.is_file():
         raise BetonError(f"shard {path} is missing: rebuild the dataset with --force")
     if path.stat().st_size != shard.bytes or file_sha256(path) != shard.sha256:
         raise BetonError(f"shard {path} is not the file dataset.json describes (size or sha256): rebuild with --force")
+    largest, total = 0, 0
+    for key, _, jpeg in _read(path, ShardIndex.load(index_path(path))):
+        plan = plan_sample(jpeg, key, shard.file, settings)
+        pixels = 3 * plan.width * plan.height
+        # What is encoded anew is hardly ever larger than the larger original, and never than its pixels.
+        largest = max(largest, len(jpeg) if plan.copied else pixels)
+        total += pixels if plan.mode == RAW else len(jpeg)
+    return largest, total
 
 
-def _described(jpeg: bytes, where: str) -> tuple[bytes, int, int]:
-    frame = jpeg_frame(jpeg)
-    if frame is None or frame.components != 3 or not 0 < max(frame.width, frame.height) <= MAX_SIDE_PX:
-        raise BetonError(f"{where} is not an RGB JPEG that FFCV can hold ({frame}): rebuild the dataset with --force")
-    return jpeg, frame.width, frame.height
+def _check_disk(path: Path, samples: int, payload: int, page_bytes: int, slots: int) -> None:
+    """Raise BetonError where the disk has no room for the file, and for the parts that wait to be appended."""
+    mean = payload / max(1, samples)
+    needed = payload / (1 - min(0.5, mean / 2 / page_bytes))  # on average half an image is lost at the end of a page
+    needed += 2 * page_bytes + TABLE_BYTES * samples
+    needed += min(payload, slots * RANGES_PER_SLOT * RANGE_SAMPLES * mean)
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise BetonError(
+            f"{path.name} needs about {needed / 1e9:.2f} GB, {path.parent} has {free / 1e9:.2f} GB free: make room, or "
+            "choose the write mode jpg or a smaller maximum resolution"
+        )
 
 
-def _store_jpeg(field: Any, destination: np.ndarray, image: tuple[bytes, int, int], malloc: Any) -> None:
-    """RGBImageField.encode for bytes that are a JPEG already."""
-    jpeg, width, height = image
-    destination["mode"] = 0  # FFCV's IMAGE_MODES['jpg']
-    destination["width"], destination["height"] = width, height
-    destination["data_ptr"], storage = malloc(len(jpeg))
-    storage[:] = np.frombuffer(jpeg, dtype=np.uint8)
+def _read(path: Path, index: ShardIndex) -> Iterator[tuple[str, int, bytes]]:
+    """(key, label, JPEG) of the samples of an index."""
+    with open(path, "rb") as file:
+        for key, label, offset, size in zip(index.keys, index.labels, index.offsets, index.sizes, strict=True):
+            yield str(key), int(label), os.pread(file.fileno(), int(size), int(offset))
 
 
-def _check_beton(temp: Path, directory: Path, split: Split, indexes: list[ShardIndex]) -> None:
+@dataclass(frozen=True)
+class _Range:
+    """A range of the samples of a shard, to be stored into the file `part`."""
+
+    number: int
+    shard: Path
+    index: ShardIndex
+    settings: BetonSettings
+    part: Path
+
+
+def _store_range(task: _Range) -> list[tuple[int, int, int, int]]:
+    """Write the samples' data into the part; returns (mode, width, height, bytes) of each."""
+    rows = []
+    # A task may run twice, when its first worker seems to be gone: each writes a file of its own.
+    own = task.part.with_name(f"{task.part.name}-{socket.gethostname()}-{os.getpid()}")
+    with open(own, "wb") as file:
+        for key, _, jpeg in _read(task.shard, task.index):
+            stored = store_sample(jpeg, key, task.shard.name, task.settings)
+            rows.append((stored.mode, stored.width, stored.height, len(stored.data)))
+            file.write(stored.data)
+    os.replace(own, task.part)
+    return rows
+
+
+def _samples_in_order(
+    directory: Path, manifest: Manifest, split: Split, settings: BetonSettings, cluster: Cluster, temp: Path
+) -> Iterator[tuple[int, Stored]]:
+    """(label, stored sample) of the whole split."""
+    if settings.copies:  # nothing to compute: only bytes to copy
+        for shard in split.shards:
+            for key, label, jpeg in _read(directory / shard.file, manifest.load_index(directory, shard)):
+                yield label, store_sample(jpeg, key, shard.file, settings)
+        return
+    ranges = iter(_ranges(directory, manifest, split, settings, temp))
+    try:
+        # Group by group, so that no more than a group waits on disk for a part that is late.
+        while group := list(islice(ranges, cluster.slots() * RANGES_PER_SLOT)):
+            yield from _group_in_order(group, cluster)
+    finally:
+        for left in temp.parent.glob(_part(temp, "*")):
+            left.unlink(missing_ok=True)
+
+
+def _part(temp: Path, number: int | str) -> str:
+    return f"{temp.name}-part-{number}"
+
+
+def _ranges(directory: Path, manifest: Manifest, split: Split, settings: BetonSettings, temp: Path) -> Iterator[_Range]:
+    number = 0
+    for shard in split.shards:
+        index = manifest.load_index(directory, shard)
+        for start in range(0, len(index), RANGE_SAMPLES):
+            cut = slice(start, start + RANGE_SAMPLES)
+            piece = ShardIndex(index.keys[cut], index.offsets[cut], index.sizes[cut], index.labels[cut])
+            yield _Range(number, directory / shard.file, piece, settings, temp.with_name(_part(temp, number)))
+            number += 1
+
+
+def _group_in_order(group: list[_Range], cluster: Cluster) -> Iterator[tuple[int, Stored]]:
+    done: dict[int, list[tuple[int, int, int, int]]] = {}
+    waiting = iter(group)
+    task = next(waiting, None)
+    for finished, rows in cluster.run(_store_range, group):
+        done[finished.number] = rows
+        while task is not None and task.number in done:
+            with open(task.part, "rb") as file:
+                for label, row in zip(task.index.labels, done.pop(task.number), strict=True):
+                    mode, width, height, size = row
+                    yield int(label), Stored(mode, width, height, file.read(size))
+            task.part.unlink()
+            task = next(waiting, None)
+
+
+def _check_beton(temp: Path, directory: Path, manifest: Manifest, split: Split, settings: BetonSettings) -> None:
     """Read the file back with FFCV's reader: count, labels, ids and sizes of all samples, bytes of some."""
-    from ffcv.reader import Reader
-
-    reader = Reader(str(temp))
-    labels = np.concatenate([index.labels for index in indexes])
-    sizes = np.concatenate([index.sizes for index in indexes])
-    order = np.argsort(reader.alloc_table["sample_id"], kind="stable")
-    checks = {
-        "field names": list(FIELD_NAMES) == list(reader.field_names),
-        "count": int(reader.num_samples) == split.samples == len(labels),
-        "labels": np.array_equal(reader.metadata["f1"], labels),
-        "sample ids": np.array_equal(reader.metadata["f2"], np.arange(split.samples)),
-        "image bytes": np.array_equal(reader.alloc_table["size"][order], sizes),
-    }
-    failed = [name for name, passed in checks.items() if not passed]
-    starts = np.cumsum([0] + [len(index) for index in indexes])
-    # A full disk can cut FFCV's unbuffered writes short without an error, so some bytes are compared, the last too.
-    with open(temp, "rb") as file:
-        for sample_id in np.unique(np.linspace(0, split.samples - 1, CHECKED_SAMPLES).astype(int)):
-            number = int(np.searchsorted(starts, sample_id, side="right")) - 1
-            row = sample_id - starts[number]
-            size, offset = int(sizes[sample_id]), int(indexes[number].offsets[row])
-            with open(directory / split.shards[number].file, "rb") as shard:
-                wanted = os.pread(shard.fileno(), size, offset)
-            if os.pread(file.fileno(), size, int(reader.metadata["f0"]["data_ptr"][sample_id])) != wanted:
-                failed.append(f"bytes of sample {sample_id}")
-                break
+    reader = open_reader(temp)
+    failed = [] if int(reader.num_samples) == len(reader.alloc_table) == split.samples else ["count"]
+    chosen = np.unique(np.linspace(0, split.samples - 1, CHECKED_SAMPLES).astype(int))  # the last too
+    start = 0
+    for shard in [] if failed else split.shards:
+        index = manifest.load_index(directory, shard)
+        here = slice(start, start + len(index))
+        failed += rows_that_differ(reader.metadata[here], reader.alloc_table[here], index, start, settings)
+        picked = chosen[(chosen >= start) & (chosen < start + len(index))] - start
+        piece = ShardIndex(index.keys[picked], index.offsets[picked], index.sizes[picked], index.labels[picked])
+        with open(temp, "rb") as file:
+            for row, (key, _, jpeg) in zip(picked + start, _read(directory / shard.file, piece), strict=True):
+                wanted = store_sample(jpeg, key, shard.file, settings)
+                size, pointer = (int(reader.alloc_table[row][name]) for name in ("size", "ptr"))
+                image = reader.metadata[row]["f0"]
+                if tuple(int(image[name]) for name in ("mode", "width", "height")) != wanted[:3]:
+                    failed.append(f"size in pixels of sample {row}")
+                if os.pread(file.fileno(), size, pointer) != wanted.data:
+                    failed.append(f"bytes of sample {row}")
+        if failed:
+            break
+        start += len(index)
     if failed:
         raise BetonError(f"the FFCV file does not read back as written ({', '.join(failed)}): is the disk full?")
+
+
+def rows_that_differ(
+    metadata: np.ndarray, allocations: np.ndarray, index: ShardIndex, start: int, settings: BetonSettings
+) -> list[str]:
+    """Which of FFCV's table rows for the samples of a shard, from sample `start` on, do not fit its index."""
+    image = metadata["f0"]
+    raw = 3 * image["width"].astype(np.int64) * image["height"]
+    checks = {
+        "labels": np.array_equal(metadata["f1"], index.labels),
+        "sample ids": np.array_equal(metadata["f2"], np.arange(start, start + len(index))),
+        "samples of the allocations": np.array_equal(allocations["sample_id"], metadata["f2"]),
+        "addresses": np.array_equal(allocations["ptr"], image["data_ptr"]),
+        "bytes of raw images": np.array_equal(allocations["size"][image["mode"] == RAW], raw[image["mode"] == RAW]),
+        "image bytes": not settings.copies or np.array_equal(allocations["size"], index.sizes),
+    }
+    return [name for name, passed in checks.items() if not passed]
