@@ -1,0 +1,1 @@
+"""Duplicates within a data set, and evaluation images hidden in it. Begin with `search.py`."""
