@@ -1,6 +1,7 @@
 """The output folder of a build: one writer at a time, what is there already, what an interrupted build left."""
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -14,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_prep.manifest import MANIFEST_NAME, TEMP_MARK, DataPrepError, Manifest, ShardEntry, index_path
-from data_prep.storage import Folder
+from data_prep.storage import Folder, is_url
 
 BUILD_FOLDER = ".build"
 BUILD_RECORD = "build.json"
@@ -43,11 +44,15 @@ class BuildResult:
 
 
 class Output:
-    """The folder (or URL) of a data set, and the folder of unfinished work (OUTPUT/.build unless given)."""
+    """The folder (or URL) of a data set, and the folder of unfinished work: OUTPUT/.build, or one inside `work`."""
 
     def __init__(self, url: str | Path, work: str | Path | None = None):
         self.folder = Folder(url)
-        self.work = Folder(work) if work else self.folder.folder(BUILD_FOLDER)
+        self.work = self.folder.folder(BUILD_FOLDER)
+        if work:
+            # A folder of our own in there: it is removed at the end, and other builds may use the same --work.
+            path = self.folder.url if is_url(url) else os.path.abspath(url)
+            self.work = Folder(work).folder(f"data_prep-{hashlib.sha256(path.encode()).hexdigest()[:12]}")
 
     def __str__(self) -> str:
         return self.folder.url

@@ -166,6 +166,17 @@ def test_other_settings_into_an_unfinished_build_are_refused(tmp_path, capsys):
     assert Manifest.load(out).settings["quality"] == 80
 
 
+def test_unfinished_work_elsewhere_leaves_what_is_there(tmp_path):
+    source, scratch = archive(tmp_path / "s.tar", extra={f"bad{i}.JPEG": b"" for i in range(9)}), tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "theirs").write_text("precious")
+    assert shard(source, tmp_path / "out", "--work", str(scratch)) == 3
+    assert len(list(scratch.iterdir())) == 2
+    assert not (tmp_path / "out" / ".build").exists()
+    assert shard(source, tmp_path / "out", "--work", str(scratch), "--max-reject", "1") == 0
+    assert [path.name for path in scratch.iterdir()] == ["theirs"]
+
+
 def test_full_disk_is_clear_and_resumable(source, undisturbed, tmp_path):
     output = tmp_path / "out"
 

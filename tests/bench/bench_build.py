@@ -17,6 +17,7 @@ import webdataset
 from bench_images import QUALITY, SHORT_SIDE_PX, photos, shrunk
 from PIL import Image
 
+from data_prep import shards
 from data_prep.cluster import InProcess
 from data_prep.output import Output
 from data_prep.shards import ShardSettings, build_shards
@@ -52,6 +53,10 @@ def plain(archive: Path, folder: Path) -> None:
                     image.save(file, "JPEG", quality=QUALITY)
                     key = image_member.name.removesuffix(".JPEG")
                     writer.write({"__key__": key, "jpg": file.getvalue(), "cls": label})
+
+
+# A small source is cut into small chunks, each with its fixed cost; a real one is not.
+shards.MIN_CHUNK_BYTES = shards.MAX_CHUNK_BYTES
 
 
 def ours(archive: Path, folder: Path, **settings: str) -> None:
