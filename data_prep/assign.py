@@ -96,15 +96,16 @@ def _equals(column: pa.ChunkedArray | pa.Array, value: str) -> np.ndarray:
 def assign(
     rows: Rows,
     chunks: Folder,
+    classes: Collection[str],
     *,
     max_images_per_class: int | None,
     val_per_class: int,
     duplicates: str,
     exclude: Collection[tuple[str, str]],
 ) -> Assignment:
-    """Decide over every row. `duplicates`: keep all; 'leaks' leaves out training images that have the same bytes as a
-    validation image; 'drop' all but one of the same bytes in a split as well. `exclude`: (wnid, name) of images to
-    leave out of train.
+    """Decide over every row. `classes`: of train; `duplicates`: 'keep' all, 'leaks' leaves out training images with
+    the same bytes as a validation image, 'drop' all but one of the same bytes in a split as well; `exclude`: (wnid,
+    name) of images to leave out of train.
     """
     usable = rows.offset >= 0
     split = np.where(usable, rows.split, NEITHER).astype(np.int8)
@@ -119,14 +120,9 @@ def assign(
     if max_images_per_class is not None:
         place = _place_in_class(rows, rows.counted & in_train_source)
         leave_out(usable & in_train_source & (place >= max_images_per_class), OVER_LIMIT)
-    known = np.zeros(len(rows.wnids), bool)
-    known[np.unique(rows.wnid[in_train_source])] = True
+    known = np.isin(rows.wnids, list(classes))
     leave_out((split == VAL) & ~known[rows.wnid], NOT_IN_TRAIN)
-    if exclude:
-        hashes = np.array([name_hash(VAL_SALT, wnid, name) for wnid, name in exclude], np.uint64)
-        listed = np.isin(rows.name_hash, hashes) & (split == TRAIN)
-        leave_out(listed, EXCLUDED)
-        notes.append(f"{int(listed.sum()):,} of the {len(exclude):,} images listed in --exclude were left out of train")
+    # Before --exclude: what is listed there must not change what is held out.
     if val_per_class:
         place = _place_in_class(rows, split == TRAIN)
         of_class = np.bincount(rows.wnid[split == TRAIN], minlength=len(rows.wnids))
@@ -137,6 +133,11 @@ def assign(
             notes.append(
                 f"{short} classes gave less than {val_per_class} validation images: half of a class stays in train"
             )
+    if exclude:
+        hashes = np.array([name_hash(VAL_SALT, wnid, name) for wnid, name in exclude], np.uint64)
+        listed = np.isin(rows.name_hash, hashes) & (split == TRAIN)
+        leave_out(listed, EXCLUDED)
+        notes.append(f"{int(listed.sum()):,} of the {len(exclude):,} images listed in --exclude were left out of train")
     if duplicates == "drop":
         for which in (TRAIN, VAL):
             leave_out(_repeated(rows, split == which), SAME_BYTES)

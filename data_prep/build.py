@@ -33,7 +33,7 @@ Sources, none of which is unpacked to disk, local or behind a URL (s3://bucket/w
 Classes are named by WordNet id. What a source is gets detected; --source-kind overrides.
 
 The same source and settings give the same bytes, whatever runs it. Killed at any moment, the same command goes on
-where it was: finished pieces stay in OUTPUT/.build until the data set is whole. `plan` predicts time and disk."""
+where it was: finished pieces stay in OUTPUT/.data_prep until the data set is whole. `plan` predicts time and disk."""
 
 
 def number(minimum: int, maximum: int | None = None) -> "type[int]":
@@ -137,7 +137,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source_arguments(parser)
     add = parser.add_argument_group("what is written").add_argument
     add("--output", required=True, metavar="DIR", help="folder or URL of the data set; made if missing")
-    add("--work", metavar="DIR", help="folder or URL for unfinished work, about as large as the result (OUTPUT/.build)")
+    add(
+        "--work",
+        metavar="DIR",
+        help="folder or URL for unfinished work, about as large as the result (OUTPUT/.data_prep)",
+    )
     add("--name", help="name of the data set in dataset.json (default: name of the output folder)")
     add(
         "--format",
@@ -200,7 +204,7 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
     """The sources that the options name. Raises SourceError; DataPrepError when two of them give validation images."""
     from data_prep.sources import open_source
 
-    train = open_source(args.source, kind=args.source_kind)
+    train = open_source(_place(args.source, "--source"), kind=args.source_kind)
     if args.val_source is None:
         if args.val_labels is not None:
             raise DataPrepError("--val-labels belongs to a --val-source: give ILSVRC2012_img_val.tar there")
@@ -211,7 +215,19 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
         raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
     if "val" in train.splits:
         raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-source")
-    return [train, open_source(args.val_source, split="val", labels=args.val_labels)]
+    val = open_source(_place(args.val_source, "--val-source"), split="val", labels=args.val_labels)
+    if val.splits != ("val",):
+        raise DataPrepError(
+            f"{args.val_source} holds training images too: give its folder val as --val-source, or give it as --source"
+        )
+    return [train, val]
+
+
+def _place(path: str, option: str) -> str:
+    """A URL as it is, a path made absolute: workers may run in another folder."""
+    if not path:
+        raise DataPrepError(f"{option} is empty: is the variable in your command set?")
+    return path if is_url(path) else os.path.abspath(path)
 
 
 def exclusions_of(args: argparse.Namespace) -> Collection[tuple[str, str]]:
@@ -228,7 +244,8 @@ def run(args: argparse.Namespace) -> int:
     from data_prep.output import Output
     from data_prep.summary import print_summary
 
-    output = Output(args.output, args.work)
+    output = Output(_place(args.output, "--output"), args.work and _place(args.work, "--work"))
+    exclude = exclusions_of(args)
     want_beton = args.format != "webdataset"
     if want_beton and is_url(args.output):
         raise DataPrepError(f"FFCV reads local files only, and --output is {args.output}: give --format webdataset")
@@ -247,13 +264,18 @@ def run(args: argparse.Namespace) -> int:
             sources, settings_of(args), output, beton_mode=args.beton_mode if want_beton else None, workers=args.workers
         )
     with open_cluster(args) as cluster:
-        result = _build(args, sources, output, cluster, want_beton)
+        result = _build(args, sources, output, exclude, cluster, want_beton)
     print_summary(result, output.folder)
     return 0
 
 
 def _build(
-    args: argparse.Namespace, sources: "list[Source]", output: "Output", cluster: Cluster, want_beton: bool
+    args: argparse.Namespace,
+    sources: "list[Source]",
+    output: "Output",
+    exclude: Collection[tuple[str, str]],
+    cluster: Cluster,
+    want_beton: bool,
 ) -> "BuildResult":
     from data_prep.shards import build_shards
 
@@ -262,8 +284,8 @@ def _build(
         output,
         settings_of(args),
         cluster,
-        name=args.name or os.path.abspath(args.output).rsplit("/", 1)[-1],
-        exclude=exclusions_of(args),
+        name=args.name or output.folder.url.rsplit("/", 1)[-1],
+        exclude=exclude,
         max_reject=args.max_reject,
         salvage=args.salvage,
         force=args.force,

@@ -7,7 +7,10 @@ few tasks per worker are under way, so a long list of tasks may be a generator t
 import argparse
 import logging
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
@@ -18,6 +21,8 @@ TASKS_PER_WORKER = 2  # one at work, one waiting: a worker is never idle, memory
 ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is thought to be what kills them
 
 START_ATTEMPTS = 3
+POLL_SECONDS = 1  # for an interrupt, and for workers that went
+NO_WORKERS_SECONDS = 300
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -53,8 +58,9 @@ class InProcess:
 class DaskCluster:
     """Tasks on the workers of a connected Dask client."""
 
-    def __init__(self, client: Any):
+    def __init__(self, client: Any, interrupts: "Interrupts"):
         self.client = client
+        self.interrupts = interrupts
 
     def slots(self) -> int:
         try:
@@ -65,33 +71,40 @@ class DaskCluster:
     def run(self, function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[tuple[T, R]]:
         from concurrent.futures import CancelledError
 
-        from distributed import as_completed
+        from distributed import wait
         from distributed.client import FutureCancelledError
         from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
 
         pending = iter(tasks)
         under_way: dict[Any, T] = {}
-        finished = as_completed(loop=self.client.loop)
-        more = True
+        more, seen_workers = True, time.monotonic()
         try:
             while True:
                 while more and len(under_way) < TASKS_PER_WORKER * self.slots():
+                    self.interrupts.check()
                     try:
                         task = next(pending)
                     except StopIteration:
                         more = False
                         break
-                    future = self.client.submit(function, task, pure=False)
-                    under_way[future] = task
-                    finished.add(future)
+                    under_way[self.client.submit(function, task, pure=False)] = task
                 if not under_way:
                     return
-                future = next(finished)
-                task = under_way.pop(future)
-                result = future.result()
-                future.release()
-                yield task, result
+                try:
+                    done = wait(list(under_way), timeout=POLL_SECONDS, return_when="FIRST_COMPLETED").done
+                except TimeoutError:
+                    done = set()
+                self.interrupts.check()
+                if self.client.nthreads():
+                    seen_workers = time.monotonic()
+                elif time.monotonic() - seen_workers > NO_WORKERS_SECONDS:
+                    raise ClusterError("all workers are gone: start some, then give the same command again")
+                for future in done:
+                    task = under_way.pop(future)
+                    result = future.result()
+                    future.release()
+                    yield task, result
         except KilledWorker:
             raise ClusterError(
                 f"{ALLOWED_DEATHS + 1} workers died, one after the other, with the same work in hand ({task}): "
@@ -102,6 +115,46 @@ class DaskCluster:
         finally:
             for future in under_way:
                 future.release()
+
+
+class Interrupts:
+    """Notes Ctrl-C while Dask's code runs, where an exception could come at any line and be lost; `check` raises it.
+
+    Worker processes of this machine ignore Ctrl-C: they are ended by the command.
+    """
+
+    def __init__(self) -> None:
+        self.noted = False
+
+    def check(self) -> None:
+        if self.noted:
+            raise KeyboardInterrupt
+
+    def _note(self, *_: Any) -> None:
+        self.noted = True
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._note)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """For starting processes, which inherit it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
 
 
 def _scheduler_gone(client: Any) -> str:
@@ -158,6 +211,8 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
     import dask
     from distributed import Client
 
+    interrupts = Interrupts()
+
     logging.getLogger("distributed").setLevel(logging.ERROR)  # a worker that died is started again: not our user's news
     # An image's bytes are short-lived, but the C library keeps what was freed: Dask must not take that for a leak.
     dask.config.set(
@@ -173,7 +228,7 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
             known = (
                 {"scheduler_file": args.scheduler} if os.path.isfile(args.scheduler) else {"address": args.scheduler}
             )
-            client = Client(**known, timeout="10s", set_as_default=False)
+            client = Client(**known, timeout="10s")
         except (OSError, ValueError, TimeoutError) as error:
             raise ClusterError(
                 f"no Dask scheduler answers at {args.scheduler} ({error or 'timed out'}): "
@@ -184,17 +239,20 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
                 raise ClusterError(
                     f"the Dask scheduler at {args.scheduler} has no workers: start some with `dask worker`"
                 )
-            yield DaskCluster(client)
+            with interrupts.held():
+                yield DaskCluster(client, interrupts)
         return
     if args.slurm_jobs:
         cluster = slurm_cluster(args.slurm_option)
         cluster.scale(jobs=args.slurm_jobs)
         print(f"{args.slurm_jobs} Slurm jobs submitted; work begins when the first one runs", file=sys.stderr)
     else:
-        cluster = _local_cluster(args.workers)
-    with cluster, Client(cluster, set_as_default=False) as client:
+        with interrupts.ignored():
+            cluster = _local_cluster(args.workers)
+    with cluster, Client(cluster) as client:
         client.wait_for_workers(1)
-        yield DaskCluster(client)
+        with interrupts.held():
+            yield DaskCluster(client, interrupts)
 
 
 def _local_cluster(workers: int) -> Any:

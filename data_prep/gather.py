@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.manifest import DataPrepError, ShardEntry, ShardIndex, index_path
-from data_prep.storage import Folder
+from data_prep.manifest import ShardEntry, ShardIndex, index_path
+from data_prep.storage import Folder, LostWorkError
 
 JPEG_START = b"\xff\xd8"
 GATHER_BYTES = 32 << 20  # of images in memory while a shard is written
@@ -108,13 +108,16 @@ def _gather(task: ShardTask) -> Iterator[tuple[int, memoryview, bytes]]:
                 ranges[-1] = (name, ranges[-1][1], stop)
             else:
                 ranges.append((name, start, stop))
-        joined = memoryview(b"".join(data.read_ranges(ranges)))
+        try:
+            joined = memoryview(b"".join(data.read_ranges(ranges)))
+        except FileNotFoundError as error:
+            raise LostWorkError(f"unfinished work is gone ({error}): give --force to begin anew") from None
         ends = np.cumsum(sizes[positions_on_disk])
         end_of = dict(zip(positions_on_disk.tolist(), ends.tolist(), strict=True))
         for i in positions.tolist():
             sample = joined[end_of[i] - int(sizes[i]) : end_of[i]]
             if sample[:2] != JPEG_START:
-                raise DataPrepError(
+                raise LostWorkError(
                     f"{data.join(task.chunks[task.chunk[i]])}.data does not hold the image it should at byte "
                     f"{task.offset[i]}: give --force to begin anew"
                 )

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.manifest import MANIFEST_NAME, TEMP_MARK, DataPrepError, Manifest, ShardEntry, index_path
-from data_prep.storage import Folder, is_url
+from data_prep.storage import Folder, LostWorkError, is_url
 
-BUILD_FOLDER = ".build"
+BUILD_FOLDER = ".data_prep"
 BUILD_RECORD = "build.json"
+LOST_RECORD = "lost.json"
 OUR_FILES = re.compile(
     r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
 )
@@ -44,7 +46,7 @@ class BuildResult:
 
 
 class Output:
-    """The folder (or URL) of a data set, and the folder of unfinished work: OUTPUT/.build, or one inside `work`."""
+    """The folder (or URL) of a data set, and the folder of unfinished work: OUTPUT/.data_prep, or one inside `work`."""
 
     def __init__(self, url: str | Path, work: str | Path | None = None):
         self.folder = Folder(url)
@@ -63,19 +65,25 @@ class Output:
         if not self.folder.is_local:
             yield
             return
-        os.makedirs(self.folder.url, exist_ok=True)
+        try:
+            os.makedirs(self.folder.url, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise ShardError(f"{self} is, or lies in, a file: choose a folder as --output") from None
         with sole_writer(Path(self.folder.url)):
             yield
 
     def begin(self, name: str, wanted: dict[str, Any], *, force: bool) -> None:
-        """Make ready for a build, or for going on with one of the same settings."""
-        identity = {"name": name, "settings": wanted}
+        """Make ready for a build, or for going on with one of the same settings. With `force` it begins anew, but goes
+        on with a build that was begun by `force`: the same command finishes that, too.
+        """
+        identity = {"name": name, "settings": wanted, "force": force}
         if force and self.folder.exists(MANIFEST_NAME):
             self.clear()
         if self.work.exists(BUILD_RECORD):
             there = json.loads(self.work.read(BUILD_RECORD))
             differing = _differing(there["name"], there["settings"], name, wanted)
-            if not differing:
+            usable = not self.work.exists(LOST_RECORD) and there.get("force", False)
+            if not differing and (not force or usable):
                 self.clear_unfinished()
                 return
             if not force:
@@ -109,8 +117,7 @@ class Output:
                         f"{self.folder.join(entry.file)} or its index is missing or has another size than "
                         f"{MANIFEST_NAME} says: give --force to build the dataset anew"
                     )
-        if self.work.exists(BUILD_RECORD):  # killed between the manifest and the end
-            self.work.remove_all()
+        self._remove_work()  # of a run that was killed between the manifest and the end
         return BuildResult(manifest, True)
 
     def finished_shards(self) -> dict[str, ShardEntry]:
@@ -133,8 +140,9 @@ class Output:
         for name in chunks:
             columns = ["action", "reason", "name", "detail", "sha256"]
             table = pq.read_table(io.BytesIO(self.work.folder("chunks").read(f"{name}.parquet")), columns=columns)
-            images += len(table) - table.column("sha256").null_count
-            for row in table.filter(_rejected(table)).to_pylist():
+            decoded = pc.and_(pc.is_valid(table.column("sha256")), pc.not_equal(table.column("action"), "skipped"))
+            images += pc.sum(decoded).as_py() or 0
+            for row in table.filter(pc.equal(table.column("action"), "rejected")).to_pylist():
                 if row["reason"] == "damaged_archive":
                     damage.append(f"{row['name']}: {row['detail']}")
                 elif row["sha256"] is not None:
@@ -163,6 +171,15 @@ class Output:
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest, which makes the data set whole, then drop the unfinished work."""
         self.folder.write(MANIFEST_NAME, manifest.to_bytes())
+        self._remove_work()
+
+    def lost(self, error: LostWorkError) -> None:
+        """Note that the unfinished work is not whole, so that --force does not go on with it."""
+        self.work.write(LOST_RECORD, json.dumps({"error": str(error)}).encode())
+
+    def _remove_work(self) -> None:
+        # The record first: without it what else is there counts for nothing.
+        self.work.remove(BUILD_RECORD)
         self.work.remove_all()
 
     def clear(self) -> None:
@@ -172,25 +189,27 @@ class Output:
         for name in self.folder.names():
             if OUR_FILES.fullmatch(name):
                 self.folder.remove(name)
-        self.work.remove_all()
+        self._remove_work()
 
     def clear_unfinished(self) -> None:
         """Remove the temporary files of killed runs; only for the sole writer of the folder."""
-        for folder in (self.folder, self.work):
-            if folder.is_local and Path(folder.url).is_dir():
-                clear_unfinished(Path(folder.url))
+        if self.folder.is_local:
+            clear_unfinished(Path(self.folder.url))
+        if self.work.is_local:
+            for path in Path(self.work.url).rglob(f".*{TEMP_MARK}*"):
+                path.unlink(missing_ok=True)
 
 
 def clear_unfinished(directory: Path) -> None:
-    """Remove the temporary files of killed runs from a folder and its folders."""
-    for path in directory.rglob(f".*{TEMP_MARK}*"):
-        path.unlink(missing_ok=True)
+    """Remove the temporary files of killed runs right in a data set's folder."""
+    for path in directory.glob(f".*{TEMP_MARK}*"):
+        if is_ours(path.name[1:].split(TEMP_MARK)[0]):
+            path.unlink(missing_ok=True)
 
 
-def _rejected(table: Any) -> Any:
-    import pyarrow.compute as pc
-
-    return pc.equal(table.column("action"), "rejected")
+def is_ours(name: str) -> bool:
+    """Whether a build writes files of that name into the data set's folder."""
+    return name == MANIFEST_NAME or OUR_FILES.match(name) is not None
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from data_prep.build import add_source_arguments, number, settings_of, sources_o
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images import ImageRejected, prepare_image
 from data_prep.manifest import DataPrepError
-from data_prep.output import Output
+from data_prep.output import BUILD_FOLDER, Output, is_ours
 from data_prep.sources import SourceError
 from data_prep.sources.reading import Record
 
@@ -117,8 +117,8 @@ def refuse_small_disk(
     """Raise DiskError when the disk of a local output cannot hold the data set. Looks at the source only where the
     free space is not plainly enough; what an interrupted build has there already counts as free.
     """
-    if not output.folder.is_local:
-        return
+    if not output.folder.is_local or settings.max_images_per_class:
+        return  # a subset's size is known only when the classes are
     free = _free_bytes(output.folder.url) + _present_bytes(output.folder.url)
     if all(source.total_bytes for source in sources):
         in_all = sum(source.total_bytes or 0 for source in sources)
@@ -144,8 +144,20 @@ def _free_bytes(path: str) -> int:
 
 
 def _present_bytes(path: str) -> int:
-    found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
-    return sum(os.stat(name).st_blocks * 512 for name in found)
+    """Of files of an interrupted build: its folder of unfinished work, and shards beside it."""
+    if not os.path.exists(os.path.join(path, BUILD_FOLDER)):
+        return 0
+    total = 0
+    for folder, _, names in os.walk(os.path.join(path, BUILD_FOLDER)):
+        total += sum(_allocated_bytes(os.path.join(folder, name)) for name in names)
+    return total + sum(_allocated_bytes(os.path.join(path, name)) for name in os.listdir(path) if is_ours(name))
+
+
+def _allocated_bytes(path: str) -> int:
+    try:
+        return os.lstat(path).st_blocks * 512
+    except FileNotFoundError:
+        return 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,21 +180,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the prediction."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(soft_wrap=True, highlight=False)
     settings = settings_of(args)
     sources = sources_of(args)
     estimates = [estimate(source, settings, args.sample) for source in sources]
-    output = Output(args.output or os.curdir, args.work)
+    output = Output(os.path.abspath(args.output or os.curdir), args.work)
     needed = disk_bytes(estimates, output, beton_mode=args.beton_mode, workers=args.workers)
     table = Table(title="prediction", title_justify="left", show_header=False)
     for source, found in zip(sources, estimates, strict=True):
         where = "its beginning" if found.from_beginning else "all over it"
-        table.add_row(source.split, source.description)
+        table.add_row(source.split, escape(source.description))
         table.add_row("sampled", f"{found.sampled:,} images from {where}")
         table.add_row("classes", f"{found.classes:,}" if found.classes else "known when all is read")
-        table.add_row("images", f"about {found.images:,}; {found.rejected_share:.1%} unusable")
+        limited = settings.max_images_per_class and not found.classes
+        table.add_row(
+            "images",
+            f"about {found.images:,}; {found.rejected_share:.1%} unusable"
+            + (" (--max-images-per-class not counted: the classes are unknown)" if limited else ""),
+        )
         low, high = (found.bytes_out * (1 + sign * 2 * found.out_error) / 1e9 for sign in (-1, 1))
         shards = -(-found.images // settings.samples_per_shard)
         table.add_row("shards", f"about {shards:,}, together {low:,.2f} to {high:,.2f} GB")

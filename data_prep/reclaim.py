@@ -14,8 +14,8 @@ import tempfile
 import numpy as np
 
 from data_prep.assign import Rows
-from data_prep.manifest import TEMP_MARK, DataPrepError
-from data_prep.storage import Folder
+from data_prep.manifest import TEMP_MARK
+from data_prep.storage import Folder, LostWorkError
 
 RECORD = "reclaimed.json"
 STEPS = 20  # holes are punched when another twentieth of the shards is done
@@ -23,7 +23,7 @@ FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE = 1, 2
 
 
 class Reclaimer:
-    """Follows which training shards are finished. The validation shards must be written before.
+    """Follows which training shards are finished. Nothing is given back before `val_done`.
 
     rows: all rows; order (samples,) int: the training samples in shard order.
     """
@@ -36,22 +36,23 @@ class Reclaimer:
         self.given_back = json.loads(work.read(RECORD))["shards"] if work.exists(RECORD) else 0
 
     def check(self, finished: set[int]) -> None:
-        """Raise DataPrepError when a shard whose images were given back is gone."""
+        """Raise LostWorkError when a shard whose images were given back is gone."""
         lost = set(range(self.given_back)) - finished
         if lost:
-            raise DataPrepError(
+            raise LostWorkError(
                 f"train-{min(lost):06d}.tar of the unfinished build was removed or changed, and its images are "
                 "given back already: give --force to begin anew"
             )
         self.finished = set(finished)
 
-    def finish(self, shard: int) -> None:
-        """Note a finished training shard; punch holes when enough are done."""
-        self.finished.add(shard)
+    def finish(self, shard: int | None, *, val_done: bool) -> None:
+        """Note a finished training shard (None: one of val); punch holes when enough are done."""
+        if shard is not None:
+            self.finished.add(shard)
         first_open = self.given_back
         while first_open in self.finished:
             first_open += 1
-        if self.able and first_open - self.given_back >= max(1, self.shards // STEPS):
+        if self.able and val_done and first_open - self.given_back >= max(1, self.shards // STEPS):
             # The record first: a hole must never be taken for images.
             self.work.write(RECORD, json.dumps({"shards": first_open}).encode())
             self.given_back = first_open

@@ -6,7 +6,7 @@ Two stages, so that neither the order nor the bytes depend on the number of work
    each shard is gathered from the data files, by any worker, to the same bytes.
 
 All files get their final name only when complete; `dataset.json` comes last: a folder that has one is whole. What the
-stages have done stands in OUTPUT/.build until then, and the same command goes on from there.
+stages have done stands in OUTPUT/.data_prep until then, and the same command goes on from there.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ from data_prep.cluster import Cluster
 from data_prep.gather import ShardTask, write_shard
 from data_prep.images import ImagePolicy
 from data_prep.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
-from data_prep.ledger import write_ledger
+from data_prep.ledger import TRAIN, write_ledger
 from data_prep.manifest import Manifest, Split
 from data_prep.output import BuildResult, Output
 from data_prep.progress import Progress
 from data_prep.reclaim import Reclaimer
 from data_prep.sources import Source, SourceError
-from data_prep.storage import Folder
+from data_prep.storage import Folder, LostWorkError
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, CHUNKS_OF_A_SMALL_SOURCE = 128 << 20, 1 << 16, 32
 MAX_CHUNK_IMAGES = 8_000
@@ -84,12 +84,15 @@ def build_shards(
         if output.folder.exists("dataset.json") and not force:
             return output.already_built(name, wanted)
         output.begin(name, wanted, force=force)
-        names, classes = _ingest(sources, output.work, settings, cluster)
+        names, met = _ingest(sources, output.work, settings, cluster)
         rows = load_rows(output.work.folder("chunks"), names)
+        # What is salvaged may be of classes that no header told of.
+        classes = sorted({*met, *(rows.wnids[i] for i in np.unique(rows.wnid[rows.split == TRAIN]))} - {""})
         output.judge(names, max_reject=max_reject, salvage=salvage)
         assignment = assign(
             rows,
             output.work.folder("chunks"),
+            classes,
             max_images_per_class=settings.max_images_per_class,
             val_per_class=settings.val_per_class,
             duplicates=settings.duplicates,
@@ -98,7 +101,11 @@ def build_shards(
         if not len(assignment.order["train"]):
             raise SourceError(f"no usable training images in {sources[0].path}: {output.first_reject(names)}")
         has_val = bool(settings.val_per_class) or any("val" in source.splits for source in sources)
-        splits = _write_shards(rows, assignment, classes, output, settings, cluster, has_val)
+        try:
+            splits = _write_shards(rows, assignment, classes, output, settings, cluster, has_val)
+        except LostWorkError as error:
+            output.lost(error)
+            raise
         empty = splits["train"].class_counts.count(0)
         if empty:
             assignment.notes.append(f"{empty} of {len(classes)} classes have no usable training image")
@@ -116,8 +123,8 @@ def build_shards(
 
 def _ingest(
     sources: list[Source], work: Folder, settings: ShardSettings, cluster: Cluster
-) -> tuple[list[str], list[str]]:
-    """Stage 1. Returns the names of all chunks, in source order, and the classes of train, sorted."""
+) -> tuple[list[str], set[str]]:
+    """Stage 1. Returns the names of all chunks, in source order, and the classes of train."""
     names: list[str] = []
     classes: set[str] = set()
     for source in sources:
@@ -129,7 +136,7 @@ def _ingest(
         names += found["chunks"]
         if source.split == "train":
             classes |= set(found["classes"])
-    return names, sorted(classes)
+    return names, classes
 
 
 def _ingest_source(source: Source, work: Folder, settings: ShardSettings, cluster: Cluster) -> dict[str, Any]:
@@ -221,8 +228,7 @@ def _write_shards(
         for task, entry in cluster.run(write_shard, tasks()):
             entries[task.name] = entry
             progress.advance(entry.samples)
-            if task.name in train_shards and val_shards <= entries.keys():
-                reclaimer.finish(train_shards[task.name])
+            reclaimer.finish(train_shards.get(task.name), val_done=val_shards <= entries.keys())
     return {
         split: Split(
             samples=len(assignment.order[split]),

@@ -23,6 +23,10 @@ class StorageError(DataPrepError):
     """A URL cannot be used: unknown scheme, missing package, or no access."""
 
 
+class LostWorkError(DataPrepError):
+    """Unfinished work of a build was changed or removed by somebody else; it can only begin anew."""
+
+
 def is_url(path: str | Path) -> bool:
     """Whether `path` is an fsspec URL rather than a local path."""
     return "://" in str(path)

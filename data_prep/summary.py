@@ -3,6 +3,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_prep.ledger import ACTIONS, LEDGER_NAME
@@ -18,8 +19,8 @@ def print_summary(result: BuildResult, output: Folder) -> None:
     manifest = result.manifest
     state = "already built" if result.already_built else "built"
     table = Table(
-        title=f"{state}: {manifest.name}, {manifest.num_classes:,} classes (id {manifest.dataset_id[:12]}), "
-        f"in {output.url}",
+        title=f"{state}: {escape(manifest.name)}, {manifest.num_classes:,} classes (id {manifest.dataset_id[:12]}), "
+        f"in {escape(output.url)}",
         title_justify="left",
     )
     for column in ("split", "samples", "per class", "shards", "MB", "MB in .beton"):
@@ -53,12 +54,12 @@ def print_ledger(console: Console, output: Folder) -> None:
                 key = (row["action"], row["reason"])
                 counts[key] = counts.get(key, 0) + row["name_count"]
                 examples.setdefault(key, row["name_min"])
-    listing = Table(title=f"every image, as listed in {output.join(LEDGER_NAME)}", title_justify="left")
+    listing = Table(title=f"every image, as listed in {escape(output.join(LEDGER_NAME))}", title_justify="left")
     for column in ("action", "reason", "images", "such as"):
         listing.add_column(column, justify="right" if column == "images" else "left", no_wrap=column != "such as")
     ordered = sorted(counts, key=lambda key: (ACTIONS.index(key[0]), -counts[key], key[1]))
     for action, reason in ordered[:LISTED_REASONS]:
-        listing.add_row(action, reason, f"{counts[action, reason]:,}", examples[action, reason])
+        listing.add_row(action, reason, f"{counts[action, reason]:,}", escape(examples[action, reason]))
     if len(ordered) > LISTED_REASONS:
         listing.add_row("", "and others", str(sum(counts[key] for key in ordered[LISTED_REASONS:])), "")
     console.print(listing)

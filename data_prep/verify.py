@@ -1,6 +1,7 @@
 """The `verify` command: is a data set whole? Every file against the manifest, every sample decoded."""
 
 import argparse
+import os
 import sys
 import time
 from collections import Counter
@@ -20,7 +21,7 @@ from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
 from data_prep.ledger import LEDGER_NAME
 from data_prep.manifest import MANIFEST_NAME, BetonEntry, Manifest, ManifestError, ShardIndex, index_path
 from data_prep.problems import Problem, Problems, check_file, local_copy
-from data_prep.storage import Folder, open_binary
+from data_prep.storage import Folder, is_url, open_binary
 from data_prep.verify_shard import BetonRows, ShardResult, ShardTask, check_shard, key_hashes
 
 STORED_ACTIONS = ("kept", "repaired", "held_out")
@@ -67,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
     """Check, print what was found; 0 when the data set is whole, 1 when not."""
     started = time.monotonic()
     with open_cluster(args) as cluster:
-        report = verify_dataset(args.data, cluster, fast=args.fast)
+        # Workers may run in another folder.
+        report = verify_dataset(args.data if is_url(args.data) else os.path.abspath(args.data), cluster, fast=args.fast)
     for problem in report.problems:
         print(f"{problem.file}: {problem.text}")
     for note in report.notes:

@@ -7,14 +7,17 @@ import signal
 import subprocess
 import time
 from collections import namedtuple
+from typing import ClassVar
 
+import numpy as np
 import pytest
 from archives import ROOT, WNIDS, archive, command, image_bytes, run, shard, tar_bytes
 
 from data_prep.__main__ import main
 from data_prep.manifest import Manifest
+from data_prep.output import BUILD_FOLDER
 from data_prep.plan import estimate
-from data_prep.reclaim import RECORD, _punch_hole, can_punch_holes
+from data_prep.reclaim import RECORD, Reclaimer, _punch_hole, can_punch_holes
 from data_prep.shards import ShardSettings
 from data_prep.sources import open_source
 from data_prep.storage import Folder
@@ -88,13 +91,13 @@ def test_a_shard_whose_images_were_given_back_may_not_go(tmp_path):
     source, out = archive(tmp_path / "s.tar", count=200), tmp_path / "out"
     build = command(source, out, "--workers", "1", "--samples-per-shard", "5", "--min-side", "8")
     process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    record = out / ".build" / RECORD
+    record = out / BUILD_FOLDER / RECORD
     while process.poll() is None and not record.exists():
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert json.loads(record.read_text())["shards"] >= 5
-    data = list((out / ".build" / "chunks").glob("*.data"))
+    data = list((out / BUILD_FOLDER / "chunks").glob("*.data"))
     assert sum(p.stat().st_blocks * 512 for p in data) < sum(p.stat().st_size for p in data) + 4096 * len(data)
     kept = (out / "train-000000.tar").read_bytes()
     (out / "train-000000.tar").unlink()
@@ -102,5 +105,28 @@ def test_a_shard_whose_images_were_given_back_may_not_go(tmp_path):
     assert done.returncode == 1
     assert "train-000000.tar of the unfinished build was removed or changed" in done.stderr
     (out / "train-000000.tar").write_bytes(kept)
-    assert run(build).returncode == 0
+    next(iter((out / BUILD_FOLDER / "chunks").glob("*.data"))).unlink()
+    done = run(build)
+    assert done.returncode == 1
+    assert "give --force to begin anew" in done.stderr.splitlines()[-1]
+    assert run([*build, "--force"]).returncode == 0
     assert (out / "train-000000.tar").read_bytes() == kept
+
+
+def test_training_shards_that_finish_before_validation_count_later(tmp_path):
+    class Chosen:
+        chunks: ClassVar[list[str]] = []
+
+    reclaimer = Reclaimer(Chosen(), np.arange(40), 1, Folder(tmp_path))
+    punched = []
+    reclaimer._punch = punched.append
+    reclaimer.able = True
+    reclaimer.finish(0, val_done=False)
+    reclaimer.finish(1, val_done=False)
+    assert not punched
+    reclaimer.finish(None, val_done=True)
+    assert punched == [2]
+    reclaimer.finish(3, val_done=True)
+    assert punched == [2]
+    reclaimer.finish(2, val_done=True)
+    assert punched == [2, 4]

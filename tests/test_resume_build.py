@@ -83,7 +83,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, undisturbed, tmp_
         _, errors = process.communicate(timeout=120)
         if process.returncode == 0:
             assert digests(output) == undisturbed
-            assert not (output / ".build").exists()
+            assert not (output / ".data_prep").exists()
             finished += 1
         else:
             assert process.returncode == -signal.SIGKILL, errors.decode()
@@ -150,6 +150,27 @@ def test_dask_cluster_loses_a_worker_then_its_scheduler(source, undisturbed, tmp
     assert digests(output) == undisturbed
 
 
+def test_ctrl_c_ends_the_command_and_its_workers_with_one_line(source, undisturbed, tmp_path):
+    output = tmp_path / "out"
+    build = command(source, output, "--workers", "2")
+    for wait_files in (0, 6, 12):
+        process = subprocess.Popen(
+            build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wanted = _files(output) + wait_files
+        while process.poll() is None and _files(output) <= wanted:
+            time.sleep(0.01)
+        workers = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "Traceback" not in errors
+        assert errors.splitlines()[-1] == "error: interrupted; the same command goes on from there"
+        assert not psutil.wait_procs(workers, timeout=30)[1]
+    assert run(build).returncode == 0
+    assert digests(output) == undisturbed
+
+
 def test_no_scheduler_is_one_clear_line(source, tmp_path):
     done = run(command(source, tmp_path / "out", "--scheduler", "tcp://127.0.0.1:1"))
     assert done.returncode == 1
@@ -172,7 +193,7 @@ def test_unfinished_work_elsewhere_leaves_what_is_there(tmp_path):
     (scratch / "theirs").write_text("precious")
     assert shard(source, tmp_path / "out", "--work", str(scratch)) == 3
     assert len(list(scratch.iterdir())) == 2
-    assert not (tmp_path / "out" / ".build").exists()
+    assert not (tmp_path / "out" / ".data_prep").exists()
     assert shard(source, tmp_path / "out", "--work", str(scratch), "--max-reject", "1") == 0
     assert [path.name for path in scratch.iterdir()] == ["theirs"]
 
@@ -204,7 +225,7 @@ def test_from_and_to_an_object_store(source, undisturbed, tmp_path, s3):
     done = run(command("s3://bucket/raw/source.tar", "s3://bucket/sets/out", "--workers", "2"), **s3.environment)
     assert done.returncode == 0, done.stderr
     there = s3.digests("sets/out/")
-    assert not [name for name in there if ".build" in name]
+    assert not [name for name in there if ".data_prep" in name]
     here = {name: digest for name, digest in undisturbed.items() if name != "dataset.json"}
     assert {name: digest for name, digest in there.items() if name != "dataset.json"} == here
     again = run(command(source, "s3://bucket/sets/out", "--workers", "1"), **s3.environment)

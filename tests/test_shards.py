@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_manifest_describes_the_folder(built):
     for split in manifest.splits.values():
         for entry in split.shards:
             assert (files[entry.file], (built / entry.file).stat().st_size) == (entry.sha256, entry.bytes)
-    assert not (built / ".build").exists()
+    assert not (built / ".data_prep").exists()
     with pytest.raises(ManifestError, match="no split 'test'; it has train, val"):
         manifest.split("test")
 
@@ -232,7 +233,7 @@ def test_too_many_rejects_and_damage_are_exit_code_3_and_keep_the_work(tmp_path,
     assert shard(source, out) == 3
     assert "12 of 48 images are rejected (25.0%: 12 html), more than --max-reject 5.0% allows" in one_error_line(capsys)
     assert not (out / "dataset.json").exists()
-    data_files = {p: p.stat().st_mtime_ns for p in (out / ".build" / "chunks").iterdir()}
+    data_files = {p: p.stat().st_mtime_ns for p in (out / ".data_prep" / "chunks").iterdir()}
     assert data_files
     assert shard(source, out, "--max-reject", "30%", "--debug") == 0
     assert Manifest.load(out).split("train").samples == 36
@@ -268,3 +269,77 @@ def test_every_command_teaches_itself(command, capsys):
         main([command, "--help"])
     assert stop.value.code == 0
     assert len(capsys.readouterr().out.splitlines()) > 5
+
+
+def test_leaving_images_out_does_not_move_what_is_held_out(tmp_path):
+    source = archive(tmp_path / "s.tar")
+    assert shard(source, tmp_path / "a", "--val-per-class", "6") == 0
+    held_out = {r["key"] for r in ledger(tmp_path / "a") if r["action"] == "held_out"}
+    listed = [r for r in ledger(tmp_path / "a") if r["action"] == "kept" and r["wnid"] == WNIDS[0]][:4]
+    (tmp_path / "exclude.txt").write_text("".join(f"{r['wnid']}\t{r['name']}\n" for r in listed))
+    assert shard(source, tmp_path / "b", "--val-per-class", "6", "--exclude", str(tmp_path / "exclude.txt")) == 0
+    assert {r["key"] for r in ledger(tmp_path / "b") if r["action"] == "held_out"} == held_out
+
+
+def test_a_limit_per_class_does_not_hide_rejects(tmp_path, capsys):
+    bad = {f"{WNIDS[0]}_bad{i}.JPEG": b"<html>" for i in range(12)}
+    source = archive(tmp_path / "s.tar", count=40, extra=bad)
+    assert shard(source, tmp_path / "out", "--max-images-per-class", "8") == 3
+    counted = int(re.search(r" of (\d+) images are rejected", one_error_line(capsys))[1])
+    assert counted <= 48  # at most 8 of each class and chunk were looked at, of 132
+
+
+def test_a_class_with_validation_images_only_in_an_empty_training_folder(tmp_path):
+    for split, wnid, count in (
+        ("train", WNIDS[0], 4),
+        ("train", WNIDS[1], 0),
+        ("val", WNIDS[0], 2),
+        ("val", WNIDS[1], 2),
+    ):
+        folder = tmp_path / "set" / split / wnid
+        folder.mkdir(parents=True)
+        for i in range(count):
+            (folder / f"{wnid}_{split}{i}.JPEG").write_bytes(image_bytes(int(wnid[1:]) * 100 + i + len(split)))
+    assert shard(tmp_path / "set", tmp_path / "out") == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.split("train").class_counts == [0, 4]
+    assert manifest.split("val").class_counts == [2, 2]
+
+
+def test_a_validation_source_with_training_images_is_refused(tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / "set" / split / WNIDS[0]).mkdir(parents=True)
+        (tmp_path / "set" / split / WNIDS[0] / "a.JPEG").write_bytes(image_bytes(1))
+    source = archive(tmp_path / "s.tar")
+    assert shard(source, tmp_path / "out", "--val-source", str(tmp_path / "set")) == 1
+    assert "holds training images too: give its folder val as --val-source" in one_error_line(capsys)
+
+
+def test_odd_names_and_paths(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    archive(tmp_path / "s.tar", extra={"a[/b]0.JPEG": image_bytes(1), "[bold].JPEG": b""})
+    assert shard("s.tar", "out [/x]", "--max-reject", "1", "--workers", "2") == 0
+    assert "[bold].JPEG" in capsys.readouterr().out
+    assert main(["verify", "out [/x]", "--workers", "1"]) == 0
+    assert main(["verify", "out [/x]", "--fast", "--workers", "1"]) == 0
+    assert shard("s.tar", "") == 1
+    assert "--output is empty" in one_error_line(capsys)
+    (tmp_path / "file").write_text("x")
+    assert shard("s.tar", "file") == 1
+    assert "lies in, a file: choose a folder" in one_error_line(capsys)
+
+
+@pytest.mark.parametrize("damage", ["lost outer header", "lost bytes"])
+def test_salvage_finds_classes_that_no_header_tells_of(tmp_path, damage):
+    tar = bytearray(archive(tmp_path / "s.tar").read_bytes())
+    at = tar.index(f"{WNIDS[1]}.tar".encode())
+    if damage == "lost outer header":
+        tar[at : at + 512] = b"\x07" * 512
+    else:
+        del tar[at - 6000 : at - 3440]
+    (tmp_path / "s.tar").write_bytes(tar)
+    assert shard(tmp_path / "s.tar", tmp_path / "out") == 3
+    assert shard(tmp_path / "s.tar", tmp_path / "out", "--salvage", "--max-reject", "1") == 0
+    manifest = Manifest.load(tmp_path / "out")
+    assert manifest.synsets == sorted(WNIDS)
+    assert manifest.split("train").samples >= 30

@@ -75,7 +75,9 @@ def main() -> None:
     before = peak_bytes()
     rows = made_up_rows(options.images, options.classes, options.chunks)
     begun = time.process_time()
-    chosen = assign(rows, Folder("."), max_images_per_class=None, val_per_class=50, duplicates="leaks", exclude=())
+    chosen = assign(
+        rows, Folder("."), rows.wnids, max_images_per_class=None, val_per_class=50, duplicates="leaks", exclude=()
+    )
     seconds = time.process_time() - begun
     memory = peak_bytes() - before
     print(
