@@ -19,7 +19,7 @@ PORT ?= 5000
 DEMO_RANKS = $(or $(RANKS),$(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2))
 export HOSTFILE RANKS
 
-.PHONY: help setup data pretrain finetune evaluate review test bench lint clean
+.PHONY: help setup plan data pretrain finetune evaluate review test bench lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ else
 OWN_PRETRAIN := data.path=data/own name=own-pretrain
 OWN_FINETUNE := data.path=data/own name=own-finetune init.checkpoint=runs/own-pretrain
 endif
+
+plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards: images, disk, hours
+	@$(BIN)/python -m data_prep plan --source "$(SOURCE)" --val-per-class 10 --output data/own
 
 ifeq ($(origin CONFIG),undefined)
 pretrain: data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run

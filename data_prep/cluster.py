@@ -220,6 +220,7 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
             "distributed.scheduler.allowed-failures": ALLOWED_DEATHS,
             "distributed.worker.memory.spill": False,
             "distributed.worker.memory.target": False,
+            "distributed.worker.memory.pause": False,  # a paused worker would wait for ever
             "distributed.comm.timeouts.connect": "10s",
         }
     )

@@ -224,4 +224,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} minutes"
+    for unit, factor in (("hours", 1), ("minutes", 60)):
+        if hours * factor >= 1:
+            return f"{hours * factor:,.1f} {unit}"
+    return f"{hours * 3600:,.0f} seconds"
