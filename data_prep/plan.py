@@ -26,6 +26,7 @@ the settings given, and predict what `shard` with the same options will take. Wi
 disk there cannot hold it."""
 
 SAMPLED_IMAGES = 400
+COPY_SECONDS_PER_BYTE = 3.5e-9  # reading, hashing and writing twice, beside `prepare_image`: bench_build.py
 SURE_FACTOR = 8  # free space of so many times the source needs no sample
 TAR_BYTES_PER_SAMPLE = 512 + 256 + 512 + 512  # header and padding of the image, header and JSON
 WORK_SHARE_RECLAIMED, WORK_SHARE_KEPT = 0.1, 1.0  # of the shards' size, beside them, with and without `reclaim.py`
@@ -89,7 +90,7 @@ def estimate(source: "Source", settings: "ShardSettings", images: int = SAMPLED_
         bytes_out=round(scale * sum(sizes_out)),
         out_error=deviation / math.sqrt(len(sizes_out)) / mean if mean else 0.0,
         pixels=round(scale * pixels),
-        prepare_seconds=scale * prepare_seconds,
+        prepare_seconds=scale * (prepare_seconds + COPY_SECONDS_PER_BYTE * sum(sizes_in)),
         read_seconds=0.0 if source.seekable else read_seconds / sum(sizes_in) * census.payload_bytes,
         sampled=len(sizes_in),
         from_beginning=not source.seekable,
