@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import random
 import resource
@@ -88,6 +89,30 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, undisturbed, tmp_
         else:
             assert process.returncode == -signal.SIGKILL, errors.decode()
     assert min(kills.values()) > 0
+
+
+def test_killed_while_a_compressed_archive_is_spooled(source, undisturbed, tmp_path):
+    zipped, output = tmp_path / "source.tar.gz", tmp_path / "out"
+    zipped.write_bytes(gzip.compress(source.read_bytes(), 1))
+    build = command(zipped, output, "--workers", "1")
+    for more in (3, 9, 15):
+        process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wanted = _files(output) + more
+        while process.poll() is None and _files(output) < wanted:
+            time.sleep(0.005)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+    (damaged := tmp_path / "cut.tar.gz").write_bytes(zipped.read_bytes()[:-5000])
+    done = run(command(damaged, output, "--workers", "1"))
+    assert done.returncode == 1
+    assert "unfinished build with other settings: source (" in done.stderr.splitlines()[-1]
+    assert run(build).returncode == 0
+    # The ledger's row groups are the chunks, and those are cut otherwise.
+    other = ("dataset.json", "ledger.parquet")
+    assert {n: d for n, d in digests(output).items() if n not in other} == {
+        n: d for n, d in undisturbed.items() if n not in other
+    }
 
 
 def _files(output: Path) -> int:
