@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from data_prep.manifest import DataPrepError
@@ -133,24 +133,20 @@ class Interrupts:
     def _note(self, *_: Any) -> None:
         self.noted = True
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def held(self) -> AbstractContextManager[None]:
+        """Ctrl-C is noted, not raised."""
+        return self._handling(self._note)
+
+    def ignored(self) -> AbstractContextManager[None]:
+        """For starting processes, which inherit it."""
+        return self._handling(signal.SIG_IGN)
 
     @contextmanager
-    def ignored(self) -> Iterator[None]:
-        """For starting processes, which inherit it."""
-        if threading.current_thread() is not threading.main_thread():
+    def _handling(self, handler: Any) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():  # no other may set handlers
             yield
             return
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        before = signal.signal(signal.SIGINT, handler)
         try:
             yield
         finally:
