@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_prep.ingest import VAL_SALT, hashed_key
@@ -68,11 +69,10 @@ def load_rows(chunks: Folder, names: list[str]) -> Rows:
         table = pq.read_table(io.BytesIO(chunks.read(f"{name}.parquet")), columns=COLUMNS)
         wnid = table.column("wnid").combine_chunks().dictionary_encode()
         code_of = np.array([codes.setdefault(w, len(codes)) for w in wnid.dictionary.to_pylist()], np.int32)
-        action = table.column("action").combine_chunks()
         columns = {
             "wnid": code_of[wnid.indices.to_numpy()] if len(wnid) else np.zeros(0, np.int32),
             "split": np.where(_equals(table.column("split"), "val"), VAL, TRAIN).astype(np.int8),
-            "counted": ~_equals(action, "skipped") & ~_equals(table.column("wnid"), ""),
+            "counted": ~_equals(table.column("action"), "skipped") & ~_equals(table.column("wnid"), ""),
             "jpeg_bytes": table.column("bytes_out").fill_null(0).to_numpy().astype(np.int32),
             "tail_bytes": table.column("tail_bytes").to_numpy(),
             **{n: table.column(n).to_numpy() for n in ("order", "name_hash", "key_hash", "content_hash", "offset")},
@@ -86,11 +86,8 @@ def load_rows(chunks: Folder, names: list[str]) -> Rows:
     return Rows(chunks=names, start=np.array(start, np.int64), wnids=list(codes), **joined)
 
 
-def _equals(column: pa.ChunkedArray | pa.Array, value: str) -> np.ndarray:
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    import pyarrow.compute as pc
-
-    return np.asarray(pc.equal(array, value).to_numpy(zero_copy_only=False), dtype=bool)
+def _equals(column: pa.ChunkedArray, value: str) -> np.ndarray:
+    return np.asarray(pc.equal(column, value).to_numpy(), dtype=bool)
 
 
 def assign(

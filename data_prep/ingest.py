@@ -71,7 +71,6 @@ class ChunkResult:
 
     images: int
     rejected: int
-    bytes_out: int
     damage: tuple[str, ...]
 
 
@@ -110,14 +109,12 @@ def ingest_chunk(task: IngestTask) -> ChunkResult:
                 buffer.seek(row["offset"])
                 row["offset"] = file.tell()
                 file.write(buffer.read(row["bytes_out"] + row["tail_bytes"]))
-            written = file.tell()
     table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
     with chunks.writing(f"{task.name}.parquet") as temp:
         pq.write_table(table, temp, compression="zstd")
     return ChunkResult(
         images=sum(row["sha256"] is not None for row in rows),
         rejected=sum(row["action"] == "rejected" for row in rows),
-        bytes_out=written,
         damage=tuple(f"{row['name']}: {row['detail']}" for row in rows if row["reason"] == "damaged_archive"),
     )
 

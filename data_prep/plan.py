@@ -118,8 +118,8 @@ def refuse_small_disk(
     """Raise DiskError when the disk of a local output cannot hold the data set. Looks at the source only where the
     free space is not plainly enough; what an interrupted build has there already counts as free.
     """
-    if not output.folder.is_local or settings.max_images_per_class:
-        return  # a subset's size is known only when the classes are
+    if not output.folder.is_local:
+        return
     free = _free_bytes(output.folder.url) + _present_bytes(output.folder.url)
     if all(source.total_bytes for source in sources):
         in_all = sum(source.total_bytes or 0 for source in sources)
@@ -129,6 +129,8 @@ def refuse_small_disk(
         estimates = [estimate(source, settings) for source in sources]
     except SourceError:
         return  # `shard` says better what is wrong with it
+    if settings.max_images_per_class and any(found.classes is None for found in estimates):
+        return  # how large the subset is shows only when all is read
     needed = disk_bytes(estimates, output, beton_mode=beton_mode, workers=workers)
     if needed > free:
         raise DiskError(

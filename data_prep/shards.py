@@ -12,7 +12,7 @@ stages have done stands in OUTPUT/.data_prep until then, and the same command go
 import hashlib
 import json
 from collections.abc import Collection, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from data_prep.gather import ShardTask, write_shard
 from data_prep.images import ImagePolicy
 from data_prep.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
 from data_prep.ledger import TRAIN, write_ledger
-from data_prep.manifest import Manifest, Split
+from data_prep.manifest import MANIFEST_NAME, Manifest, Split
 from data_prep.output import BuildResult, Output
 from data_prep.progress import Progress
 from data_prep.reclaim import Reclaimer
@@ -54,8 +54,7 @@ class ShardSettings:
     @property
     def policy(self) -> ImagePolicy:
         """The part that concerns one image."""
-        names = ("short_side_px", "quality", "reencode", "truncated", "min_side_px", "exif_orientation", "check")
-        return ImagePolicy(**{name: getattr(self, name) for name in names})
+        return ImagePolicy(**{field.name: getattr(self, field.name) for field in fields(ImagePolicy)})
 
 
 def build_shards(
@@ -81,7 +80,7 @@ def build_shards(
         wanted[key] = {"file": source.name, "kind": source.kind}
         wanted[key]["fingerprint"] = source.fingerprint()
     with output.sole_writer():
-        if output.folder.exists("dataset.json") and not force:
+        if output.folder.exists(MANIFEST_NAME) and not force:
             return output.already_built(name, wanted)
         output.begin(name, wanted, force=force)
         names, met = _ingest(sources, output.work, settings, cluster)
@@ -187,7 +186,7 @@ def _write_shards(
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     label = np.array([label_of.get(wnid, -1) for wnid in rows.wnids], np.int32)
     entries = output.finished_shards()
-    splits = ("val", "train") if has_val else ("train",)  # val first: `Reclaimer` wants it so
+    splits = ("val", "train") if has_val else ("train",)  # no space is given back before val is whole
     shard_names = {
         split: [
             f"{split}-{number:06d}.tar"
