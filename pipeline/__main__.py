@@ -9,6 +9,7 @@ from pathlib import Path
 
 from data_prep.manifest import DataPrepError
 from pipeline import config as configuration
+from pipeline.lifetime import Terminated
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _EPILOG = """\
@@ -27,6 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except KeyboardInterrupt:
         return 130
+    except Terminated:
+        os._exit(143)  # at once, as below
     except Exception as error:
         text = _explain(error)
         # Where an error says what to change it is one line; anything else is our fault, and its traceback the report.

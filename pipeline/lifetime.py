@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import sys
 import threading
@@ -18,6 +19,28 @@ _WAIT_SECONDS = 30.0
 
 class RunBusyError(ValueError):
     """Another live process writes to the run folder."""
+
+
+class Terminated(BaseException):
+    """SIGTERM: a launcher ends its ranks when one has failed, Slurm when time is up. Not an error to be handled."""
+
+
+def raise_on_sigterm() -> None:
+    """Turn SIGTERM into `Terminated` in the main thread, so that a run is closed in order: its log, its MLflow run.
+
+    The first one is raised; whatever follows is ignored, since launchers repeat it while a run is closing.
+    """
+
+    def end(*_: object) -> None:
+        ignore_sigterm()
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def ignore_sigterm() -> None:
+    """The end is under way: a launcher that asks for it once more must not cut it short (its SIGKILL still can)."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

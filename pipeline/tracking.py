@@ -23,6 +23,7 @@ from mlflow.entities import Metric, Param, RunTag
 
 from data_prep.manifest import atomic_write
 from pipeline.config import Config
+from pipeline.lifetime import ignore_sigterm
 
 _RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
 _BATCH = 500  # metrics a request may hold are limited by the server
@@ -75,7 +76,8 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:  # a run that ends well has said so with `finish`
-            self.finish("KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED", [self._path])
+            ignore_sigterm()
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", [self._path])
 
     def finish(self, status: str, files: list[Path]) -> None:
         """Send what waits, attach `files` to the MLflow run, and end it with `status` (FINISHED, FAILED, KILLED)."""

@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.data.loader import Batch, Ranks, training_batches, validation_batches
 from pipeline.data.order import SampleOrder
 from pipeline.evaluate import evaluate
-from pipeline.lifetime import exclusive, leave_with_launcher
+from pipeline.lifetime import exclusive, leave_with_launcher, raise_on_sigterm
 from pipeline.recipe import Mixing, build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.report import Meter, evaluation_line, print_plan, print_summary, step_line
 from pipeline.tracking import Tracker
@@ -31,6 +31,7 @@ def main(command: str, config: Config, resume: bool) -> None:
     Raises ConfigError, ManifestError, DataError, CheckpointError or RunBusyError for what a user can mend.
     """
     leave_with_launcher()
+    raise_on_sigterm()
     ranks, device = engine.start_ranks()
     with ExitStack() as stack:
         if ranks.rank == 0:

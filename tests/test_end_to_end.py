@@ -241,7 +241,8 @@ def test_damage_that_only_training_can_find(datasets: Datasets, root: Path, tmp_
     assert "Traceback" not in done.stdout + done.stderr
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     runs = client.search_runs(["1"], "attributes.run_name = 'broken'")
-    assert [run.info.status for run in runs] == ["FAILED"]
+    # KILLED where the launcher's SIGTERM reached rank 0 before it missed the rank that failed.
+    assert [run.info.status in ("FAILED", "KILLED") for run in runs] == [True]
 
 
 @pytest.mark.parametrize(
