@@ -27,7 +27,7 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with the pinned packages, and FFCV where its libraries are (others call it)
 
-$(STAMP): pyproject.toml constraints.txt launch/setup.sh
+$(STAMP): pyproject.toml constraints.txt launch/setup.sh pipeline/data/_jpeg.c
 	@PYTHON=$(PYTHON) launch/setup.sh
 	@touch $@
 

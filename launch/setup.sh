@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv: the pinned dependencies, this project (editable), and FFCV where its system libraries are at hand.
+# Makes .venv: the pinned dependencies, this project (editable), and the fast JPEG decoder and FFCV where their system
+# libraries are at hand; as root, or with sudo that asks nothing, it installs those that are missing.
 # `make` calls it; on a cluster, run it once on a file system that every node sees.
 #   launch/setup.sh              everything
 #   FFCV=0 launch/setup.sh       without FFCV (everything but data.format=ffcv works)
@@ -17,13 +18,10 @@ command -v "$python" >/dev/null || fail "$python is not there; install Python >=
 [ -x $venv/bin/pip ] || "$python" -m venv $venv \
   || fail "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
 
-# An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
-say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
-$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,s3,slurm]' \
-  || fail "pip could not install the packages above; mend that and run 'make setup' again"
-
+jpeg_packages="gcc libc6-dev libjpeg-dev"
+jpeg_hint="the fast JPEG decoder is not built: $jpeg_packages (Debian names, libjpeg-turbo 2.0.6 or later; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All works without; decoding is slower."
 ffcv_packages="g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0"
-ffcv_hint="FFCV is left out: $ffcv_packages (Debian names; headers of Python too) have to be installed first, then 'make setup' again. All but data.format=ffcv works."
+ffcv_hint="FFCV is left out: $ffcv_packages (Debian names; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All but data.format=ffcv works."
 
 find_opencv() { # prints the include folder that holds opencv2/core.hpp
   for dir in $(pkg-config --variable=includedir opencv4 2>/dev/null || true) /usr/include/opencv4 /usr/local/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include/opencv4"}; do
@@ -33,17 +31,22 @@ find_opencv() { # prints the include folder that holds opencv2/core.hpp
   done
   return 1
 }
-have_libraries() {
+have_ffcv_libraries() {
   command -v g++ >/dev/null && command -v pkg-config >/dev/null \
     && pkg-config --exists libturbojpeg && find_opencv >/dev/null
 }
-install_libraries() {
+have_jpeg_libraries() {
+  printf '#include <Python.h>\n#include <stdio.h>\n#include <jpeglib.h>\n' \
+    | ${CC:-cc} -E -I"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" - >/dev/null 2>&1
+}
+install_libraries() { # what for, packages
   command -v apt-get >/dev/null || return 1
-  local as_root=
+  local what=$1 as_root=
+  shift
   if [ "$(id -u)" != 0 ]; then sudo -n true 2>/dev/null || return 1; as_root="sudo -n"; fi
-  say "installing FFCV's system libraries: $ffcv_packages"
+  say "installing the system libraries of $what: $*"
   $as_root apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-    $as_root apt-get install -y -qq --no-install-recommends $ffcv_packages >/dev/null
+    $as_root apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 build_ffcv() {
   local include shim
@@ -68,11 +71,20 @@ build_ffcv() {
   $venv/bin/python -c 'import ffcv' || return 1
 }
 
+# Before pip: installing this project builds the decoder.
+have_jpeg_libraries || install_libraries "the JPEG decoder" $jpeg_packages || true
+# An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
+say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
+$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,s3,slurm]' \
+  || fail "pip could not install the packages above; mend that and run 'make setup' again"
+
+$venv/bin/python -c 'import pipeline.data._jpeg' 2>/dev/null || say "$jpeg_hint"
+
 if [ "${FFCV:-1}" = 0 ]; then
   say "FFCV left out (FFCV=0)"
 elif $venv/bin/python -c 'import ffcv' 2>/dev/null; then
   say "FFCV is there"
-elif { have_libraries || { install_libraries && have_libraries; }; } && build_ffcv; then
+elif { have_ffcv_libraries || { install_libraries FFCV $ffcv_packages && have_ffcv_libraries; }; } && build_ffcv; then
   say "FFCV built"
 else
   say "$ffcv_hint"
