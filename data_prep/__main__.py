@@ -1,4 +1,4 @@
-"""The command line of data prep: python -m data_prep {demo,plan,shard,labels,duplicates,verify}."""
+"""The command line of data prep: python -m data_prep {demo,plan,shard,index,labels,duplicates,verify}."""
 
 import argparse
 import errno
@@ -14,6 +14,7 @@ the usual order:
   python -m data_prep demo --help                                         small real data sets, to try things
   python -m data_prep plan  --source ARCHIVE --output data/NAME           what it will take: images, disk, hours
   python -m data_prep shard --source ARCHIVE --output data/NAME           your own archive
+  python -m data_prep index data/NAME                                     or tars that somebody else wrote, as they are
   python -m data_prep verify data/NAME                                    every sample decoded, against the manifest
   python -m data_prep duplicates data/NAME --against data/in1k            validation images hidden in train
   python -m data_prep labels data/NAME imagenet-1k                        which classes two data sets share
@@ -24,6 +25,7 @@ COMMANDS = {
     "demo": ("data_prep.demo", "build two small ImageNet-shaped archives of real images"),
     "plan": ("data_prep.plan", "sample an archive; predict images, shards, disk and hours"),
     "shard": ("data_prep.build", "archive -> shuffled shards, ledger, manifest, FFCV file"),
+    "index": ("data_prep.foreign", "WebDataset tars of others -> their indexes and manifest, in place"),
     "labels": ("data_prep.label_report", "compare two label spaces"),
     "duplicates": ("data_prep.duplicates.search", "near-duplicates, and evaluation images hidden in train"),
     "verify": ("data_prep.verify", "check every sample of a data set against its manifest"),

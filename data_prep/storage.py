@@ -94,19 +94,25 @@ class Folder:
 
     def names(self, pattern: str = "*") -> list[str]:
         """Sorted names of the files right in this folder that match; unfinished files are never among them."""
+        return sorted(name for name in self.sizes() if fnmatch.fnmatchcase(name, pattern))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes by name of the files right in this folder, by one listing; unfinished files are never among them."""
         if self._system is None:
             try:
-                found = [entry.name for entry in os.scandir(self.url) if entry.is_file()]
+                found = {entry.name: entry.stat().st_size for entry in os.scandir(self.url) if entry.is_file()}
             except FileNotFoundError:
-                return []
+                return {}
         else:
             self._system.invalidate_cache()
             try:
                 listed = self._system.ls(self._root, detail=True)
             except FileNotFoundError:
-                return []
-            found = [entry["name"].rsplit("/", 1)[-1] for entry in listed if entry["type"] == "file"]
-        return sorted(name for name in found if fnmatch.fnmatchcase(name, pattern) and TEMP_MARK not in name)
+                return {}
+            found = {
+                entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in listed if entry["type"] == "file"
+            }
+        return {name: size for name, size in found.items() if TEMP_MARK not in name}
 
     def read(self, name: str) -> bytes:
         """All bytes of a file."""

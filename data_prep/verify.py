@@ -173,7 +173,7 @@ def _tasks(folder: Folder, manifest: Manifest, readers: dict[str, Any], fast: bo
                     np.array(reader.metadata[here]),
                     np.array(reader.alloc_table[here]),
                 )
-            yield ShardTask(folder, name, shard, synsets, fast, rows)
+            yield ShardTask(folder, name, shard, synsets, fast, rows, bool(manifest.settings.get("indexed")))
             start += shard.samples
 
 
@@ -218,13 +218,17 @@ def _check_strays(folder: Folder, manifest: Manifest, problems: Problems) -> Non
     for split in manifest.splits.values():
         listed |= {entry.file for entry in [*split.shards, *split.betons]}
         listed |= {str(index_path(shard.file)) for shard in split.shards}
+    # Where somebody else's tars lie, there may be more of them, and indexes from when the splits were others.
+    ours = (".beton",) if manifest.settings.get("indexed") else (".tar", ".index.npz", ".beton")
     for name in folder.names():
-        if name.endswith((".tar", ".index.npz", ".beton")) and name not in listed:
+        if name.endswith(ours) and name not in listed:
             problems.add(name, f"is not listed in {MANIFEST_NAME}: it belongs to another build")
 
 
 def _check_ledger(folder: Folder, manifest: Manifest, problems: Problems, notes: list[str]) -> None:
     """Rows of stored images must be as many, for each shard, as it has samples, and in its split."""
+    if manifest.settings.get("indexed"):  # nothing became of anybody else's images
+        return
     if not folder.exists(LEDGER_NAME):
         notes.append(f"there is no {LEDGER_NAME}: the data set is from before there was one")
         return

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -21,11 +22,13 @@ from data_prep.beton import rows_that_differ
 from data_prep.beton_file import RAW, BetonError
 from data_prep.beton_sample import BetonSettings, plan_sample, store_sample
 from data_prep.manifest import ManifestError, ShardEntry, ShardIndex, index_path
-from data_prep.pixels import is_cut_short
+from data_prep.pixels import FORMATS, is_cut_short
 from data_prep.problems import Problem, Problems, check_file, local_copy
 from data_prep.storage import Folder
 
 READ_BYTES = 8 << 20
+# libjpeg's warnings that mean lost pixels: a run refuses such images; those of our own shards have been repaired.
+LOST_DATA = re.compile(r"premature end|bad (huffman|arithmetic)|inconsistent progression|instead of RST", re.IGNORECASE)
 RAW_TOLERANCE = 16  # of 255: another version of the decoder may round otherwise, a flipped high bit gives 128
 
 
@@ -42,7 +45,7 @@ class BetonRows:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """`synsets` (classes,) S9. `fast`: sizes and index only."""
+    """`synsets` (classes,) S9. `fast`: sizes and index only. `foreign`: a tar of somebody else's, under our index."""
 
     folder: Folder
     split: str
@@ -50,6 +53,7 @@ class ShardTask:
     synsets: np.ndarray
     fast: bool
     beton: BetonRows | None = None
+    foreign: bool = False
 
     def __str__(self) -> str:
         return self.shard.file
@@ -79,18 +83,37 @@ def check_shard(task: ShardTask) -> ShardResult:
     if task.folder.size(name) is None or task.fast:
         check_file(task.folder, task.shard, problems, None)
         if task.fast and index is not None:
-            result.samples = len(index)
-            result.key_hashes = key_hashes(index.keys)
-            result.label_counts = np.bincount(index.labels, minlength=len(task.synsets))
+            _count_index(task, index, result)
     else:
         try:
             with local_copy(task.folder, name) as path:
                 check_file(task.folder, task.shard, problems, path)
-                _check_samples(task, path, index, problems, result)
+                if task.foreign and index is not None:
+                    _check_foreign(task, path, index, problems)
+                    _count_index(task, index, result)
+                elif not task.foreign:
+                    _check_samples(task, path, index, problems, result)
         except OSError as error:
             problems.add(name, f"cannot be read: {error}")
     result.problems = problems.listed()
     return result
+
+
+def _count_index(task: ShardTask, index: ShardIndex, result: ShardResult) -> None:
+    result.samples = len(index)
+    # Keys of foreign tars are unique within a tar.
+    result.key_hashes = key_hashes(f"{task.shard.file}/{key}" if task.foreign else key for key in index.keys)
+    result.label_counts = np.bincount(index.labels, minlength=len(task.synsets))
+
+
+def _check_foreign(task: ShardTask, path: Path, index: ShardIndex, problems: Problems) -> None:
+    """Every image that the index lists decodes; what else such a tar holds is not ours to judge."""
+    with open(path, "rb") as file:
+        for key, offset, size in zip(index.keys, index.offsets, index.sizes, strict=True):
+            try:
+                _decoded(os.pread(file.fileno(), int(size), int(offset)), foreign=True)
+            except ValueError as error:
+                problems.add(task.shard.file, str(error), str(key))
 
 
 def _checked_index(task: ShardTask, problems: Problems) -> ShardIndex | None:
@@ -210,16 +233,21 @@ def _members(path: Path, name: str, problems: Problems) -> Iterator[tarfile.TarI
                 break
 
 
-def _decoded(jpeg: bytes) -> tuple[tuple[int, int], str]:
-    """((width, height), mode) of an image, decoded to its end. Raises ValueError."""
+def _decoded(data: bytes, foreign: bool = False) -> tuple[tuple[int, int], str]:
+    """((width, height), mode) of an image, decoded to its end; a JPEG unless `foreign`. Raises ValueError."""
     try:
-        with Image.open(io.BytesIO(jpeg), formats=["JPEG"]) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS if foreign else ["JPEG"]) as image:
             size, mode = image.size, image.mode
-            try:
-                simplejpeg.decode_jpeg(jpeg, fastdct=True, fastupsample=True)
-            except ValueError as warning:  # also of what does no harm: PIL judges, as when the shards were made
+            if image.format != "JPEG":
                 image.load()
-                if "premature end" in str(warning) and is_cut_short(jpeg, size):
+                return size, mode
+            try:
+                simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
+            except (ValueError, LookupError) as warning:  # also of what does no harm: PIL judges, as in the making
+                image.load()
+                if foreign and LOST_DATA.search(str(warning)):
+                    raise
+                if "premature end" in str(warning) and is_cut_short(data, size):
                     raise ValueError("its data ends before the picture is complete") from None
             return size, mode
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error... for damaged files

@@ -1,4 +1,4 @@
-"""The command line: ``python -m pipeline {pretrain,finetune,evaluate}``."""
+"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,bench-data}``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from data_prep.manifest import DataPrepError
+from pipeline import bench_data
 from pipeline import config as configuration
 from pipeline.lifetime import Terminated
 
@@ -17,6 +18,7 @@ examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+  loader speed:     python -m pipeline bench-data CONFIG --need 2000
   other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
 The same command continues an interrupted run. exit codes: 0 done, 1 error, 2 usage."""
 
@@ -118,6 +120,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", choices=("ema", "model"), help="default: the EMA where there is one")
     command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
     command.set_defaults(run=_evaluate)
+    text = "images per second of a configuration's data loader on this host, and whether that feeds the GPUs"
+    command = commands.add_parser("bench-data", help=text, description=text)
+    bench_data.add_arguments(command)
+    command.set_defaults(run=bench_data.command)
     return parser
 
 

@@ -33,7 +33,8 @@ META_FILE = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step-(\d{8})")
 # What a run may change between two starts and still be the same run.
 _FREE_KEYS = re.compile(
-    r"output_root|data\.(path|format|workers_per_rank)|train\.(micro_batch|zero_stage|precision)"
+    r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
+    r"|train\.(micro_batch|zero_stage|precision)"
     r"|model\.activation_checkpointing|(evaluate|init|checkpoint|tracking)\..*"
 )
 

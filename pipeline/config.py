@@ -32,19 +32,77 @@ class _Section(BaseModel):
 class Data(_Section):
     """Which shards, read how."""
 
-    path: Path = Field(description="folder made by `python -m data_prep shard`: dataset.json and its files")
+    path: Annotated[str, Field(min_length=1)] = Field(
+        description="folder or fsspec URL (s3://bucket/in22k) made by `python -m data_prep shard`, or of plain "
+        "WebDataset tars indexed by `python -m data_prep index`"
+    )
     format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
     resolution: Count = Field(description="side of the square input, pixels; a multiple of 32")
+    resolution_by_epoch: dict[Annotated[int, Field(ge=0)], Count] | None = Field(
+        description="progressive resolution, {0: 160, 30: 224}: from that epoch on; ends at data.resolution, at which "
+        "is evaluated. null: data.resolution throughout"
+    )
     workers_per_rank: Annotated[int, Field(ge=0)] = Field(
-        description="per rank. webdataset: decoding processes (0: the rank itself); ffcv: threads of its data worker"
+        description="per rank; 0: the rank itself. webdataset with augment.where=host: processes; else threads of "
+        "one data process"
+    )
+    shuffle_lanes: Count = Field(
+        description="equal parts of each global batch, each read from shards of its own: nodes whose number divides "
+        "it share no shard; see pipeline/data/order.py"
+    )
+    shuffle_window_shards: Count = Field(description="shards that a lane is shuffled over at a time")
+    on_bad_sample: Literal["raise", "skip"] = Field(
+        default="raise",
+        description="a training image that does not decode. skip: another takes its place; RUN/bad_samples/ lists it",
+    )
+    bad_samples_max: Annotated[int, Field(ge=0)] = Field(
+        default=100, description="with skip: the run ends when an epoch has had more than these, over all ranks"
+    )
+    cache_folder: Path = Field(
+        default=Path("~/.cache/hornet-pretraining/shards"),
+        description="where shards of a remote path are kept, per host",
+    )
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        default=100.0, description="bound of that folder, 10^9 bytes; what does not fit is read by ranged requests"
+    )
+    ffcv_cache: Literal["auto", "os", "process"] = Field(
+        default="auto",
+        description="os: the .beton is mapped, pages are shared by ranks and kept by the system; process: each rank "
+        "reads whole pages ahead into its own memory; auto: os where the file fits into RAM",
     )
 
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.path
+
+    def resolution_at(self, epoch: int) -> int:
+        """The side of training images in `epoch`, pixels."""
+        stages = self.resolution_by_epoch or {0: self.resolution}
+        return stages[max(start for start in stages if start <= epoch)]
+
     @model_validator(mode="after")
-    def _resolution_fits_the_strides(self) -> Data:
-        if self.resolution % 32:
+    def _resolutions_fit_the_strides(self) -> Data:
+        stages = self.resolution_by_epoch
+        sides = {"data.resolution": self.resolution}
+        sides |= {f"data.resolution_by_epoch, epoch {epoch}:": side for epoch, side in (stages or {}).items()}
+        for name, side in sides.items():
+            if side % 32:
+                raise ValueError(
+                    f"{name} {side} is not a multiple of 32, HorNet's total stride; "
+                    f"nearest: {max(32, round(side / 32) * 32)}"
+                )
+        if stages is not None and (0 not in stages or stages[max(stages)] != self.resolution):
             raise ValueError(
-                f"data.resolution {self.resolution} is not a multiple of 32, HorNet's total stride; "
-                f"nearest: {max(32, round(self.resolution / 32) * 32)}"
+                f"data.resolution_by_epoch {stages} must begin at epoch 0 and end at data.resolution {self.resolution}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ffcv_reads_local_files(self) -> Data:
+        if self.format == "ffcv" and self.is_remote:
+            raise ValueError(
+                f"data.format ffcv reads local files, data.path is {self.path}: copy the .beton to a local folder, or "
+                f"set data.format=webdataset"
             )
         return self
 
@@ -52,6 +110,11 @@ class Data(_Section):
 class Augment(_Section):
     """Training augmentation, in timm's terms."""
 
+    where: Literal["host", "device"] = Field(
+        description="host: timm's transforms on PIL images in data workers; device: workers decode, crop and mirror, "
+        "the rest runs batched on the accelerator"
+    )
+    repeats: Count = Field(description="repeated augmentation: views of each sample in a row; 1: none")
     crop_area_min: Fraction = Field(description="random-resized crop: smallest share of the image's area")
     horizontal_flip: Fraction
     rand_augment: str | None = Field(description="timm's RandAugment string, or null")
@@ -191,6 +254,14 @@ class Config(_Section):
             raise ValueError(
                 f"optimizer.warmup_epochs {optimizer.warmup_epochs:g} is not less than train.epochs {train.epochs}"
             )
+        if train.global_batch % self.data.shuffle_lanes:
+            raise ValueError(
+                f"train.global_batch {train.global_batch} is not divisible by data.shuffle_lanes "
+                f"{self.data.shuffle_lanes}"
+            )
+        late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
+        if late:
+            raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
         if optimizer.lr_final > optimizer.lr_peak:
             raise ValueError(
                 f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"

@@ -35,8 +35,8 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top1 hits, top5 hits, samples
-    for images, labels, _ in batches:
-        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for batch in batches:
+        images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(images)
         logits = logits.float()

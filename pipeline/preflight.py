@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from data_prep.foreign import ensure_indexed
 from data_prep.manifest import Manifest
 from pipeline import transfer
 from pipeline.checkpoint import newest_of_run
 from pipeline.config import Config
 from pipeline.data.beton import beton_path
-from pipeline.data.order import SampleOrder
-from pipeline.data.shards import ShardImages
+from pipeline.data.device_augment import DeviceAugment
+from pipeline.data.loader import training_order
+from pipeline.data.shards import ShardReader, check_remote_files
 from pipeline.recipe import build_model
 
 
@@ -19,15 +21,20 @@ def preflight(config: Config, ranks: int | None, resume: bool) -> None:
 
     `ranks` is their number where it is known before the launch.
     """
+    ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
-    SampleOrder(manifest.split("train").samples, config.train.global_batch, config.seed)
+    training_order(config, manifest)
+    if config.augment.where == "device":
+        DeviceAugment(config.augment)
     if ranks is not None:
         config.train.accumulation_steps(ranks)
     for split in ("train", "val"):
         if config.data.format == "ffcv":
             beton_path(config.data.path, manifest, split)
         else:
-            ShardImages(config.data.path, manifest, split)
+            ShardReader(config.data, manifest, split)
+    if config.data.is_remote:
+        check_remote_files(config.data, manifest)
     with torch.device("meta"):
         build_model(config.model, manifest.num_classes, config.data.resolution)
     last, _ = newest_of_run(config, manifest.dataset_id, resume)

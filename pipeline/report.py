@@ -40,16 +40,21 @@ class Meter:
         """Time inside (evaluation, checkpoints) does not count for throughput."""
         return _Stopwatch(self, "_paused")
 
-    def read(self, steps_done: int) -> dict[str, float]:
-        """The means since the last read; the one reduction and host read of a logged step. All ranks must call it."""
+    def read(self, steps_done: int, bad_samples: int) -> dict[str, float]:
+        """The means since the last read; the one reduction and host read of a logged step. All ranks must call it.
+
+        `bad_samples` is this rank's count; the sum over ranks is returned.
+        """
         assert isinstance(self._loss, torch.Tensor)
-        loss = float(self.sum_over_ranks(self._loss)) / self.ranks / self._steps
+        loss, bad = self.sum_over_ranks(torch.stack([self._loss.float(), self._loss.new_tensor(bad_samples)])).tolist()
+        loss = loss / self.ranks / self._steps
         elapsed = time.monotonic() - self._since - self._paused
         metrics = {
             "loss": loss,
             "samples_seen": steps_done * self.global_batch,
             "images_per_second": self._steps * self.global_batch / elapsed,
             "data_wait": self._waited / elapsed,
+            "bad_samples": bad,
         }
         self._restart()
         return metrics
@@ -127,6 +132,7 @@ def step_line(done: int, steps: int, logged: dict[str, float], seconds_per_step:
         f"step {done:>{len(str(steps))}}/{steps}  epoch {logged['epoch']:6.2f}  loss {logged['loss']:.4f}  "
         f"lr {logged['lr']:.2e}  grad {logged['grad_norm']:.2f}  {logged['images_per_second']:.0f} images/s  "
         f"waiting for data {logged['data_wait']:.0%}  ETA {minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        + (f"  BAD SAMPLES {logged['bad_samples']:.0f}" if logged["bad_samples"] else "")
         + (f"  SKIPPED UPDATES {logged['skipped_steps']:.0f}" if logged["skipped_steps"] else "")
     )
 

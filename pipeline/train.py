@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 
-from data_prep.manifest import Manifest, atomic_write
+from data_prep.foreign import ensure_indexed
+from data_prep.manifest import MANIFEST_NAME, Manifest, atomic_write
 from pipeline import checkpoint, engine, transfer
 from pipeline.config import Config
-from pipeline.data.loader import Batch, Ranks, training_batches, validation_batches
-from pipeline.data.order import SampleOrder
+from pipeline.data.device_augment import DeviceAugment
+from pipeline.data.keyed import view_keys
+from pipeline.data.loader import Ranks, training_batches, training_order, validation_batches
+from pipeline.data.views import BadSampleLedger, Batch, check_bad_samples
 from pipeline.evaluate import evaluate
 from pipeline.lifetime import exclusive, leave_with_launcher, raise_on_sigterm
 from pipeline.recipe import Mixing, build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.report import Meter, evaluation_line, print_plan, print_summary, step_line
 from pipeline.tracking import Tracker
 
-CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.yaml", "log.jsonl", "summary.json"
+CONFIG_FILE, LOG_FILE, SUMMARY_FILE, BAD_SAMPLES = "config.yaml", "log.jsonl", "summary.json", "bad_samples"
 
 
 def main(command: str, config: Config, resume: bool) -> None:
@@ -36,6 +39,7 @@ def main(command: str, config: Config, resume: bool) -> None:
     with ExitStack() as stack:
         if ranks.rank == 0:
             stack.enter_context(exclusive(config.run_dir))
+            ensure_indexed(config.data.path)
         engine.barrier()
         train(command, config, ranks, device, resume, stack)
     # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
@@ -45,7 +49,7 @@ def main(command: str, config: Config, resume: bool) -> None:
 def train(command: str, config: Config, ranks: Ranks, device: torch.device, resume: bool, stack: ExitStack) -> None:
     """Train, evaluate, checkpoint and log one run; on `stack` goes what has to be told when it fails."""
     manifest = Manifest.load(config.data.path)
-    order = SampleOrder(manifest.split("train").samples, config.train.global_batch, config.seed)
+    order = training_order(config, manifest)
     steps = order.steps_per_epoch * config.train.epochs
     accumulation = config.train.accumulation_steps(ranks.count)
 
@@ -78,6 +82,7 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
     if ranks.rank == 0:
         with atomic_write(config.run_dir / CONFIG_FILE) as file:
             file.write(config.to_yaml().encode())
+        manifest.save(config.run_dir)
         tags = {"stage": command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
         tracker = stack.enter_context(Tracker(config, tags, first_step))
         precision = "bf16 autocast" if deepspeed_engine.bf16 else "fp32"
@@ -86,26 +91,30 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
     engine.barrier()
 
     batches = training_batches(config, manifest, order, ranks, first_step, steps)
+    place = _placing(config, device)
+    bad_samples = BadSampleLedger(config.run_dir / BAD_SAMPLES, ranks.rank)
     started = time.monotonic()
     metrics: dict[str, float] = dict(meta.metrics) if meta else {}
     meter = Meter(config.train.global_batch, ranks.count, engine.sum_over_ranks)
 
     for step in range(first_step, steps):
         rates.step_update(step)
-        prepared = _micro_batches(batches, meter, mix, config, ranks, device, step, accumulation)
+        bad_samples.begin(step // order.steps_per_epoch)
+        prepared = _micro_batches(batches, place, bad_samples, meter, mix, config, ranks, step, accumulation)
         result = deepspeed_engine.train_step(prepared, loss)
         meter.add(result.loss)
         done = step + 1
         seconds = seconds_before + time.monotonic() - started
 
         if done % config.tracking.log_every_steps == 0 or done == steps:
-            logged = meter.read(done)
+            logged = meter.read(done, bad_samples.count)
             logged["epoch"] = done / order.steps_per_epoch
             logged["lr"] = max(group["lr"] for group in deepspeed_engine.optimizer.param_groups)
             logged["grad_norm"] = float(result.grad_norm)
             logged["skipped_steps"] = deepspeed_engine.skipped_steps
             if tracker:
                 tracker.log(done, logged, step_line(done, steps, logged, seconds / done))
+            check_bad_samples(int(logged["bad_samples"]), config.data, config.run_dir / BAD_SAMPLES)
             if not math.isfinite(logged["loss"]):
                 raise FloatingPointError(
                     f"the loss is {logged['loss']} at step {done}. The same command would meet it again: start another "
@@ -151,29 +160,42 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
         }
         with atomic_write(config.run_dir / SUMMARY_FILE) as file:
             file.write(json.dumps(summary, indent=1).encode())
-        files = [config.run_dir / name for name in (CONFIG_FILE, LOG_FILE, SUMMARY_FILE)]
-        tracker.finish("FINISHED", [*files, config.data.path / "dataset.json"])
+        files = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME)
+        tracker.finish("FINISHED", [config.run_dir / name for name in files])
         print_summary(config, summary)
+
+
+def _placing(config: Config, device: torch.device) -> Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]:
+    """What brings a batch's images and labels to the device, and augments them there where the config says so."""
+    augment = DeviceAugment(config.augment, device) if config.augment.where == "device" else None
+
+    def place(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        return augment(images, view_keys(config.seed, batch.views.numpy())) if augment else images, labels
+
+    return place
 
 
 def _micro_batches(
     batches: Iterator[Batch],
+    place: Callable[[Batch], tuple[torch.Tensor, torch.Tensor]],
+    bad_samples: BadSampleLedger,
     meter: Meter,
     mix: Mixing,
     config: Config,
     ranks: Ranks,
-    device: torch.device,
     step: int,
     accumulation: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images, targets) on the device for one optimizer step of this rank, with all random state keyed by position."""
     for micro in range(accumulation):
         with meter.waiting():
-            images, labels, _ = next(batches)
+            batch = next(batches)
+        bad_samples.add(step, batch.bad)
         slot = (ranks.rank * accumulation + micro) * config.train.micro_batch
         key = (config.seed, step, slot)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))  # drop path and dropout
-        yield mix(images.to(device, non_blocking=True), labels.to(device, non_blocking=True), key)
+        yield mix(*place(batch), key)
 
 
 def _evaluate(

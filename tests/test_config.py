@@ -68,6 +68,12 @@ def test_published_numbers(name: str) -> None:
         (["train.epochs=many"], ["train.epochs = 'many'", "integer"]),
         (["train.global_batch=100"], ["100", "32", "not divisible"]),
         (["data.resolution=65"], ["65", "multiple of 32", "64"]),
+        (["data.resolution_by_epoch={0: 40, 9: 64}"], ["epoch 0: 40", "multiple of 32", "32"]),
+        (["data.resolution_by_epoch={0: 32, 9: 96}"], ["must begin at epoch 0 and end at data.resolution 64"]),
+        (["data.resolution_by_epoch={2: 32, 9: 64}"], ["must begin at epoch 0"]),
+        (["data.resolution_by_epoch={0: 32, 18: 64}"], ["epoch 18", "train.epochs is 18"]),
+        (["data.shuffle_lanes=3"], ["train.global_batch 64 is not divisible by data.shuffle_lanes 3"]),
+        (["data.format=ffcv", "data.path=s3://bucket/set"], ["ffcv reads local files", "s3://bucket/set"]),
         (["train.micro_batch=1"], ["even"]),
         (["optimizer.warmup_epochs=99"], ["99", "train.epochs"]),
         (["train.zero_stage=4"], ["train.zero_stage = 4"]),
@@ -104,6 +110,14 @@ def test_overrides_speak_yaml_and_win() -> None:
     assert (config.optimizer.lr_peak, config.augment.rand_augment, config.name) == (2e-3, None, "other")
     with pytest.raises(Exception, match="frozen"):
         config.name = "again"  # type: ignore[misc]
+
+
+def test_progressive_resolution() -> None:
+    config = load(DEMO, ["data.resolution_by_epoch={0: 32, 12: 64}", "data.path=s3://bucket/set"])
+    assert [config.data.resolution_at(epoch) for epoch in (0, 11, 12, 17)] == [32, 32, 64, 64]
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+    assert config.data.path == "s3://bucket/set"
+    assert load(DEMO).data.resolution_at(5) == 64
 
 
 def test_ranks_must_divide_the_batch() -> None:

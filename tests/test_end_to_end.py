@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from data_prep.manifest import Manifest
 from pipeline.__main__ import main as pipeline_main
 from pipeline.config import load
-from pipeline.data.loader import Ranks, training_batches, validation_batches
-from pipeline.data.order import SampleOrder
+from pipeline.data.loader import Ranks, training_batches, training_order, validation_batches
 from pipeline.evaluate import evaluate
 from pipeline.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 
@@ -78,7 +77,7 @@ def test_equals_plain_pytorch(pretrained: Path, datasets: Datasets) -> None:
     """Two ranks of ZeRO-1 with accumulation compute what thirty lines of PyTorch do: weights, EMA, accuracy."""
     config = load(pretrained / "config.yaml")
     manifest = Manifest.load(config.data.path)
-    order = SampleOrder(96, 16, config.seed)
+    order = training_order(config, manifest)
     torch.manual_seed(config.seed)
     model = build_model(config.model, 4, 32).train()
     groups = parameter_groups(model, config.optimizer)
@@ -94,7 +93,7 @@ def test_equals_plain_pytorch(pretrained: Path, datasets: Datasets) -> None:
         total = 0.0
         for rank, reader in enumerate(readers):
             for micro in (0, 1):
-                images, labels, _ = next(reader)
+                images, labels, *_ = next(reader)
                 key = (config.seed, step, (rank * 2 + micro) * 4)
                 torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
                 images, targets = mix(images, labels, key)

@@ -1,8 +1,4 @@
-"""The recipe's augmentation, from timm, with every draw keyed by (seed, epoch, sample).
-
-A keyed draw does not depend on which worker, rank or run makes it, so an image is augmented alike after a resume and on
-any number of ranks.
-"""
+"""The recipe's augmentation on the host, from timm, with every draw keyed by the view (see keyed.py)."""
 
 from __future__ import annotations
 
@@ -15,18 +11,42 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torchvision.transforms import Compose
 
 from pipeline.config import Augment, Evaluate
+from pipeline.data.decode import decode_region, decode_rgb, image_size
 
 
-def seed_sample(seed: int, epoch: int, sample: int) -> None:
+def seed_view(key: int) -> None:
     """Key Python's, NumPy's and torch's generators, all of which timm's transforms draw from.
 
-    Call it in a data worker (or between steps): it sets global generators.
+    Call it in a data worker (or between steps): it sets global generators, and so serves one thread of a process.
     """
-    key = np.random.SeedSequence((seed, epoch, sample)).generate_state(3)
-    random.seed(int(key[0]))
-    np.random.seed(int(key[1]))
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))
     # Not torch.manual_seed: that also visits every accelerator's generator, which a data worker must not touch.
-    torch.default_generator.manual_seed(int(key[2]))
+    torch.default_generator.manual_seed(int(words[2]))
+
+
+class HostAugment:
+    """timm's training transform for one resolution, of which only the crop is decoded.
+
+    The result is that of timm's transform on the whole decoded image, to the last bit.
+    """
+
+    def __init__(self, augment: Augment, resolution: int) -> None:
+        crop, self.rest = training_transform(augment, resolution)
+        self.crop = crop.transforms[0]
+
+    def __call__(self, data: bytes, key: int) -> torch.Tensor:
+        """An image file -> normalised float32 (3, resolution, resolution). Raises DecodeError."""
+        height, width = image_size(data)
+        seed_view(key)
+        # timm asks an image for its size alone to draw the crop; this one takes no memory.
+        box = self.crop.get_params(torch.empty(()).expand(3, height, width), self.crop.scale, self.crop.ratio)
+        image = Image.fromarray(decode_region(data, *box))
+        return self.rest(image.resize(self.crop.size[::-1], _PIL_FILTERS[self.crop.interpolation.value]))
+
+
+_PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def training_transform(augment: Augment, resolution: int) -> tuple[Compose, Compose]:
@@ -65,13 +85,13 @@ def evaluation_transform(evaluate: Evaluate, resolution: int) -> Compose:
     )
 
 
+def evaluation_image(transform: Compose, data: bytes) -> torch.Tensor:
+    """An image file -> normalised float32 (3, resolution, resolution). Raises DecodeError."""
+    return transform(Image.fromarray(decode_rgb(data)))
+
+
 def normalise_decoded(images: np.ndarray) -> torch.Tensor:
     """uint8 (B, H, W, 3) already at the input resolution -> normalised float (B, 3, H, W)."""
     mean = torch.tensor(IMAGENET_DEFAULT_MEAN).mul(255).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_DEFAULT_STD).mul(255).view(1, 3, 1, 1)
     return torch.from_numpy(images).permute(0, 3, 1, 2).float().sub(mean).div(std)
-
-
-def augment_decoded(rest: Compose, image: np.ndarray) -> torch.Tensor:
-    """Apply `rest` of `training_transform` to a decoded crop, uint8 (H, W, 3)."""
-    return rest(Image.fromarray(image))

@@ -1,35 +1,34 @@
-"""FFCV reader: the order of `order.py` through FFCV's own Loader, the same batches of sample ids as `shards.py`.
+"""FFCV reader: the order of `order.py` through FFCV's own Loader, the same batches of sample ids as from shards.
 
 The Loader runs inside one data worker process of each rank, with `workers_per_rank` threads. That keeps FFCV's threads
 and page cache out of the training process, lets the rest of the augmentation overlap with the GPU, and turns a hang
-into an error, since the DataLoader around it has a timeout. FFCV decodes and crops; flip, RandAugment, normalisation
-and erasing follow in the worker, one image at a time.
+into an error, since the DataLoader around it has a timeout. FFCV decodes, crops and mirrors; with augment.where=host,
+RandAugment, normalisation and erasing follow in the worker, one image at a time.
 """
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
-from queue import Empty
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import IterableDataset
-from torchvision.transforms import Compose
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
-from pipeline.data.augment import augment_decoded, normalise_decoded, seed_sample
-from pipeline.data.order import SampleOrder
+from pipeline.data.augment import normalise_decoded, seed_view, training_transform
+from pipeline.data.crops import uint8_tensor
+from pipeline.data.keyed import view_keys
+from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.shards import DataError, check_file
+from pipeline.data.views import BadSample, Batch
 
-Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-
-def beton_path(directory: Path, manifest: Manifest, split: str) -> Path:
+def beton_path(directory: str, manifest: Manifest, split: str) -> Path:
     """The split's `.beton`. Raises DataError where there is none, more than one, or one of another size."""
     betons = manifest.split(split).betons
     if not betons:
@@ -39,7 +38,8 @@ def beton_path(directory: Path, manifest: Manifest, split: str) -> Path:
         )
     if len(betons) > 1:
         raise DataError(f"{directory} has {len(betons)} betons of split {split!r}; one is supported")
-    check_file(directory / betons[0].file, betons[0].bytes)
+    path = Path(directory) / betons[0].file
+    check_file(path, betons[0].bytes)
     try:
         import ffcv  # noqa: F401
     except ImportError as error:
@@ -47,139 +47,107 @@ def beton_path(directory: Path, manifest: Manifest, split: str) -> Path:
             f"data.format is ffcv, but FFCV is not there ({error}): `make setup` says what it needs; "
             f"or set data.format=webdataset"
         ) from None
-    return directory / betons[0].file
+    return path
 
 
 class TrainingBeton(IterableDataset[Any]):
-    """Augmented micro-batches (images float32 (B, 3, H, W), labels (B,), samples (B,)) of one rank."""
+    """Micro-batches of one rank for steps first_step .. last_step - 1; see Batch for what they hold.
+
+    Yields a DataError in the place of a batch that cannot be made, and ends.
+    """
 
     def __init__(
-        self,
-        path: Path,
-        labels: np.ndarray,
-        config: Config,
-        order: SampleOrder,
-        rank: int,
-        ranks: int,
-        first_step: int,
-        last_step: int,
-        rest: Compose,
+        self, path: Path, config: Config, order: SampleOrder, rank: int, ranks: int, first_step: int, last_step: int
     ) -> None:
-        self.path, self.labels, self.config, self.order = path, labels, config, order
+        self.path, self.config, self.order = path, config, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
-        self.rest = rest
 
-    def __iter__(self) -> Iterator[Arrays | DataError]:
-        from pipeline.data.ffcv_decoders import KeyedCropDecoder
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        from pipeline.data.ffcv_decoders import training_decoder
+        from pipeline.data.ffcv_loader import OrderedLoader
 
-        config, order = self.config, self.order
-        decoder = KeyedCropDecoder(
-            config.data.resolution, config.augment.crop_area_min, config.seed, samples=len(self.labels)
+        config, augment, data = self.config, self.config.augment, self.config.data
+        on_device = augment.where == "device"
+        micros = self.order.micro_batches(
+            self.first_step, self.last_step, self.rank, self.ranks, config.train.micro_batch
         )
-        loader = _ffcv_loader(self.path, decoder, config.train.micro_batch, config.data.workers_per_rank)
-        step = self.first_step
+        loader, compiled_for = None, 0
         try:
-            while step < self.last_step:
-                epoch, step_in_epoch = divmod(step, order.steps_per_epoch)
-                ids = order.rank_steps(epoch, step_in_epoch, self.rank, self.ranks)[: self.last_step - step]
-                batches = ids.reshape(-1, config.train.micro_batch)
-                virtual = ids.reshape(-1).astype(np.uint64) + np.uint64(epoch * len(self.labels))
-                for samples, pixels in zip(batches, _epoch(loader, virtual), strict=True):
-                    images = []
-                    for sample, crop in zip(samples, pixels, strict=True):
-                        seed_sample(config.seed, epoch, int(sample))
-                        images.append(augment_decoded(self.rest, crop))
-                    yield (
-                        torch.stack(images),
-                        torch.from_numpy(self.labels[samples]).long(),
-                        torch.from_numpy(samples),
+            for epoch, of_epoch in groupby(micros, key=lambda micro: micro.epoch):
+                side = data.resolution_at(epoch)
+                if side != compiled_for:
+                    # With timm on the host, timm mirrors.
+                    flip = augment.horizontal_flip if on_device else 0.0
+                    decoder = training_decoder(side, augment.crop_area_min, config.seed, flip, self.order.samples)
+                    loader = OrderedLoader(
+                        self.path, decoder, config.train.micro_batch, data.workers_per_rank, data.ffcv_cache
                     )
-                step += len(ids)
+                    compiled_for = side
+                    rest = None if on_device else training_transform(augment, side)[1]
+                assert loader is not None
+                batches = list(of_epoch)
+                decoded = loader.batches(np.concatenate([micro.views for micro in batches]))
+                for micro, (pixels, good) in zip(batches, decoded, strict=True):
+                    yield self._batch(micro, pixels, good, loader.labels, rest)
         except DataError as error:
             yield error
+
+    def _batch(self, micro: MicroBatch, pixels: np.ndarray, good: np.ndarray, labels: np.ndarray, rest: Any) -> Batch:
+        slots, bad = np.arange(len(good)), []
+        for slot in np.flatnonzero(~good):
+            sample = int(micro.samples[slot])
+            error = f"{self.path}: sample {sample} does not decode; the file is damaged, rebuild it"
+            # FFCV decodes whole batches: a stand-in is the next image of this one that did decode.
+            others = np.flatnonzero(np.roll(good, -slot))
+            if self.config.data.on_bad_sample == "raise" or not len(others):
+                raise DataError(error)
+            slots[slot] = (slot + others[0]) % len(good)
+            bad.append(BadSample(sample, micro.epoch, error, int(micro.samples[slots[slot]])))
+        samples = micro.samples[slots]
+        if rest is None:
+            images = uint8_tensor(len(good), *pixels.shape[1:])
+            np.copyto(images.numpy(), pixels if good.all() else pixels[slots])
+            images = images.permute(0, 3, 1, 2)
+        else:
+            drawn = []
+            for slot, key in zip(slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
+                seed_view(key)
+                drawn.append(rest(Image.fromarray(pixels[slot])))
+            images = torch.stack(drawn)
+        return _batch(images, labels[samples], samples, micro.views, tuple(bad))
 
 
 class EvaluationBeton(IterableDataset[Any]):
     """Given batches of sample ids, in that order, normalised without augmentation."""
 
-    def __init__(self, path: Path, labels: np.ndarray, config: Config, batches: Sequence[np.ndarray]) -> None:
-        self.path, self.labels, self.config, self.batches = path, labels, config, batches
+    def __init__(self, path: Path, config: Config, batches: Sequence[np.ndarray]) -> None:
+        self.path, self.config, self.batches = path, config, batches
 
-    def __iter__(self) -> Iterator[Arrays | DataError]:
-        from pipeline.data.ffcv_decoders import CentreCropDecoder, WarpDecoder
+    def __iter__(self) -> Iterator[Batch | DataError]:
+        from pipeline.data.ffcv_decoders import evaluation_decoder
+        from pipeline.data.ffcv_loader import OrderedLoader
 
-        side, evaluate = self.config.data.resolution, self.config.evaluate
-        decoder = (
-            WarpDecoder(side) if evaluate.resize == "warp" else CentreCropDecoder((side, side), evaluate.crop_ratio)
-        )
-        loader = _ffcv_loader(self.path, decoder, evaluate.micro_batch, self.config.data.workers_per_rank)
+        data, evaluate = self.config.data, self.config.evaluate
         try:
-            order = np.concatenate([*self.batches, np.zeros(0, np.int64)])
-            for samples, pixels in zip(self.batches, _epoch(loader, order.astype(np.uint64)), strict=True):
-                yield (
-                    normalise_decoded(pixels),
-                    torch.from_numpy(self.labels[samples]).long(),
-                    torch.from_numpy(samples),
-                )
+            ids = np.concatenate([*self.batches, np.zeros(0, np.int64)])
+            decoder = evaluation_decoder(data.resolution, evaluate.resize, evaluate.crop_ratio, _samples(self.path))
+            loader = OrderedLoader(self.path, decoder, evaluate.micro_batch, data.workers_per_rank, data.ffcv_cache)
+            for samples, (pixels, good) in zip(self.batches, loader.batches(ids), strict=True):
+                if not good.all():
+                    raise DataError(f"{self.path}: sample {samples[~good][0]} does not decode; rebuild the file")
+                yield _batch(normalise_decoded(pixels), loader.labels[samples], samples, samples, ())
         except DataError as error:
             yield error
 
 
-class _GivenOrder:
-    """Stands in for FFCV's traversal orders, which know only their own shuffles."""
-
-    def __init__(self) -> None:
-        self.indices = np.zeros(0, np.uint64)
-
-    def sample_order(self, epoch: int) -> np.ndarray:
-        return self.indices
+def _batch(
+    images: torch.Tensor, labels: np.ndarray, samples: np.ndarray, views: np.ndarray, bad: tuple[BadSample, ...]
+) -> Batch:
+    labels, samples, views = (np.array(column, np.int64) for column in (labels, samples, views))
+    return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), torch.from_numpy(views), bad)
 
 
-def _ffcv_loader(path: Path, decoder: Any, batch: int, threads: int) -> Any:
-    import ffcv.loader.epoch_iterator as epoch_iterator
-    from ffcv.loader import Loader, OrderOption
+def _samples(path: Path) -> int:
+    from ffcv.types import HeaderType
 
-    # Where the rank has a GPU, FFCV would open CUDA streams, which a forked worker cannot; the trainer copies.
-    epoch_iterator.IS_CUDA = False
-    loader = Loader(
-        str(path),
-        batch_size=batch,
-        # numba refuses more threads than this process may use cores.
-        num_workers=min(max(1, threads), len(os.sched_getaffinity(0))),
-        os_cache=True,
-        order=OrderOption.SEQUENTIAL,
-        # Labels and ids follow from the order: nothing but pixels is read.
-        pipelines={"image": [decoder], "label": None, "sample": None},
-        drop_last=False,
-        seed=0,
-    )
-    loader.traversal_order = _GivenOrder()
-    return loader
-
-
-def _epoch(loader: Any, indices: np.ndarray) -> Iterator[np.ndarray]:
-    """Decoded batches, uint8 (B, H, W, 3), for `indices`; each is valid until the next one is asked for.
-
-    FFCV waits for ever when its thread has died, and leaks thread and buffers when an epoch is left early: both are
-    mended here. Raises DataError when the thread dies.
-    """
-    if not len(indices):
-        return
-    loader.traversal_order.indices = loader.first_traversal_order = indices
-    batches = math.ceil(len(indices) / loader.batch_size)
-    epoch = iter(loader)
-    try:
-        for _ in range(batches):
-            while True:
-                alive = epoch.is_alive()  # read before the queue: what a thread left behind is still taken
-                try:
-                    item = epoch.output_queue.get(timeout=1.0)
-                    break
-                except Empty:
-                    if not alive:
-                        raise DataError(f"{loader.fname}: FFCV's reading thread died; its error is above") from None
-            _, (pixels,) = item
-            yield pixels
-    finally:
-        epoch.close()
-        epoch.join()
+    return int(np.fromfile(path, dtype=HeaderType, count=1)[0]["num_samples"])

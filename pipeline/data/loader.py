@@ -1,37 +1,38 @@
 """Batches for one rank, in the order of `order.py`, from either file format.
 
-Both formats yield the same sample ids in the same batches; the webdataset reader decodes with PIL in worker processes,
-the ffcv reader with FFCV in one worker process (see `beton.py`).
+Both formats yield the same sample ids in the same batches. What works where:
+
+    format      augment.where   workers_per_rank are   the workers make
+    webdataset  host            processes              normalised images, by timm on PIL
+    webdataset  device          threads of one process uint8 crops (crops.py); the rest runs on the device
+    ffcv        either          FFCV's threads, in one uint8 crops; with host, timm on PIL follows in that process
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import Compose
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
-from pipeline.data.augment import evaluation_transform, seed_sample, training_transform
+from pipeline.data.augment import HostAugment, evaluation_image, evaluation_transform
 from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
-from pipeline.data.order import SampleOrder
-from pipeline.data.shards import DataError, ShardImages, load_labels
+from pipeline.data.crops import TrainingCrops
+from pipeline.data.decode import DecodeError
+from pipeline.data.order import MicroBatch, SampleOrder
+from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.views import Batch, Drawn, Views, assemble
 
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
-
-
-class Batch(NamedTuple):
-    """images float32 (B, 3, H, W), normalised; labels int64 (B,); samples int64 (B,), the sample ids."""
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    samples: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,18 @@ class Ranks:
     count: int = 1
 
 
+def training_order(config: Config, manifest: Manifest) -> SampleOrder:
+    """The order of the training split. Raises ValueError where it does not fill a global batch."""
+    return SampleOrder(
+        tuple(entry.samples for entry in manifest.split("train").shards),
+        config.train.global_batch,
+        config.seed,
+        config.data.shuffle_lanes,
+        config.data.shuffle_window_shards,
+        config.augment.repeats,
+    )
+
+
 def training_batches(
     config: Config, manifest: Manifest, order: SampleOrder, ranks: Ranks, first_step: int, last_step: int
 ) -> Iterator[Batch]:
@@ -49,99 +62,112 @@ def training_batches(
 
     Raises DataError when a sample cannot be read or the workers stop answering.
     """
-    crop, rest = training_transform(config.augment, config.data.resolution)
-    source: Dataset[Any]
+    span = (ranks.rank, ranks.count, first_step, last_step)
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "train")
-        labels = load_labels(config.data.path, manifest, "train")
-        source = TrainingBeton(path, labels, config, order, ranks.rank, ranks.count, first_step, last_step, rest)
-        return _beton_batches(source)
-    schedule = order.micro_batches(first_step, last_step, ranks.rank, ranks.count, config.train.micro_batch)
-    # Items carry the epoch, since augmentation is keyed by it.
-    items = ([(epoch, int(sample)) for sample in samples] for epoch, samples in schedule)
-    images = ShardImages(config.data.path, manifest, "train")
-    return _shard_batches(_Augmented(images, Compose([crop, rest]), config.seed), items, config)
+        return _batches(TrainingBeton(path, config, order, *span), 1, batch_size=None)
+    views = Views(config, ShardReader(config.data, manifest, "train"))
+    workers = config.data.workers_per_rank
+    if config.augment.where == "device":
+        return _batches(TrainingCrops(config, views, order, *span), min(workers, 1), batch_size=None)
+    items = order.micro_batches(first_step, last_step, *span[:2], config.train.micro_batch)
+    return _batches(_TrainingImages(config, views, order, *span[:2]), workers, batch_sampler=items)
 
 
 def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iterator[Batch]:
     """Every validation sample exactly once over all ranks: rank r takes samples r, r + R, r + 2R, ...
 
-    Ranks may yield different numbers of batches: hold no collective inside the loop over them.
+    Images are normalised. Ranks may yield different numbers of batches: hold no collective inside the loop over them.
+    A sample that does not decode raises DataError whatever data.on_bad_sample says: accuracy is that of the whole set.
     """
     mine = np.arange(ranks.rank, manifest.split("val").samples, ranks.count)
     batches = [mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)]
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "val")
-        labels = load_labels(config.data.path, manifest, "val")
-        return _beton_batches(EvaluationBeton(path, labels, config, batches))
-    images = ShardImages(config.data.path, manifest, "val")
-    return _shard_batches(
-        _Evaluated(images, evaluation_transform(config.evaluate, config.data.resolution)), batches, config
-    )
+        return _batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
+    reader = ShardReader(config.data, manifest, "val")
+    return _batches(_EvaluationImages(config, reader), config.data.workers_per_rank, batch_sampler=batches)
 
 
-class _Augmented(Dataset[Any]):
-    def __init__(self, images: ShardImages, transform: Compose, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+class _TrainingImages(Dataset[Any]):
+    """Whole micro-batches, augmented by timm; one at a time in each worker process."""
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, int, int] | DataError:
-        epoch, sample = item
+    def __init__(self, config: Config, views: Views, order: SampleOrder, rank: int, ranks: int) -> None:
+        self.config, self.views, self.order, self.rank, self.ranks = config, views, order, rank, ranks
+        self.ahead_of = -1
+        self.augment = lru_cache(maxsize=2)(lambda side: HostAugment(config.augment, side))
+
+    def __getitems__(self, micro: MicroBatch) -> Batch | DataError:
+        reader = self.views.reader
+        images: list[torch.Tensor] = []
+        drawn: list[Drawn] = []
+        if micro.step >= self.ahead_of:
+            reader.ahead(self.order.shards_ahead(micro.step, self.rank, self.ranks))
+            self.ahead_of = micro.step + 16
+        augment = self.augment(self.config.data.resolution_at(micro.epoch))
         try:
-            image = self.images.image(sample)
+            columns = (micro.samples.tolist(), self.views.keys(micro), reader.encoded_many(micro.samples))
+            for sample, key, data in zip(*columns, strict=True):
+                drawn.append(
+                    self.views.draw(sample, micro.epoch, key, data, lambda data, key: images.append(augment(data, key)))
+                )
         except DataError as error:
             return error
-        seed_sample(self.seed, epoch, sample)
-        return self.transform(image), int(self.images.labels[sample]), sample
+        return assemble(torch.stack(images), drawn, micro.views)
 
 
-class _Evaluated(Dataset[Any]):
-    def __init__(self, images: ShardImages, transform: Compose) -> None:
-        self.images, self.transform = images, transform
+class _EvaluationImages(Dataset[Any]):
+    def __init__(self, config: Config, reader: ShardReader) -> None:
+        self.reader = reader
+        self.transform = evaluation_transform(config.evaluate, config.data.resolution)
 
-    def __getitem__(self, sample: int) -> tuple[torch.Tensor, int, int] | DataError:
+    def __getitems__(self, samples: np.ndarray) -> Batch | DataError:
+        images: list[torch.Tensor] = []
+        drawn: list[Drawn] = []
         try:
-            return (
-                self.transform(self.images.image(int(sample))),
-                int(self.images.labels[sample]),
-                int(sample),
-            )
+            for sample, data in zip(samples.tolist(), self.reader.encoded_many(samples), strict=True):
+                if isinstance(data, DataError):
+                    raise data
+                try:
+                    images.append(evaluation_image(self.transform, data))
+                except DecodeError as error:
+                    raise self.reader.damaged(sample, error) from None
+                drawn.append((sample, self.reader.label(sample), []))
         except DataError as error:
             return error
-
-
-def _collate(items: Sequence[tuple[torch.Tensor, int, int] | DataError]) -> Batch | DataError:
-    for item in items:
-        if isinstance(item, DataError):
-            return item
-    images, labels, samples = zip(*items, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(samples))
+        return assemble(torch.stack(images), drawn, samples)
 
 
 def _as_is(item: Any) -> Any:
     return item
 
 
-def _shard_batches(source: Dataset[Any], items: Iterable[Any], config: Config) -> Iterator[Batch]:
-    workers = config.data.workers_per_rank
-    return _raising(_loader(source, workers, batch_sampler=items, collate_fn=_collate))
-
-
-def _beton_batches(source: Dataset[Any]) -> Iterator[Batch]:
-    # FFCV has threads of its own: one process holds them all.
-    return _raising(_loader(source, 1, batch_size=None, collate_fn=_as_is))
-
-
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     torch.set_num_threads(1)  # several processes share each core; more threads cost several times the CPU time
+    # A rank killed with SIGKILL cannot end its workers: the kernel does, at once, even inside FFCV's compiler.
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that
+        os._exit(1)
 
 
-def _loader(source: Dataset[Any], workers: int, **options: Any) -> DataLoader[Any]:
+def _batches(
+    source: Dataset[Any],
+    workers: int,
+    batch_size: int | None = 1,
+    batch_sampler: Iterable[Any] | Sequence[Any] | None = None,
+) -> Iterator[Batch]:
     # The omp layer of numba, which FFCV compiles with, does not survive a fork; read when numba is first imported.
     os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if batch_sampler is not None:
+        options = {"batch_sampler": batch_sampler}
     if workers:
-        options |= {"prefetch_factor": 4, "timeout": _SILENT_SECONDS, "worker_init_fn": _start_worker}
+        options |= {"prefetch_factor": 4, "timeout": _SILENT_SECONDS}
+        options["worker_init_fn"] = partial(_start_worker, os.getpid())
         options["multiprocessing_context"] = "fork"  # the datasets' arrays are shared, not pickled
-    return DataLoader(source, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
+    loader = DataLoader(source, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=_as_is, **options)
+    return _raising(loader)
 
 
 def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
@@ -149,7 +175,7 @@ def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
         for item in loader:
             if isinstance(item, Exception):
                 raise item  # a worker hands its error over whole: raised there, it would come back as a traceback
-            yield Batch(*item)
+            yield item
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise

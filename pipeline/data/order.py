@@ -3,28 +3,57 @@
 Position p of an epoch belongs to optimizer step p // global_batch. Rank r of R takes the r-th of R equal slices of each
 global batch, so the samples of a step are the same for every number of ranks, of workers, and for both file formats.
 The state of the data is therefore one integer: the number of optimizer steps done.
+
+The shuffle is by blocks, so that reading stays nearly sequential. Each epoch permutes the shards and lays them end to
+end; the line is cut into `lanes` equal lanes, of which every global batch takes equal parts; and within a lane, samples
+are shuffled inside windows of `window_shards` shards' worth. A batch is thus drawn from
+lanes x window_shards shards, while a node that owns some of the lanes (all nodes do, where their number divides
+`lanes`) opens only the windows of its own. Shards are uniform draws of the whole set, so that the blocks differ by
+chance alone. With lanes=1 and a window that holds all shards the order is one uniform permutation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
+
+from pipeline.data.keyed import view_numbers
+
+_CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
+
+
+class MicroBatch(NamedTuple):
+    """One forward pass of one rank: `samples` int64 (micro_batch,), and `views`, what their augmentation is keyed by.
+
+    `step` counts from the run's beginning.
+    """
+
+    step: int
+    epoch: int
+    samples: np.ndarray
+    views: np.ndarray
 
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The order of `samples` training samples in global batches of `global_batch`, shuffled anew each epoch.
+    """The order of a split's samples in global batches, shuffled anew each epoch.
 
-    The last samples % global_batch positions of each epoch's permutation are left out of that epoch.
-    Raises ValueError if there are fewer samples than one global batch holds.
+    `shard_samples` are the samples of each shard, in the manifest's order. With `repeats` > 1 (repeated augmentation,
+    Hoffer et al., 2020) each sample stands that often in a row, differently augmented, and an epoch of as many steps
+    covers 1/repeats of the set. The last samples % global_batch positions of an epoch are left out of it.
+    Raises ValueError if there are fewer samples than one global batch holds, or lanes do not divide the batch.
     """
 
-    samples: int
+    shard_samples: tuple[int, ...]
     global_batch: int
     seed: int
+    lanes: int = 1
+    window_shards: int = 1 << 30
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch:
@@ -32,36 +61,165 @@ class SampleOrder:
                 f"{self.samples} training samples do not fill one global batch of {self.global_batch}; "
                 f"lower train.global_batch"
             )
+        if self.global_batch % self.lanes:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not divisible by data.shuffle_lanes {self.lanes}"
+            )
+
+    @cached_property
+    def samples(self) -> int:
+        return sum(self.shard_samples)
 
     @property
     def steps_per_epoch(self) -> int:
         return self.samples // self.global_batch
 
     def permutation(self, epoch: int) -> np.ndarray:
-        """Sample ids by position, int64 (samples,)."""
-        return _permutation(self.samples, self.seed, epoch)
+        """All sample ids by position, int64 (samples,), repeats aside; those past the last full step come last."""
+        steps, part = self.steps_per_epoch, self.global_batch // self.lanes
+        lanes = [self._lane(epoch, lane, 0, self._lane_samples) for lane in range(self.lanes)]
+        full = np.stack([ids[: steps * part].reshape(steps, part) for ids in lanes], axis=1)
+        rest = _block_order(self.shard_samples, self.seed, epoch).samples_at(
+            np.arange(self.lanes * self._lane_samples, self.samples)
+        )
+        return np.concatenate([full.reshape(-1), *(ids[steps * part :] for ids in lanes), rest])
 
-    def rank_steps(self, epoch: int, first_step: int, rank: int, ranks: int) -> np.ndarray:
-        """One rank's sample ids, int64 (steps, global_batch // ranks), from step `first_step` of `epoch` to its end."""
-        steps = self.permutation(epoch)[: self.steps_per_epoch * self.global_batch]
-        return steps.reshape(self.steps_per_epoch, ranks, -1)[first_step:, rank]
+    def rank_steps(self, epoch: int, first: int, last: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
+        """(samples, views), each int64 (last - first, global_batch // ranks): one rank's part of an epoch's steps."""
+        part, mine = self.global_batch // self.lanes, self.global_batch // ranks
+        begin, end = rank * mine, (rank + 1) * mine
+        pieces = []
+        for lane in range(begin // part, -(-end // part)):
+            stream = self._repeated(epoch, lane, first * part, last * part).reshape(2, last - first, part)
+            pieces.append(stream[:, :, max(0, begin - lane * part) : end - lane * part])
+        samples, repeat = np.concatenate(pieces, axis=2)
+        return samples, view_numbers(epoch, repeat, self.repeats, samples, self.samples)
 
     def micro_batches(
         self, first_step: int, last_step: int, rank: int, ranks: int, micro_batch: int
-    ) -> Iterator[tuple[int, np.ndarray]]:
-        """(epoch, sample ids (micro_batch,)) of one rank, for the run's steps first_step .. last_step - 1."""
+    ) -> Iterator[MicroBatch]:
+        """One rank's micro-batches for the run's steps first_step .. last_step - 1, across epochs. O(1) to begin."""
+        chunk = max(1, _CHUNK_IDS // self.global_batch)
         step = first_step
         while step < last_step:
-            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-            for ids in self.rank_steps(epoch, step_in_epoch, rank, ranks)[: last_step - step]:
-                for start in range(0, len(ids), micro_batch):
-                    yield epoch, ids[start : start + micro_batch]
-                step += 1
+            epoch, first = divmod(step, self.steps_per_epoch)
+            last = min(first + chunk, self.steps_per_epoch, first + last_step - step)
+            samples, views = self.rank_steps(epoch, first, last, rank, ranks)
+            for row in range(last - first):
+                for start in range(0, samples.shape[1], micro_batch):
+                    part = slice(start, start + micro_batch)
+                    yield MicroBatch(step + row, epoch, samples[row, part], views[row, part])
+            step += last - first
+
+    def shards_ahead(self, step: int, rank: int, ranks: int, windows: int = 2) -> list[int]:
+        """Shards that `rank` reads from the run's step `step` on, soonest first: those of the windows that its lanes
+        are in, then those of the next, in all `windows` of them, into the next epoch where this one ends.
+        """
+        part, mine = self.global_batch // self.lanes, self.global_batch // ranks
+        lanes = range(rank * mine // part, -(-(rank + 1) * mine // part))
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        found: dict[int, None] = {}  # an ordered set
+        at = dict.fromkeys(lanes, (epoch, in_epoch * part // self.repeats))
+        for _ in range(windows):
+            for lane, (lane_epoch, index) in at.items():
+                begin, end = self._window(lane, index)
+                blocks = _block_order(self.shard_samples, self.seed, lane_epoch)
+                start = lane * self._lane_samples
+                found |= dict.fromkeys(blocks.shards_between(start + begin, start + end))
+                over = end * self.repeats >= self.steps_per_epoch * part
+                at[lane] = (lane_epoch + 1, 0) if over else (lane_epoch, end)
+        return list(found)
+
+    @property
+    def _lane_samples(self) -> int:
+        return self.samples // self.lanes
+
+    @cached_property
+    def _window_samples(self) -> int:
+        mean = -(-self.samples // len(self.shard_samples))
+        return min(self.samples, self.window_shards * mean)
+
+    def _window(self, lane: int, index: int) -> tuple[int, int]:
+        """Begin and end of the window that a lane's position `index` lies in."""
+        # Lanes change windows one after the other: not all shards of a node have to be fetched at the same moment.
+        phase = lane * self._window_samples // self.lanes
+        number = (index + phase) // self._window_samples
+        begin = number * self._window_samples - phase
+        return max(0, begin), min(self._lane_samples, begin + self._window_samples)
+
+    def _lane(self, epoch: int, lane: int, first: int, last: int) -> np.ndarray:
+        """Sample ids at a lane's positions first .. last - 1, int64."""
+        blocks = _block_order(self.shard_samples, self.seed, epoch)
+        places = []
+        while first < last:
+            begin, end = self._window(lane, first)
+            stop = min(end, last)
+            shuffled = _shuffled(self.seed, epoch, lane, begin, end - begin)
+            places.append(shuffled[first - begin : stop - begin] + (begin + lane * self._lane_samples))
+            first = stop
+        return blocks.samples_at(np.concatenate([*places, np.zeros(0, np.int64)]))
+
+    def _repeated(self, epoch: int, lane: int, first: int, last: int) -> np.ndarray:
+        """Sample ids and their repeat numbers at a lane's positions, int64 (2, last - first)."""
+        n = self.repeats
+        ids = self._lane(epoch, lane, first // n, -(-last // n))
+        both = np.stack([np.repeat(ids, n), np.tile(np.arange(n), len(ids))])
+        return both[:, first % n : first % n + last - first]
 
 
-@lru_cache(maxsize=2)  # the epoch under way and the one that workers have begun to prefetch
-def _permutation(samples: int, seed: int, epoch: int) -> np.ndarray:
-    # Philox is counter-based: (seed, epoch) is its key, so (3, 1) and (4, 0) are unrelated streams.
-    permutation = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(samples)
-    permutation.flags.writeable = False
-    return permutation
+@dataclass(frozen=True, eq=False)
+class _BlockOrder:
+    """The shards of an epoch, permuted and laid end to end in a ring: `ends[i]` is where the i-th of them ends.
+
+    Windows cut some shards in two. The line begins anywhere on the ring (`shift`) and runs through each shard forwards
+    or backwards (`mirrored`), or the same samples of a shard would stay together, and its first ones come early.
+    """
+
+    shards: np.ndarray
+    ends: np.ndarray
+    first_ids: np.ndarray  # of the i-th shard on the ring: the id of its first sample
+    sizes: np.ndarray
+    shift: int
+    mirrored: bool
+
+    def samples_at(self, places: np.ndarray) -> np.ndarray:
+        """Sample ids at places on the line."""
+        places = (places + self.shift) % self.ends[-1]
+        block = np.searchsorted(self.ends, places, side="right")
+        inside = places - (self.ends[block] - self.sizes[block])
+        return self.first_ids[block] + (self.sizes[block] - 1 - inside if self.mirrored else inside)
+
+    def shards_between(self, begin: int, end: int) -> list[int]:
+        """Shards that the places begin .. end - 1 lie in, in the order of the line."""
+        ring = int(self.ends[-1])
+        begin, end = (begin + self.shift) % ring, (begin + self.shift) % ring + end - begin
+        parts = [(begin, min(end, ring)), (0, max(0, end - ring))]
+        found: list[int] = []
+        for low, high in parts:
+            if low < high:
+                first, last = np.searchsorted(self.ends, [low, high - 1], side="right")
+                found += self.shards[first : last + 1][self.sizes[first : last + 1] > 0].tolist()
+        return found
+
+
+def _generator(seed: int, epoch: int, lane: int, begin: int) -> np.random.Generator:
+    # Philox is counter-based: (seed, epoch) is its key, so (3, 1) and (4, 0) are unrelated streams; the upper half of
+    # the counter keeps the streams within an epoch apart.
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, lane + 1, begin]))
+
+
+@lru_cache(maxsize=4)  # the epoch under way and the one that workers have begun to prefetch
+def _block_order(shard_samples: tuple[int, ...], seed: int, epoch: int) -> _BlockOrder:
+    sizes = np.asarray(shard_samples, np.int64)
+    random = _generator(seed, epoch, -1, 0)
+    shards = random.permutation(len(sizes))
+    shift, mirrored = int(random.integers(sizes.sum())), bool(random.integers(2))
+    first_ids = (np.cumsum(sizes) - sizes)[shards]
+    return _BlockOrder(shards, np.cumsum(sizes[shards]), first_ids, sizes[shards], shift, mirrored)
+
+
+@lru_cache(maxsize=256)
+def _shuffled(seed: int, epoch: int, lane: int, begin: int, length: int) -> np.ndarray:
+    order = _generator(seed, epoch, lane, begin).permutation(length).astype(np.int32)
+    order.flags.writeable = False
+    return order

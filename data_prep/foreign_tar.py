@@ -1,0 +1,222 @@
+"""One WebDataset tar that somebody else wrote: its samples, what they say of their classes, and its index.
+
+The tar is read once, from end to end, which gives its checksum, too. (Over a network that is also the faster way: a
+jump from header to header costs a request, in which a stream brings several images.)
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import numpy as np
+
+from data_prep.manifest import DataPrepError, ShardIndex, index_path
+from data_prep.sources.streams import FileRange
+from data_prep.sources.tar import Gap, Member, Tar
+from data_prep.storage import Folder, file_system
+
+IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, where a sample has several
+MAX_JSON_BYTES = 1 << 20  # what is larger holds more than a label
+TOLD_SAMPLES = 5
+READ_BYTES = 8 << 20
+# WebDataset's rule: folder and name up to the first dot; what has no such name belongs to no sample.
+MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
+WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})(?=[_./]|$)")
+
+
+class ForeignError(DataPrepError):
+    """The tars cannot be made a data set as they are, or not without being told more."""
+
+
+@dataclass
+class _Sample:
+    offset: int = -1
+    size: int = 0
+    preference: int = len(IMAGES)
+    wnid: str = ""
+    number: int = -1
+    extensions: set[str] = field(default_factory=set)
+
+    @property
+    def lacks(self) -> str:
+        """What keeps it from being trained on."""
+        return "no image" if self.offset < 0 else "" if self.wnid or self.number >= 0 else "no class"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a tar holds. wnid (N,) int32: position in `wnids`, or -1; number (N,) int64: the class number, or -1."""
+
+    index: ShardIndex
+    wnids: list[str]
+    wnid: np.ndarray
+    number: np.ndarray
+    about: dict[str, Any]  # bytes, sha256, left_out (samples)
+
+    def labels(self, tar: str, classes: Sequence[str] | None) -> np.ndarray:
+        """Class numbers, int64 (N,); `classes` None: positions in `wnids`. Raises ForeignError, naming a sample."""
+        if classes is None:
+            bad = self.wnid < 0
+            problem = (
+                "gives its class only as a number, which says nothing without a list: add --classes, with a text file "
+                "of one WordNet id per line in the order of the numbers, or imagenet-1k, fall11, winter21-p, ... "
+                "(`python -m data_prep labels --list`)"
+            )
+            found = self.wnid.astype(np.int64)
+        else:
+            at = {wnid: label for label, wnid in enumerate(classes)}
+            told = np.array([at.get(wnid, -1) for wnid in self.wnids] + [-1], np.int64)[self.wnid]
+            found = np.where(self.wnid < 0, self.number, told)
+            bad = (found < 0) | (found >= len(classes))
+            problem = f"has a class that is none of the {len(classes):,} of --classes: give the list it was made with"
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            has = self.wnids[self.wnid[row]] if self.wnid[row] >= 0 else f"class number {self.number[row]}"
+            raise ForeignError(f"{tar}: sample {str(self.index.keys[row])!r} ({has}) {problem}")
+        return found
+
+    def to_bytes(self, labels: np.ndarray) -> bytes:
+        """An index file, with more arrays in it than readers look at."""
+        index = ShardIndex(self.index.keys, self.index.offsets, self.index.sizes, labels)
+        with np.load(io.BytesIO(index.to_bytes())) as arrays:
+            parts = dict(arrays)
+        file = io.BytesIO()
+        wnids = np.array([wnid.encode() for wnid in self.wnids], "S9")
+        about = np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8)
+        np.savez(file, allow_pickle=False, **parts, wnids=wnids, wnid=self.wnid, number=self.number, about=about)
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """Raises KeyError for an index that another command wrote, other errors for one that is damaged."""
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            about = json.loads(arrays["about"].tobytes())
+            keys = np.char.decode(arrays["keys"], "ascii") if arrays["keys"].size else arrays["keys"]
+            index = ShardIndex(keys, arrays["offsets"], arrays["sizes"], arrays["labels"])
+            return cls(index, [w.decode() for w in arrays["wnids"].tolist()], arrays["wnid"], arrays["number"], about)
+
+
+class _Hashed(FileRange):
+    """Reads a whole file without seeking, and takes its checksum."""
+
+    def __init__(self, path: str, advance: Callable[[int], None]):
+        super().__init__(path)
+        self.sha256, self._hashed, self._advance = hashlib.sha256(), 0, advance
+
+    def read(self, size: int) -> bytes:
+        start = self.position
+        data = super().read(size)
+        fresh = data[max(0, self._hashed - start) :]  # some was put back
+        self.sha256.update(fresh)
+        self._hashed += len(fresh)
+        self._advance(len(fresh))
+        return data
+
+    def skip(self, size: int) -> int:
+        left = size
+        while left > 0 and (data := self.read(min(left, READ_BYTES))):
+            left -= len(data)
+        return size - left
+
+
+def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable[[int], None] = lambda _: None) -> Scan:
+    """Read a tar to its end. Raises ForeignError where it is damaged, cut short, or has samples of no use."""
+    samples: dict[str, _Sample] = {}
+    last = ""
+    with _Hashed(folder.join(name), advance) as reader:
+        tar = Tar(reader)
+        for member in tar:
+            if isinstance(member, Gap):
+                raise ForeignError(f"{folder.join(name)}: {member}: fetch or make the tar again")
+            parts = MEMBER_NAME.fullmatch(member.name)
+            if member.kind != "file" or parts is None or member.name.startswith("__"):
+                continue
+            key, extension = parts[1], parts[2].lower()
+            sample = samples.setdefault(key, _Sample())
+            if (key != last and sample.extensions) or extension in sample.extensions:
+                raise ForeignError(
+                    f"{folder.join(name)}: {member.name!r} at byte {member.offset} is of the key {key!r}, which stands "
+                    f"before it with {', '.join(sorted(sample.extensions))}: a key may stand once in a tar, its files "
+                    "next to each other"
+                )
+            last = key
+            sample.extensions.add(extension)
+            _take(sample, extension, member, tar)
+        while reader.read(READ_BYTES):
+            pass
+        if reader.error is not None:
+            raise ForeignError(f"{reader.error}: copy the tar again")
+        about = {"bytes": reader.position, "sha256": reader.sha256.hexdigest()}
+    for key, sample in samples.items():
+        sample.wnid = sample.wnid or next(iter(WNID_IN_NAME.findall(key)), "")
+    lacking = [(key, sample.lacks) for key, sample in samples.items() if sample.lacks]
+    if lacking and not skip_unlabelled:
+        told = ", ".join(f"{key!r} ({lacks})" for key, lacks in lacking[:TOLD_SAMPLES])
+        raise ForeignError(
+            f"{folder.join(name)}: {len(lacking):,} of {len(samples):,} samples have no image or no class: {told}"
+            f"{', ...' if len(lacking) > TOLD_SAMPLES else ''}: --skip-unlabelled leaves such out"
+        )
+    odd = next((key for key in samples if not key.isascii()), None)
+    if odd is not None:
+        raise ForeignError(f"{folder.join(name)}: key {odd!r} is not ASCII: write the tar again with plain names")
+    used = {key: sample for key, sample in samples.items() if not sample.lacks}
+    wnids = sorted({sample.wnid for sample in used.values()} - {""})
+    at = {wnid: number for number, wnid in enumerate(wnids)} | {"": -1}
+    rows = list(used.values())
+    index = ShardIndex(
+        np.array(list(used), str),
+        np.array([sample.offset for sample in rows], np.int64),
+        np.array([sample.size for sample in rows], np.int64),
+        np.zeros(len(rows), np.int32),
+    )
+    wnid = np.array([at[sample.wnid] for sample in rows], np.int32)
+    number = np.array([sample.number for sample in rows], np.int64)
+    return Scan(index, wnids, wnid, number, {**about, "left_out": len(lacking)})
+
+
+def _take(sample: _Sample, extension: str, member: Member, tar: Tar) -> None:
+    """Note what a member says of its sample."""
+    if extension in IMAGES[: sample.preference]:
+        sample.offset, sample.size, sample.preference = member.data_offset, member.size, IMAGES.index(extension)
+    elif extension == "cls":
+        text = (tar.data() or b"").strip()
+        sample.number = int(text) if text.isdigit() and len(text) < 10 else -1
+    elif extension == "json" and member.size <= MAX_JSON_BYTES:
+        try:
+            told = json.loads(tar.data() or b"")
+        except ValueError:
+            return
+        if not isinstance(told, dict):
+            return
+        names = [told[field] for field in ("wnid", "synset", "filename") if isinstance(told.get(field), str)]
+        sample.wnid = next((found[0] for name in names if (found := WNID_IN_NAME.findall(name))), "")
+        label = told.get("label")
+        if sample.number < 0 and type(label) is int and 0 <= label < 1 << 31:
+            sample.number = label
+
+
+def is_indexed(folder: Folder, name: str, size: int, skip: bool) -> bool:
+    """Whether a tar has an index of ours that fits and is not older."""
+    file = str(index_path(name))
+    try:
+        scan = Scan.from_bytes(folder.read(file))
+    except FileNotFoundError:
+        return False
+    except KeyError:
+        raise ForeignError(
+            f"{folder.join(file)} is there already, and not by this command: finish the `shard` build it is of, or "
+            "remove it"
+        ) from None
+    except Exception:  # numpy raises zipfile, zlib and value errors for damaged files
+        return False
+    if scan.about["bytes"] != size or (scan.about["left_out"] and not skip):
+        return False
+    try:
+        system, root = file_system(folder.url)
+        return bool(system.modified(f"{root}/{file}") >= system.modified(f"{root}/{name}"))
+    except NotImplementedError:  # a store that tells no times
+        return True

@@ -1,0 +1,136 @@
+"""A sample's bytes to a training view of it, and what happens when they are no image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pipeline.config import Config, Data
+from pipeline.data.decode import DecodeError
+from pipeline.data.keyed import uniform_one, view_keys
+from pipeline.data.order import MicroBatch
+from pipeline.data.shards import DataError, ShardReader
+
+_STAND_IN_DRAW = 1 << 20  # far from the draws of augmentation
+_STAND_INS = 8
+
+
+class BadSample(NamedTuple):
+    """A training sample that could not be read, and the one that took its place."""
+
+    sample: int
+    epoch: int
+    error: str
+    stand_in: int
+
+
+class Batch(NamedTuple):
+    """A micro-batch of one rank.
+
+    images: float32 (B, 3, H, W) normalised, or uint8 (B, 3, H, W) cropped and mirrored where the rest of the
+    augmentation runs on the device; labels int64 (B,); samples int64 (B,), the sample ids; views int64 (B,), what the
+    augmentation is keyed by (order.py); bad: the samples of this batch that others stand in for.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    samples: torch.Tensor
+    views: torch.Tensor
+    bad: tuple[BadSample, ...] = ()
+
+
+Drawn = tuple[int, int, list[BadSample]]  # sample, label, the bad samples in whose place it stands
+
+
+class Views:
+    """Draws the views of a micro-batch one by one, and finds stand-ins for samples that do not decode.
+
+    With data.on_bad_sample=skip a bad sample's place is taken by another, drawn from the view's key: the number of
+    steps stays the same on all ranks, and a run that is resumed draws the same one.
+    """
+
+    def __init__(self, config: Config, reader: ShardReader) -> None:
+        self.reader, self.seed = reader, config.seed
+        self.skip = config.data.on_bad_sample == "skip"
+
+    def keys(self, micro: MicroBatch) -> list[int]:
+        """The 64-bit keys of the views, as Python's integers."""
+        return view_keys(self.seed, micro.views).tolist()
+
+    def draw(
+        self, sample: int, epoch: int, key: int, data: bytes | DataError, render: Callable[[bytes, int], None]
+    ) -> Drawn:
+        """Call render(bytes, key) with the sample's `data`, or a stand-in's; returns its (sample, label, bad samples).
+
+        `render` raises DecodeError for what is no image. Raises DataError where samples may not be skipped, or eight
+        stand-ins are bad too.
+        """
+        bad: list[BadSample] = []
+        wanted = sample
+        for attempt in range(_STAND_INS + 1):
+            try:
+                if isinstance(data, DataError):
+                    raise data
+                render(data, key)
+                return sample, self.reader.label(sample), bad
+            except (DataError, DecodeError) as error:
+                damage = error if isinstance(error, DataError) else self.reader.damaged(sample, error)
+                if not self.skip:
+                    raise damage from None
+                stand_in = int(uniform_one(key, _STAND_IN_DRAW + attempt) * len(self.reader))
+                bad.append(BadSample(sample, epoch, str(damage), stand_in))
+                sample = stand_in
+                data = self.reader.encoded_many([sample])[0]
+        raise DataError(
+            f"sample {wanted} and the {_STAND_INS} drawn to stand in for it do not decode; the last: {bad[-1].error}"
+        )
+
+
+class BadSampleLedger:
+    """What was skipped: one JSON line a sample in `folder`, a file for each rank, and the count of this epoch."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"rank-{rank:05}.jsonl"
+        self.epoch, self.count = -1, 0
+
+    def begin(self, epoch: int) -> None:
+        """The steps that follow are of `epoch`."""
+        if epoch != self.epoch:
+            self.epoch, self.count = epoch, 0
+
+    def add(self, step: int, bad: tuple[BadSample, ...]) -> None:
+        """Note the bad samples of one micro-batch of the run's step `step`."""
+        if not bad:
+            return
+        self.count += len(bad)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            for sample in bad:
+                line = {"step": step, **sample._asdict(), "count": self.count}
+                file.write(json.dumps(line) + "\n")
+
+
+def check_bad_samples(count: int, data: Data, folder: Path) -> None:
+    """Raise DataError when an epoch has had more bad samples, over all ranks, than data.bad_samples_max."""
+    if count > data.bad_samples_max:
+        raise DataError(
+            f"{count} training samples of this epoch could not be read, data.bad_samples_max is "
+            f"{data.bad_samples_max}: {folder} lists them; check the set with `python -m data_prep verify {data.path}`"
+        )
+
+
+def assemble(images: torch.Tensor, drawn: list[Drawn], views: np.ndarray) -> Batch:
+    """The batch of what `Views.draw` returned for each of `views`."""
+    samples, labels, bad = zip(*drawn, strict=True)
+    return Batch(
+        images,
+        torch.tensor(labels, dtype=torch.int64),
+        torch.tensor(samples, dtype=torch.int64),
+        torch.from_numpy(np.array(views, np.int64)),
+        tuple(sample for each in bad for sample in each),
+    )

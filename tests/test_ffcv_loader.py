@@ -1,0 +1,90 @@
+"""FFCV's hangs and leaks: each an error within seconds, with threads and memory given back."""
+
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Datasets, needs_ffcv
+from test_loader import ON_DEVICE, expected, numbers, read
+
+from data_prep.manifest import Manifest
+from pipeline.data.keyed import crop_box, uniform_one
+from pipeline.data.shards import DataError
+
+pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
+FFCV = ("data.format=ffcv", "data.workers_per_rank=1", ON_DEVICE)
+
+
+@pytest.fixture
+def changed(datasets: Datasets, tmp_path: Path):
+    """A copy of the set, and a function that changes samples of its training `.beton`: (row) -> None, or new bytes."""
+    copy = tmp_path / "copy"
+    shutil.copytree(datasets.in22k, copy)
+    path = copy / Manifest.load(copy).split("train").betons[0].file
+
+    def change(sample: int, mode: int | None = None, zeros: int = 0) -> str:
+        from ffcv.reader import Reader
+        from ffcv.types import HeaderType
+
+        reader = Reader(str(path))
+        content = bytearray(path.read_bytes())
+        pointer = int(reader.metadata["f0"]["data_ptr"][sample])
+        content[pointer : pointer + zeros] = bytes(zeros)
+        if mode is not None:
+            rows = HeaderType.itemsize + reader.field_descriptors.nbytes
+            content[rows + sample * reader.metadata.itemsize] = mode
+        path.write_bytes(content)
+        return f"data.path={copy}"
+
+    return change
+
+
+def test_a_record_that_does_not_decode(datasets: Datasets, changed) -> None:
+    """FFCV itself hands out what its buffer held. Raised, or another image of the batch stands in."""
+    changed(7, zeros=100)
+    option = changed(50, zeros=100)
+    with pytest.raises(DataError, match=r"train\.beton: sample (7|50) does not decode"):
+        read(datasets, 0, 6, option, *FFCV)
+    batches = read(datasets, 0, 6, option, *FFCV, "data.on_bad_sample=skip")
+    assert {bad.sample for batch in batches for bad in batch.bad} == {7, 50}
+    found, wanted = numbers(batches), expected(datasets, 0, 6)
+    places = np.isin(wanted[0], [7, 50])
+    assert (found[:, ~places] == wanted[:, ~places]).all()
+    assert not set(found[0, places]) & {7, 50}
+
+
+def test_a_thread_that_dies(datasets: Datasets, changed) -> None:
+    """A JPEG that says it is raw pixels raises inside FFCV's thread, for which FFCV's consumer would wait for ever."""
+    with pytest.raises(DataError, match=r"train\.beton: FFCV's reading thread died"):
+        read(datasets, 0, 6, changed(11, mode=1), *FFCV)
+
+
+def test_an_epoch_left_early_gives_its_thread_back(datasets: Datasets) -> None:
+    from pipeline.data.ffcv_decoders import training_decoder
+    from pipeline.data.ffcv_loader import OrderedLoader
+
+    path = datasets.in22k / Manifest.load(datasets.in22k).split("train").betons[0].file
+    loader = OrderedLoader(path, training_decoder(32, 0.1, 0, 0.5, 96), batch=4, threads=1, cache="process")
+    before = threading.active_count()
+    for epoch in range(3):
+        batches = loader.batches(np.arange(96) + 96 * epoch)
+        next(batches)
+        batches.close()
+    # The page readers of FFCV's process cache end by themselves a moment later.
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "PageReader":
+            thread.join(timeout=20)
+    assert threading.active_count() == before
+    assert [len(pixels) for pixels, _ in loader.batches(np.arange(10))] == [4, 4, 2]
+
+
+def test_compiled_draws_are_the_interpreted_ones() -> None:
+    from pipeline.data.ffcv_decoders import keyed_crop, keyed_uniform
+
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width, key = *map(int, rng.integers(8, 800, 2)), int(rng.integers(0, 2**63))
+        assert keyed_uniform(np.uint64(key), 5) == uniform_one(key, 5)
+        assert keyed_crop(height, width, 0.08, np.uint64(key)) == crop_box(height, width, 0.08, key)

@@ -1,0 +1,106 @@
+"""Loaders leave nothing behind: no growing memory, no orphans, no shared memory; they refuse clearly, never hang."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, Datasets, needs_ffcv, run_module, small_run
+from test_loader import configured, read
+
+from pipeline.data.loader import Ranks, training_batches
+
+pytestmark = pytest.mark.timeout(240)
+
+WAYS = [
+    pytest.param(("augment.where=host", "data.workers_per_rank=2"), id="host"),
+    pytest.param(("augment.where=device", "data.workers_per_rank=2"), id="device"),
+    pytest.param(("data.format=ffcv", "augment.where=device", "data.workers_per_rank=1"), id="ffcv", marks=needs_ffcv),
+]
+
+
+def children_mb() -> float:
+    """Memory that the data workers hold for themselves, MB: shared pages, which come and go with batches, aside."""
+    return sum(child.memory_full_info().uss for child in psutil.Process().children()) / 1e6
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_memory_is_flat_over_20_epochs(datasets: Datasets, options: tuple[str, ...]) -> None:
+    config, manifest, order = configured(datasets, *options)
+    steps = order.steps_per_epoch
+    seen = []
+    for number, _ in enumerate(training_batches(config, manifest, order, Ranks(), 0, 22 * steps)):
+        if number % (4 * steps) == 0:  # a fourth of an epoch: four micro-batches a step
+            seen.append(children_mb())
+    early, late = max(seen[4:8]), max(seen[-4:])  # from epoch 4 on: compiled, caches filled
+    assert late - early < 4, seen
+    assert not psutil.Process().children()
+
+
+@pytest.mark.parametrize("options", WAYS)
+def test_sigkill_leaves_no_process_and_no_shared_memory(
+    datasets: Datasets, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    script = tmp_path / "reads.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
+        "from pathlib import Path\n"
+        "from conftest import Datasets\n"
+        "from test_loader import configured\n"
+        "from pipeline.data.loader import Ranks, training_batches\n"
+        f"config, manifest, order = configured(Datasets(Path({str(datasets.in22k)!r}), Path()), *{options!r})\n"
+        "batches = training_batches(config, manifest, order, Ranks(), 0, 60)\n"
+        "held = [next(batches) for _ in range(3)]\n"
+        "print('reading', flush=True)\n"
+        "import time; time.sleep(100)\n"
+    )
+    shared_before = set(os.listdir("/dev/shm"))
+    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "reading\n"
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert workers
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    deadline = time.monotonic() + 10
+    while (left := set(os.listdir("/dev/shm")) - shared_before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def test_a_consumer_that_stops_early_ends_its_workers(datasets: Datasets) -> None:
+    for options in (("augment.where=host",), ("augment.where=device",)):
+        config, manifest, order = configured(datasets, *options, "data.workers_per_rank=2")
+        batches = training_batches(config, manifest, order, Ranks(), 0, 60)
+        next(batches)
+        assert psutil.Process().children()
+        del batches
+        deadline = time.monotonic() + 20
+        while psutil.Process().children() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not psutil.Process().children()
+
+
+def test_a_split_smaller_than_a_batch(datasets: Datasets, tmp_path: Path) -> None:
+    arguments = small_run(datasets, tmp_path, "train.global_batch=128", "train.micro_batch=64")
+    done = run_module("pipeline", *arguments, "--check")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: ValueError: 96 training samples do not fill one global batch of 128; lower train.global_batch "
+        "(--debug shows where)\n"
+    )
+
+
+def test_more_ranks_than_shards_and_samples_per_step(datasets: Datasets) -> None:
+    """Eight ranks of two images each, on three shards of 40, 40 and 16 samples."""
+    whole = read(datasets, 0, 2, "train.micro_batch=2")
+    parts = [read(datasets, 0, 2, "train.micro_batch=2", "augment.mixup_alpha=0", rank=r, ranks=8) for r in range(8)]
+    for step in range(2):
+        together = [sample for part in parts for sample in part[step].samples.tolist()]
+        assert together == [s for batch in whole[8 * step : 8 * step + 8] for s in batch.samples.tolist()]
