@@ -33,7 +33,6 @@ from pipeline.data.shards import DataError
 
 # torch and what needs it are imported where they are used: the command line lists this command's options without them.
 
-_PREFETCHED = 4  # batches for each data worker, as in loader.py
 _INDEXES = 32  # of so many shards the images' sizes are looked up
 _IDLE = 0.7  # below this share of the workers' cores, they wait for something that is not the CPU
 _SLACK = 1.05  # a loader exactly as fast as the GPUs makes them wait now and then
@@ -260,6 +259,7 @@ def _rank(pipe: Any, parent: int, config: Config, rank: int, ranks: int, seconds
 
 
 def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) -> None:
+    from pipeline.data.crops import PREFETCHED_BATCHES
     from pipeline.data.loader import Ranks, training_batches, training_order
 
     data, manifest = config.data, Manifest.load(config.data.path)
@@ -272,7 +272,7 @@ def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) 
     pipe.send(("ready", None))
     pipe.recv()
     processes = data.workers_per_rank if data.format == "webdataset" and config.augment.where == "host" else 1
-    for _ in range(_PREFETCHED * (max(1, processes) + 1)):
+    for _ in range(PREFETCHED_BATCHES * (max(1, processes) + 1)):
         next(batches)
     images, bad, samples = 0, 0, []
     cpu_begun, begun = _tree_cpu_seconds(), time.monotonic()

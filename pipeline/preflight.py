@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from data_prep.foreign import ensure_indexed
@@ -10,10 +12,16 @@ from pipeline import transfer
 from pipeline.checkpoint import newest_of_run
 from pipeline.config import Config
 from pipeline.data.beton import beton_path
+from pipeline.data.decode import COMPILED
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.loader import training_order
 from pipeline.data.shards import ShardReader, check_remote_files
 from pipeline.recipe import build_model
+
+
+def note(text: str) -> None:
+    """What will work, but not as well as it could."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def preflight(config: Config, ranks: int | None, resume: bool) -> None:
@@ -28,6 +36,13 @@ def preflight(config: Config, ranks: int | None, resume: bool) -> None:
         DeviceAugment(config.augment)
     if ranks is not None:
         config.train.accumulation_steps(ranks)
+        if ranks % config.data.shuffle_lanes and config.data.shuffle_lanes % ranks:
+            note(
+                f"{ranks} ranks share {config.data.shuffle_lanes} lanes (data.shuffle_lanes) unevenly: each node reads "
+                f"shards of others too, up to 1.5 times its part; best is a multiple of the number of nodes"
+            )
+    if config.data.format == "webdataset" and not COMPILED:
+        note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
     for split in ("train", "val"):
         if config.data.format == "ffcv":
             beton_path(config.data.path, manifest, split)

@@ -21,11 +21,12 @@ from torch.utils.data import IterableDataset
 from data_prep.manifest import Manifest
 from pipeline.config import Config
 from pipeline.data.augment import normalise_decoded, seed_view, training_transform
-from pipeline.data.crops import uint8_tensor
+from pipeline.data.crops import BatchPlace, batch_ring
 from pipeline.data.keyed import view_keys
 from pipeline.data.order import MicroBatch, SampleOrder
+from pipeline.data.ring import RingBatch, RingClosed
 from pipeline.data.shards import DataError, check_file
-from pipeline.data.views import BadSample, Batch
+from pipeline.data.views import BadSample, Batch, assemble
 
 
 def beton_path(directory: str, manifest: Manifest, split: str) -> Path:
@@ -61,8 +62,9 @@ class TrainingBeton(IterableDataset[Any]):
     ) -> None:
         self.path, self.config, self.order = path, config, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
+        self.ring = batch_ring(config, 1) if config.augment.where == "device" else None
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         from pipeline.data.ffcv_decoders import training_decoder
         from pipeline.data.ffcv_loader import OrderedLoader
 
@@ -91,8 +93,12 @@ class TrainingBeton(IterableDataset[Any]):
                     yield self._batch(micro, pixels, good, loader.labels, rest)
         except DataError as error:
             yield error
+        except RingClosed:
+            return
 
-    def _batch(self, micro: MicroBatch, pixels: np.ndarray, good: np.ndarray, labels: np.ndarray, rest: Any) -> Batch:
+    def _batch(
+        self, micro: MicroBatch, pixels: np.ndarray, good: np.ndarray, labels: np.ndarray, rest: Any
+    ) -> Batch | RingBatch:
         slots, bad = np.arange(len(good)), []
         for slot in np.flatnonzero(~good):
             sample = int(micro.samples[slot])
@@ -104,17 +110,16 @@ class TrainingBeton(IterableDataset[Any]):
             slots[slot] = (slot + others[0]) % len(good)
             bad.append(BadSample(sample, micro.epoch, error, int(micro.samples[slots[slot]])))
         samples = micro.samples[slots]
+        numbers = np.array([labels[samples], samples, micro.views], np.int64)
         if rest is None:
-            images = uint8_tensor(len(good), *pixels.shape[1:])
-            np.copyto(images.numpy(), pixels if good.all() else pixels[slots])
-            images = images.permute(0, 3, 1, 2)
-        else:
-            drawn = []
-            for slot, key in zip(slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
-                seed_view(key)
-                drawn.append(rest(Image.fromarray(pixels[slot])))
-            images = torch.stack(drawn)
-        return _batch(images, labels[samples], samples, micro.views, tuple(bad))
+            place = BatchPlace(self.ring, len(good), pixels.shape[1])
+            np.copyto(place.pixels, pixels if good.all() else pixels[slots])
+            return place.batch(numbers, tuple(bad))
+        drawn = []
+        for slot, key in zip(slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
+            seed_view(key)
+            drawn.append(rest(Image.fromarray(pixels[slot])))
+        return assemble(torch.stack(drawn), numbers, tuple(bad))
 
 
 class EvaluationBeton(IterableDataset[Any]):
@@ -135,16 +140,9 @@ class EvaluationBeton(IterableDataset[Any]):
             for samples, (pixels, good) in zip(self.batches, loader.batches(ids), strict=True):
                 if not good.all():
                     raise DataError(f"{self.path}: sample {samples[~good][0]} does not decode; rebuild the file")
-                yield _batch(normalise_decoded(pixels), loader.labels[samples], samples, samples, ())
+                yield assemble(normalise_decoded(pixels), np.array([loader.labels[samples], samples, samples]))
         except DataError as error:
             yield error
-
-
-def _batch(
-    images: torch.Tensor, labels: np.ndarray, samples: np.ndarray, views: np.ndarray, bad: tuple[BadSample, ...]
-) -> Batch:
-    labels, samples, views = (np.array(column, np.int64) for column in (labels, samples, views))
-    return Batch(images, torch.from_numpy(labels), torch.from_numpy(samples), torch.from_numpy(views), bad)
 
 
 def _samples(path: Path) -> int:

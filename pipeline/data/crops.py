@@ -1,7 +1,7 @@
 """Decoded, cropped and mirrored uint8 batches, by threads: the host's half of `augment.where: device`.
 
-One process of each rank holds all its threads. Decoding and resizing release the GIL, and no image is copied on its way
-into the batch, which lies in shared memory from the start.
+One process of each rank holds all its threads. Decoding and resizing release the GIL, and each image is made in its
+place in the batch, which lies in memory that the rank shares (ring.py).
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from pipeline.config import Config
 from pipeline.data.decode import crop_resize, image_size
 from pipeline.data.keyed import crop_box, flipped
 from pipeline.data.order import MicroBatch, SampleOrder
+from pipeline.data.ring import Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError
-from pipeline.data.views import Batch, Drawn, Views, assemble
+from pipeline.data.views import BadSample, Batch, Drawn, Views, assemble, numbers_of
 
-_SLOTS = 4  # images a task: enough work to hide what a task costs, small enough for threads to end together
-_AHEAD_IMAGES = 64  # at least so many are under way, of remote shards
+PREFETCHED_BATCHES = 4  # made and not yet taken, of each data worker
+_TASK_IMAGES = 4  # images a task: enough work to hide what a task costs, small enough for threads to end together
+_REMOTE_IMAGES = 64  # at least so many are under way, of remote shards
 
 
 class TrainingCrops(IterableDataset[Any]):
@@ -37,27 +39,31 @@ class TrainingCrops(IterableDataset[Any]):
     ) -> None:
         self.config, self.views, self.order = config, views, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
+        self.threads = max(1, config.data.workers_per_rank)
+        images = max(2 * self.threads * _TASK_IMAGES, _REMOTE_IMAGES if views.reader.remote else 0)
+        self.ahead = 1 + -(-images // config.train.micro_batch)  # batches under way
+        self.ring = batch_ring(config, self.ahead)
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
-        micro_batch = self.config.train.micro_batch
-        threads = max(1, self.config.data.workers_per_rank)
-        images_ahead = max(2 * threads * _SLOTS, _AHEAD_IMAGES if self.views.reader.remote else 0)
-        ahead = 1 + -(-images_ahead // micro_batch)
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        fetcher = ThreadPoolExecutor(ahead, thread_name_prefix="fetch") if self.views.reader.remote else None
+    def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        fetcher = ThreadPoolExecutor(self.ahead, thread_name_prefix="fetch") if self.views.reader.remote else None
         pending: deque[_Pending] = deque()
+        steps = self.order.micro_batches(
+            self.first_step, self.last_step, self.rank, self.ranks, self.config.train.micro_batch
+        )
         try:
-            steps = self.order.micro_batches(self.first_step, self.last_step, self.rank, self.ranks, micro_batch)
             for number, micro in enumerate(steps):
                 if number % 64 == 0:
                     self.views.reader.ahead(self.order.shards_ahead(micro.step, self.rank, self.ranks))
                 pending.append(_Pending(self, micro, pool, fetcher))
-                if len(pending) == ahead:
+                if len(pending) == self.ahead:
                     yield pending.popleft().batch()
             while pending:
                 yield pending.popleft().batch()
         except DataError as error:
             yield error
+        except RingClosed:
+            return
         finally:
             for executor in (pool, fetcher):
                 if executor is not None:
@@ -72,42 +78,57 @@ class _Pending:
     ) -> None:
         self.views, self.micro, self.keys = source.views, micro, source.views.keys(micro)
         augment = source.config.augment
-        self.area_min, self.flip, self.interpolation = (
-            augment.crop_area_min,
-            augment.horizontal_flip,
-            augment.interpolation,
-        )
+        self.area_min, self.flip, self.filter = augment.crop_area_min, augment.horizontal_flip, augment.interpolation
         self.side = source.config.data.resolution_at(micro.epoch)
-        self.images = uint8_tensor(len(micro.samples), self.side, self.side, 3)
-        self.rows = self.images.numpy()
+        self.place = BatchPlace(source.ring, len(micro.samples), self.side)
         self.fetched: Future[list[bytes | DataError]] | None = (
             fetcher.submit(self.views.reader.encoded_many, micro.samples) if fetcher else None
         )
-        starts = range(0, len(micro.samples), _SLOTS)
-        self.tasks = [pool.submit(self._make, start, min(start + _SLOTS, len(micro.samples))) for start in starts]
+        starts = range(0, len(micro.samples), _TASK_IMAGES)
+        self.tasks = [pool.submit(self._make, start, min(start + _TASK_IMAGES, len(micro.samples))) for start in starts]
 
-    def batch(self) -> Batch:
+    def batch(self) -> Batch | RingBatch:
         """Wait for the images. Raises DataError."""
         drawn = [item for task in self.tasks for item in task.result()]
-        return assemble(self.images.permute(0, 3, 1, 2), drawn, self.micro.views)
+        return self.place.batch(*numbers_of(drawn, self.micro.views))
 
     def _make(self, start: int, stop: int) -> list[Drawn]:
         return [self._draw(slot) for slot in range(start, stop)]
 
     def _draw(self, slot: int) -> Drawn:
-        sample, out = int(self.micro.samples[slot]), self.rows[slot]
+        sample, out = int(self.micro.samples[slot]), self.place.pixels[slot]
         data = self.fetched.result()[slot] if self.fetched else self.views.reader.encoded_many([sample])[0]
 
         def render(data: bytes, key: int) -> None:
             box = crop_box(*image_size(data), self.area_min, key)
-            crop_resize(data, box, self.side, out, flipped(key, self.flip), self.interpolation)
+            crop_resize(data, box, self.side, out, flipped(key, self.flip), self.filter)
 
         return self.views.draw(sample, self.micro.epoch, self.keys[slot], data, render)
 
 
-def uint8_tensor(*shape: int) -> torch.Tensor:
-    """Uninitialised; in shared memory inside a data worker, so that handing it over copies nothing."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(int(np.prod(shape)), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # type: ignore[call-overload]
+class BatchPlace:
+    """Where the pixels of a uint8 batch are written, (B, H, W, 3): a slot of the ring, or the rank's own memory."""
+
+    def __init__(self, ring: Ring | None, images: int, side: int) -> None:
+        self.ring = ring if get_worker_info() is not None else None
+        if self.ring is not None:
+            self.slot, self.pixels = self.ring.take(images, side, side, 3)
+        else:
+            self.pixels = np.empty((images, side, side, 3), np.uint8)
+
+    def batch(self, numbers: np.ndarray, bad: tuple[BadSample, ...]) -> Batch | RingBatch:
+        """The batch, now that the pixels are written. `numbers`: labels, samples, views, int64 (3, B)."""
+        if self.ring is not None:
+            return RingBatch(self.ring.number, self.slot, self.pixels.shape, numbers, bad)
+        return assemble(torch.from_numpy(self.pixels).permute(0, 3, 1, 2), numbers, bad)
+
+
+def batch_ring(config: Config, ahead: int) -> Ring | None:
+    """A ring for micro-batches of uint8 images, `ahead` of which are made at a time; None where the rank reads itself.
+
+    The memory is taken page by page, as it is first written.
+    """
+    if config.data.workers_per_rank == 0 and config.data.format == "webdataset":
+        return None
+    side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
+    return Ring(ahead + PREFETCHED_BATCHES + 2, config.train.micro_batch * side * side * 3)

@@ -26,11 +26,12 @@ from data_prep.manifest import Manifest
 from pipeline.config import Config
 from pipeline.data.augment import HostAugment, evaluation_image, evaluation_transform
 from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
-from pipeline.data.crops import TrainingCrops
+from pipeline.data.crops import PREFETCHED_BATCHES, TrainingCrops
 from pipeline.data.decode import DecodeError
 from pipeline.data.order import MicroBatch, SampleOrder
+from pipeline.data.ring import RingBatch
 from pipeline.data.shards import DataError, ShardReader
-from pipeline.data.views import Batch, Drawn, Views, assemble
+from pipeline.data.views import Batch, Drawn, Views, assemble, numbers_of
 
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
 
@@ -113,7 +114,7 @@ class _TrainingImages(Dataset[Any]):
                 )
         except DataError as error:
             return error
-        return assemble(torch.stack(images), drawn, micro.views)
+        return assemble(torch.stack(images), *numbers_of(drawn, micro.views))
 
 
 class _EvaluationImages(Dataset[Any]):
@@ -135,7 +136,7 @@ class _EvaluationImages(Dataset[Any]):
                 drawn.append((sample, self.reader.label(sample), []))
         except DataError as error:
             return error
-        return assemble(torch.stack(images), drawn, samples)
+        return assemble(torch.stack(images), *numbers_of(drawn, samples))
 
 
 def _as_is(item: Any) -> Any:
@@ -163,7 +164,7 @@ def _batches(
     if batch_sampler is not None:
         options = {"batch_sampler": batch_sampler}
     if workers:
-        options |= {"prefetch_factor": 4, "timeout": _SILENT_SECONDS}
+        options |= {"prefetch_factor": PREFETCHED_BATCHES, "timeout": _SILENT_SECONDS}
         options["worker_init_fn"] = partial(_start_worker, os.getpid())
         options["multiprocessing_context"] = "fork"  # the datasets' arrays are shared, not pickled
     loader = DataLoader(source, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=_as_is, **options)
@@ -171,13 +172,17 @@ def _batches(
 
 
 def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
+    ring = getattr(loader.dataset, "ring", None)
     try:
         for item in loader:
             if isinstance(item, Exception):
                 raise item  # a worker hands its error over whole: raised there, it would come back as a traceback
-            yield item
+            yield item.batch() if isinstance(item, RingBatch) else item
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
         first_line = str(error).splitlines()[0]
         raise DataError(f"a data worker died or was silent for {_SILENT_SECONDS} s: {first_line}") from error
+    finally:
+        if ring is not None:
+            ring.close()  # a worker that waits for a buffer would not see that it is to end

@@ -14,6 +14,7 @@ chance alone. With lanes=1 and a window that holds all shards the order is one u
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,6 +25,7 @@ import numpy as np
 from pipeline.data.keyed import view_numbers
 
 _CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
+_KEPT_SAMPLES, _KEPT_WINDOWS = 1 << 24, 1024  # 64 MB: 64 lanes of 40,000 samples are a sixth of it
 
 
 class MicroBatch(NamedTuple):
@@ -154,7 +156,7 @@ class SampleOrder:
         while first < last:
             begin, end = self._window(lane, first)
             stop = min(end, last)
-            shuffled = _shuffled(self.seed, epoch, lane, begin, end - begin)
+            shuffled = _windows.order(self.seed, epoch, lane, begin, end - begin)
             places.append(shuffled[first - begin : stop - begin] + (begin + lane * self._lane_samples))
             first = stop
         return blocks.samples_at(np.concatenate([*places, np.zeros(0, np.int64)]))
@@ -218,8 +220,25 @@ def _block_order(shard_samples: tuple[int, ...], seed: int, epoch: int) -> _Bloc
     return _BlockOrder(shards, np.cumsum(sizes[shards]), first_ids, sizes[shards], shift, mirrored)
 
 
-@lru_cache(maxsize=256)
-def _shuffled(seed: int, epoch: int, lane: int, begin: int, length: int) -> np.ndarray:
-    order = _generator(seed, epoch, lane, begin).permutation(length).astype(np.int32)
-    order.flags.writeable = False
-    return order
+class _Windows(OrderedDict[tuple[int, ...], np.ndarray]):
+    """The orders within the windows that lanes are in, bounded by bytes: the one window of an unblocked shuffle holds
+    the whole set, while 64 lanes hold 64 small ones.
+    """
+
+    samples = 0
+
+    def order(self, *window: int) -> np.ndarray:
+        """The order within the window (seed, epoch, lane, begin, length): int32 (length,)."""
+        found = self.get(window)
+        if found is None:
+            found = _generator(*window[:4]).permutation(window[4]).astype(np.int32)
+            found.flags.writeable = False
+            self[window] = found
+            self.samples += len(found)
+            while len(self) > 1 and (self.samples > _KEPT_SAMPLES or len(self) > _KEPT_WINDOWS):
+                self.samples -= len(self.popitem(last=False)[1])
+        self.move_to_end(window)
+        return found
+
+
+_windows = _Windows()

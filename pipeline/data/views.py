@@ -124,13 +124,13 @@ def check_bad_samples(count: int, data: Data, folder: Path) -> None:
         )
 
 
-def assemble(images: torch.Tensor, drawn: list[Drawn], views: np.ndarray) -> Batch:
-    """The batch of what `Views.draw` returned for each of `views`."""
+def numbers_of(drawn: list[Drawn], views: np.ndarray) -> tuple[np.ndarray, tuple[BadSample, ...]]:
+    """(labels, samples, views as int64 (3, B); bad samples) of what `Views.draw` returned for each of `views`."""
     samples, labels, bad = zip(*drawn, strict=True)
-    return Batch(
-        images,
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(samples, dtype=torch.int64),
-        torch.from_numpy(np.array(views, np.int64)),
-        tuple(sample for each in bad for sample in each),
-    )
+    return np.array([labels, samples, views], np.int64), tuple(sample for each in bad for sample in each)
+
+
+def assemble(images: torch.Tensor, numbers: np.ndarray, bad: tuple[BadSample, ...] = ()) -> Batch:
+    """The batch of images (B, 3, H, W) and the rows of `numbers` (3, B): labels, samples, views."""
+    labels, samples, views = torch.from_numpy(numbers)
+    return Batch(images, labels, samples, views, bad)
