@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torchvision.transforms import Compose
 
 from pipeline.config import Augment, Evaluate
-from pipeline.data.decode import decode_region, decode_rgb, image_size
+from pipeline.data import decode
 
 
 def seed_view(key: int) -> None:
@@ -38,15 +38,16 @@ class HostAugment:
 
     def __call__(self, data: bytes, key: int) -> torch.Tensor:
         """An image file -> normalised float32 (3, resolution, resolution). Raises DecodeError."""
-        height, width = image_size(data)
+        height, width = decode.image_size(data)
         seed_view(key)
         # timm asks an image for its size alone to draw the crop; this one takes no memory.
         box = self.crop.get_params(torch.empty(()).expand(3, height, width), self.crop.scale, self.crop.ratio)
-        image = Image.fromarray(decode_region(data, *box))
-        return self.rest(image.resize(self.crop.size[::-1], _PIL_FILTERS[self.crop.interpolation.value]))
-
-
-_PIL_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+        side, interpolation = self.crop.size[0], self.crop.interpolation.value
+        if decode.COMPILED:
+            return self.rest(Image.fromarray(decode.crop_resize(data, box, side, None, False, interpolation, False)))
+        # Its stand-in's resize is off by one from PIL's here and there.
+        image = Image.fromarray(decode.decode_region(data, *box))
+        return self.rest(image.resize((side, side), decode.RESAMPLING[interpolation]))
 
 
 def training_transform(augment: Augment, resolution: int) -> tuple[Compose, Compose]:
@@ -87,7 +88,7 @@ def evaluation_transform(evaluate: Evaluate, resolution: int) -> Compose:
 
 def evaluation_image(transform: Compose, data: bytes) -> torch.Tensor:
     """An image file -> normalised float32 (3, resolution, resolution). Raises DecodeError."""
-    return transform(Image.fromarray(decode_rgb(data)))
+    return transform(Image.fromarray(decode.decode_rgb(data)))
 
 
 def normalise_decoded(images: np.ndarray) -> torch.Tensor:

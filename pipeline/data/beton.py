@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, default_collate
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
@@ -119,7 +118,7 @@ class TrainingBeton(IterableDataset[Any]):
         for slot, key in zip(slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
             seed_view(key)
             drawn.append(rest(Image.fromarray(pixels[slot])))
-        return assemble(torch.stack(drawn), numbers, tuple(bad))
+        return assemble(default_collate(drawn), numbers, tuple(bad))
 
 
 class EvaluationBeton(IterableDataset[Any]):

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
@@ -114,7 +114,7 @@ class _TrainingImages(Dataset[Any]):
                 )
         except DataError as error:
             return error
-        return assemble(torch.stack(images), *numbers_of(drawn, micro.views))
+        return assemble(default_collate(images), *numbers_of(drawn, micro.views))  # stacks in shared memory
 
 
 class _EvaluationImages(Dataset[Any]):
@@ -136,7 +136,7 @@ class _EvaluationImages(Dataset[Any]):
                 drawn.append((sample, self.reader.label(sample), []))
         except DataError as error:
             return error
-        return assemble(torch.stack(images), *numbers_of(drawn, samples))
+        return assemble(default_collate(images), *numbers_of(drawn, samples))
 
 
 def _as_is(item: Any) -> Any:

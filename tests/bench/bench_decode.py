@@ -1,6 +1,6 @@
 """The JPEG decoder alone: random-resized crops to a square, one thread, no loader around it.
 
-    python -m tests.bench.bench_decode [--rounds 9]
+    python tests/bench/bench_decode.py [--rounds 9]
 
 Baselines do the same work: FFCV's own two functions (whole decode, resize by area), and simplejpeg's whole decode with
 torch's antialiased resize. Ratios are medians over rounds of CPU seconds; FFCV may be missing.

@@ -2,7 +2,7 @@
 
 The shards are sparse files that hold one real image at every indexed place, so that nothing but disk space is missing.
 
-    python -m tests.bench.bench_start
+    python tests/bench/bench_start.py
 """
 
 from __future__ import annotations
