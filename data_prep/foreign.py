@@ -8,6 +8,7 @@ import argparse
 import fnmatch
 import hashlib
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,7 +19,7 @@ from braceexpand import braceexpand
 from data_prep.foreign_tar import ForeignError, Scan, is_indexed, scan_tar
 from data_prep.labels import label_space
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, index_path
-from data_prep.output import BUILD_FOLDER, BUILD_RECORD, Output
+from data_prep.output import BUILD_FOLDER, BUILD_RECORD, BusyError, Output
 from data_prep.progress import Progress
 from data_prep.storage import Folder, is_url
 
@@ -50,7 +51,7 @@ def index_tars(
     if folder.folder(BUILD_FOLDER).exists(BUILD_RECORD):
         raise ForeignError(f"{folder.url} holds an unfinished build: finish it by the `shard` command that began it")
     with Output(folder.url).sole_writer():
-        _scan_all(folder, {name: sizes[name] for name in names}, classes, skip_unlabelled)
+        _scan_all(folder, {name: sizes[name] or 0 for name in names}, classes, skip_unlabelled)
         return _finish(folder, tars, classes)
 
 
@@ -150,12 +151,21 @@ def _write(folder: Folder, name: str, data: bytes) -> None:
 
 
 def ensure_indexed(path: str | Path) -> None:
-    """Index a folder (or URL) of tars that has no manifest yet; others, and unfinished builds, are left as they are."""
+    """Index a folder of tars that has no manifest yet; others, and unfinished builds, are left as they are.
+
+    Hosts that come at the same time wait for the first. Raises ForeignError for a URL, where nothing tells them apart.
+    """
     folder = Folder(path)
     if folder.exists(MANIFEST_NAME) or folder.folder(BUILD_FOLDER).exists(BUILD_RECORD) or not folder.names("*.tar"):
         return
     print(f"{path} holds tars and no {MANIFEST_NAME}: reading them once, as `python -m data_prep index {path}` does")
-    index_tars(folder)
+    if not folder.is_local:
+        raise ForeignError(f"{path} has to be indexed first, once: `python -m data_prep index {path}`")
+    while not folder.exists(MANIFEST_NAME):
+        try:
+            index_tars(folder)
+        except BusyError:
+            time.sleep(1.0)  # the other one may also fail: then the lock is free, and the fault is met here
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -185,8 +185,10 @@ class Manifest(_Frozen):
                 f"{directory} {what} {MANIFEST_NAME}: give a folder built by `python -m data_prep shard`, "
                 "or build it first (an interrupted build is finished by running the same command again)"
             ) from None
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ManifestError(f"{path} is not readable JSON ({error}): rebuild the dataset with --force") from None
+        except Exception as error:  # each store has its own
+            raise _unreadable(path, error) from None
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ManifestError(
@@ -211,10 +213,10 @@ class Manifest(_Frozen):
         with atomic_write(Path(directory) / MANIFEST_NAME) as file:
             file.write(self.to_bytes())
 
-    def load_index(self, directory: str | Path, shard: ShardEntry) -> "ShardIndex":
-        """The index of one shard, checked against the manifest's count and bytes."""
+    def load_index(self, directory: str | Path, shard: ShardEntry, data: bytes | None = None) -> "ShardIndex":
+        """The index of one shard, checked against the manifest's count and bytes; `data`: its file, once read."""
         path = f"{str(directory).rstrip('/')}/{index_path(shard.file)}"
-        index = ShardIndex.load(path)
+        index = ShardIndex.load(path) if data is None else ShardIndex.from_bytes(data, path)
         if len(index) != shard.samples:
             raise ManifestError(
                 f"{path} lists {len(index)} samples, {MANIFEST_NAME} says {shard.samples} for {shard.file}: "
@@ -227,6 +229,11 @@ class Manifest(_Frozen):
         if len(index) and int(index.labels.max()) >= self.num_classes:
             raise ManifestError(f"{path} has label {int(index.labels.max())}, there are {self.num_classes} classes")
         return index
+
+
+def _unreadable(path: str | Path, error: Exception) -> ManifestError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return ManifestError(f"{path} cannot be read ({text}): see to the disk, or the network and the store")
 
 
 def _read(path: str | Path) -> bytes:
@@ -274,12 +281,21 @@ class ShardIndex:
     def load(cls, path: str | Path) -> Self:
         """Read an index file. Raises ManifestError naming the file when it is missing or damaged."""
         try:
-            with np.load(io.BytesIO(_read(path)), allow_pickle=False) as arrays:
+            data = _read(path)
+        except FileNotFoundError:
+            raise ManifestError(f"shard index {path} is missing: rebuild the dataset with --force") from None
+        except Exception as error:  # each store has its own
+            raise _unreadable(path, error) from None
+        return cls.from_bytes(data, path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | Path) -> Self:
+        """The index in the content of the file `path`. Raises ManifestError when it is damaged."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 # Keys are ASCII: stored as bytes they take a quarter of numpy's 4-byte characters.
                 keys = np.char.decode(arrays["keys"], "ascii") if arrays["keys"].size else arrays["keys"]
                 return cls(keys, arrays["offsets"], arrays["sizes"], arrays["labels"])
-        except FileNotFoundError:
-            raise ManifestError(f"shard index {path} is missing: rebuild the dataset with --force") from None
         except Exception as error:  # numpy raises zipfile, zlib, key and value errors for damaged files
             raise ManifestError(f"shard index {path} is damaged ({error}): rebuild the dataset with --force") from None
 

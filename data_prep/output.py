@@ -30,6 +30,10 @@ class ShardError(DataPrepError):
     """The output folder cannot be used for this build."""
 
 
+class BusyError(ShardError):
+    """Another process writes to the output folder."""
+
+
 class RejectError(DataPrepError):
     """Too many images are rejected, or the archive is damaged. The work done is kept."""
 
@@ -220,9 +224,7 @@ def sole_writer(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ShardError(
-                f"another run is writing to {directory}: wait for it, or choose another --output"
-            ) from None
+            raise BusyError(f"another run is writing to {directory}: wait for it, or choose another --output") from None
         except OSError:
             pass  # some network file systems cannot lock a folder; then nothing guards against two runs
         yield

@@ -96,8 +96,12 @@ class Folder:
         """Sorted names of the files right in this folder that match; unfinished files are never among them."""
         return sorted(name for name in self.sizes() if fnmatch.fnmatchcase(name, pattern))
 
-    def sizes(self) -> dict[str, int]:
-        """Bytes by name of the files right in this folder, by one listing; unfinished files are never among them."""
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes by name of the files right in this folder, by one listing; unfinished files are never among them.
+
+        None where the listing does not tell, as that of a web server.
+        """
+        found: dict[str, int | None]
         if self._system is None:
             try:
                 found = {entry.name: entry.stat().st_size for entry in os.scandir(self.url) if entry.is_file()}
@@ -109,9 +113,7 @@ class Folder:
                 listed = self._system.ls(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-            found = {
-                entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in listed if entry["type"] == "file"
-            }
+            found = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"}
         return {name: size for name, size in found.items() if TEMP_MARK not in name}
 
     def read(self, name: str) -> bytes:

@@ -17,6 +17,7 @@ if [ -n "${HOSTFILE:-}" ]; then
   [ -r "$HOSTFILE" ] || { echo "error: HOSTFILE $HOSTFILE is not readable; see launch/hostfile.example" >&2; exit 1; }
   launcher+=(--hostfile "$HOSTFILE")
   ranks=$(awk '{ sub(/#.*/, "") } match($0, /slots=[0-9]+/) { n += substr($0, RSTART + 6, RLENGTH - 6) } END { print n + 0 }' "$HOSTFILE")
+  nodes=$(grep -c 'slots=' <(sed 's/#.*//' "$HOSTFILE") || true)
   [ "$ranks" -gt 0 ] || { echo "error: HOSTFILE $HOSTFILE names no host with slots=N; see launch/hostfile.example" >&2; exit 1; }
 else
   # A file that is not there keeps a machine-wide hostfile out of a run on this host.
@@ -38,7 +39,7 @@ fi
 if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
 
 # Faults that every rank would meet are met here, as one line, before anything is started.
-"$bin/python" -m pipeline "$@" --check --ranks "$ranks"
+"$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "${nodes:-1}"
 
 # Ranks on this host leave when this process, which becomes the launcher, is gone: lifetime.py. (Over ssh DeepSpeed
 # does not pass this on: there, ranks leave with the launcher of their own host.)

@@ -18,8 +18,8 @@ command -v "$python" >/dev/null || fail "$python is not there; install Python >=
 [ -x $venv/bin/pip ] || "$python" -m venv $venv \
   || fail "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
 
-jpeg_packages="gcc libc6-dev libjpeg-dev"
-jpeg_hint="the fast JPEG decoder is not built: $jpeg_packages (Debian names, libjpeg-turbo 2.0.6 or later; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All works without; decoding is slower."
+jpeg_packages="gcc libc6-dev libjpeg-dev python3-dev"
+jpeg_hint="the fast JPEG decoder is not built: $jpeg_packages (Debian names, libjpeg-turbo 2.0.6 or later) have to be installed first, then 'launch/setup.sh' again. All works without; decoding is slower."
 ffcv_packages="g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0"
 ffcv_hint="FFCV is left out: $ffcv_packages (Debian names; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All but data.format=ffcv works."
 

@@ -11,7 +11,7 @@ nodes=${NODES:-1}
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$gpus" -gt 0 ]; then gpus=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"); fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
-"$bin/python" -m pipeline "$@" --check --ranks $((ranks * nodes))
+"$bin/python" -m pipeline "$@" --check --ranks $((ranks * nodes)) --nodes "$nodes"
 rendezvous=(--standalone)
 if [ "$nodes" -gt 1 ]; then
   rendezvous=(--node_rank "${NODE_RANK:?is not set}" --master_addr "${MASTER_ADDR:?is not set}" --master_port "${MASTER_PORT:-29500}")

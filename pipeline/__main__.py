@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         # All ranks meet most errors together: rank 0 speaks for them. What it cannot know differs from rank to rank.
-        if rank == "0" or type(error).__name__ in ("DataError", "OutOfMemoryError"):
+        if rank == "0" or type(error).__name__ in ("DataError", "OutOfMemoryError") or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
         if "RANK" in os.environ and options.run is _train:
@@ -69,7 +69,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.check:
         from pipeline.preflight import preflight
 
-        preflight(config, options.ranks, resume)
+        preflight(config, options.ranks, options.nodes, resume)
         return 0
     from pipeline import train
 
@@ -111,12 +111,13 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
         command.add_argument("--check", action="store_true", help="check configuration, data and weights, and leave")
         command.add_argument("--ranks", type=int, help="with --check: the number of ranks the run will have")
+        command.add_argument("--nodes", type=int, default=1, help="with --check: the number of hosts they are on")
         command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
         command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
         command.set_defaults(run=_train)
     command = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint on the validation split")
     command.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
-    command.add_argument("--data", type=Path, help="another dataset folder with the same classes")
+    command.add_argument("--data", help="another data set (folder or URL) with the same classes")
     command.add_argument("--weights", choices=("ema", "model"), help="default: the EMA where there is one")
     command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
     command.set_defaults(run=_evaluate)
@@ -134,6 +135,8 @@ def _explain(error: Exception) -> str | None:
         return text
     if kind == "OutOfMemoryError":
         return f"out of GPU memory: lower train.micro_batch, or set model.activation_checkpointing=block ({text[:200]})"
+    if isinstance(error, RuntimeError) and "DataLoader worker" in text and "is killed by signal" in text:
+        return f"a data worker was killed, for memory perhaps: lower data.workers_per_rank ({text[:200]})"
     if isinstance(error, RuntimeError) and any(mark in text for mark in _LOST_PEER):
         return f"another rank failed or was lost, see its message ({text[:200]})"
     if isinstance(error, ValueError | OSError):

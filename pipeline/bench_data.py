@@ -181,12 +181,12 @@ def advice(config: Config, speed: HostSpeed) -> list[str]:
     if needed <= speed.images_per_second_at_best:
         return found or ["nothing here: other programs keep the cores busy; end them and measure again"]
     if config.augment.where == "host":
-        found.append("augment.where=device: a third to a fifth of the host's work is left, the accelerator does the rest")
+        found.append("augment.where=device: a third to a fifth of the host's work is left, the GPU does the rest")
     elif data.format == "ffcv":
         found.append("data.format=webdataset: of JPEG files 1.7 times as fast as FFCV")
     elif not data.is_remote:
         found.append(
-            "data.format=ffcv of pixels (shard --format ffcv --beton-mode raw): 1.2 times as fast, many GB more"
+            "data.format=ffcv of pixels (shard --format ffcv --beton-mode raw): 1.1 to 1.2 times as fast, many GB more"
         )
     size = f"now {speed.ranks[0].bytes_per_image / 1e3:.0f} kB each"
     found.append(f"smaller images, where they are larger ({size}): shard --short-side {round(data.resolution * 4 / 3)}")

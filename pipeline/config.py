@@ -43,8 +43,8 @@ class Data(_Section):
         "is evaluated. null: data.resolution throughout"
     )
     workers_per_rank: Annotated[int, Field(ge=0)] = Field(
-        description="per rank; 0: the rank itself. webdataset with augment.where=host: processes; else threads of "
-        "one data process"
+        description="per rank; 0: the rank itself. webdataset with augment.where=host: processes; else, and in "
+        "evaluation, threads of one data process"
     )
     shuffle_lanes: Count = Field(
         description="equal parts of each global batch, each read from shards of its own: nodes whose number divides "
@@ -52,11 +52,10 @@ class Data(_Section):
     )
     shuffle_window_shards: Count = Field(description="shards that a lane is shuffled over at a time")
     on_bad_sample: Literal["raise", "skip"] = Field(
-        default="raise",
         description="a training image that does not decode. skip: another takes its place; RUN/bad_samples/ lists it",
     )
     bad_samples_max: Annotated[int, Field(ge=0)] = Field(
-        default=100, description="with skip: the run ends when an epoch has had more than these, over all ranks"
+        description="with skip: the run ends when an epoch has had more than these, over all ranks"
     )
     cache_folder: Path = Field(
         default=Path("~/.cache/hornet-pretraining/shards"),

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from data_prep.manifest import Manifest
 from pipeline.checkpoint import CheckpointError, locate, read_meta, read_tensors
 from pipeline.config import Config
+from pipeline.data.augment import normalise
 from pipeline.data.loader import Batch, Ranks, validation_batches
 from pipeline.recipe import build_model
 
@@ -37,6 +38,8 @@ def evaluate(
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top1 hits, top5 hits, samples
     for batch in batches:
         images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        if images.dtype == torch.uint8:
+            images = normalise(images)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits = model(images)
         logits = logits.float()
@@ -54,7 +57,7 @@ def evaluate(
     }
 
 
-def evaluate_checkpoint(path: Path, data: Path | None, weights: str | None) -> dict[str, float]:
+def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> dict[str, float]:
     """Evaluate a run's newest checkpoint, or one checkpoint folder, on the validation split; prints a table.
 
     `data` replaces the dataset that the run used (the classes have to be the same); `weights` is "ema" or "model", and
@@ -66,7 +69,7 @@ def evaluate_checkpoint(path: Path, data: Path | None, weights: str | None) -> d
     meta = read_meta(path)
     tree = dict(meta.config)
     if data is not None:
-        tree["data"] = {**tree["data"], "path": str(data)}
+        tree["data"] = {**tree["data"], "path": data}
     config = Config.model_validate(tree)
     manifest = Manifest.load(config.data.path)
     if manifest.synsets != meta.synsets:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 
 import torch
 
@@ -12,6 +14,7 @@ from pipeline import transfer
 from pipeline.checkpoint import newest_of_run
 from pipeline.config import Config
 from pipeline.data.beton import beton_path
+from pipeline.data.crops import PREFETCHED_BATCHES
 from pipeline.data.decode import COMPILED
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.loader import training_order
@@ -24,10 +27,42 @@ def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr, flush=True)
 
 
-def preflight(config: Config, ranks: int | None, resume: bool) -> None:
+def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
+    data, split = config.data, manifest.split("train")
+    if data.shuffle_lanes > 1 and data.shuffle_lanes % nodes:
+        note(
+            f"{nodes} nodes share {data.shuffle_lanes} lanes (data.shuffle_lanes) unevenly: each reads shards of "
+            f"others too, up to 1.5 times its part; a multiple of {nodes} is best"
+        )
+    used = data.shuffle_lanes / nodes * (data.shuffle_window_shards + 1) / max(1, len(split.shards))
+    used_gb = min(1.0, used) * sum(entry.bytes for entry in split.shards) / 1e9
+    if data.is_remote and 0 < data.cache_gb < used_gb:
+        note(
+            f"the shards that a node reads from at a time take some {used_gb:.0f} GB, data.cache_gb is "
+            f"{data.cache_gb:g}: what does not fit is read image by image over the network"
+        )
+
+
+def _tell_of_shared_memory(config: Config, ranks_per_node: int) -> None:
+    if config.augment.where == "device" or not config.data.workers_per_rank:
+        return  # uint8 batches go through buffers of their own
+    processes = config.data.workers_per_rank if config.data.format == "webdataset" else 1
+    batch_gb = config.train.micro_batch * 12 * config.data.resolution**2 / 1e9
+    held_gb = batch_gb * processes * (PREFETCHED_BATCHES + 1) * ranks_per_node
+    with suppress(OSError):
+        shared = os.statvfs("/dev/shm")
+        free_gb = shared.f_bavail * shared.f_frsize / 1e9
+        if held_gb > free_gb:
+            note(
+                f"data workers may hold {held_gb:.1f} GB of batches in shared memory, /dev/shm has {free_gb:.1f}: too "
+                f"little ends in a bus error. Set augment.where=device, fewer workers, or the container's --shm-size"
+            )
+
+
+def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> None:
     """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
 
-    `ranks` is their number where it is known before the launch.
+    `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
@@ -36,11 +71,8 @@ def preflight(config: Config, ranks: int | None, resume: bool) -> None:
         DeviceAugment(config.augment)
     if ranks is not None:
         config.train.accumulation_steps(ranks)
-        if ranks % config.data.shuffle_lanes and config.data.shuffle_lanes % ranks:
-            note(
-                f"{ranks} ranks share {config.data.shuffle_lanes} lanes (data.shuffle_lanes) unevenly: each node reads "
-                f"shards of others too, up to 1.5 times its part; best is a multiple of the number of nodes"
-            )
+    _tell_of_lanes(config, manifest, nodes)
+    _tell_of_shared_memory(config, (ranks or nodes) // nodes)
     if config.data.format == "webdataset" and not COMPILED:
         note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
     for split in ("train", "val"):

@@ -88,11 +88,13 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
         precision = "bf16 autocast" if deepspeed_engine.bf16 else "fp32"
         where = f"{device.type}, {precision}"
         print_plan(command, config, manifest, steps, ranks.count, deepspeed_engine.parameters, where, origin)
+    bad_samples = BadSampleLedger(
+        config.run_dir / BAD_SAMPLES, ranks.rank, first_step, first_step // order.steps_per_epoch
+    )
     engine.barrier()
 
     batches = training_batches(config, manifest, order, ranks, first_step, steps)
     place = _placing(config, device)
-    bad_samples = BadSampleLedger(config.run_dir / BAD_SAMPLES, ranks.rank)
     started = time.monotonic()
     metrics: dict[str, float] = dict(meta.metrics) if meta else {}
     meter = Meter(config.train.global_batch, ranks.count, engine.sum_over_ranks)
@@ -106,7 +108,8 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
         done = step + 1
         seconds = seconds_before + time.monotonic() - started
 
-        if done % config.tracking.log_every_steps == 0 or done == steps:
+        epoch_ends = done % order.steps_per_epoch == 0
+        if done % config.tracking.log_every_steps == 0 or epoch_ends or done == steps:
             logged = meter.read(done, bad_samples.count)
             logged["epoch"] = done / order.steps_per_epoch
             logged["lr"] = max(group["lr"] for group in deepspeed_engine.optimizer.param_groups)
@@ -122,7 +125,6 @@ def train(command: str, config: Config, ranks: Ranks, device: torch.device, resu
                     f"init.checkpoint={last or config.run_dir} init.weights=model optimizer.lr_peak=..."
                 )
 
-        epoch_ends = done % order.steps_per_epoch == 0
         if done == steps or (epoch_ends and done // order.steps_per_epoch % config.evaluate.every_epochs == 0):
             with meter.paused():
                 metrics = _evaluate(deepspeed_engine, twin, config, manifest, ranks, device)

@@ -10,12 +10,13 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image, ImageDraw
 
@@ -138,6 +139,13 @@ def log_of(root: Path, name: str) -> list[dict[str, float]]:
     """The lines of a run's log.jsonl that carry a training loss."""
     lines = [json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line]
+
+
+@pytest.fixture
+def data_workers() -> Callable[[], list[psutil.Process]]:
+    """This process's children that were not there before the test."""
+    before = {child.pid for child in psutil.Process().children()}
+    return lambda: [child for child in psutil.Process().children() if child.pid not in before]
 
 
 @dataclass(frozen=True)

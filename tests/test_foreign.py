@@ -352,7 +352,11 @@ def test_on_an_object_store(tmp_path: Path, s3: ObjectStore) -> None:
             f"tars/train-{number}.tar", by_key(tmp_path / f"train-{number}.tar", (C, A, B), number * 10).read_bytes()
         )
     s3.put("tars/validation-0.tar", by_key(tmp_path / "validation-0.tar", (B,), 100).read_bytes())
-    ensure_indexed("s3://bucket/tars")
+    with pytest.raises(
+        ForeignError, match=r"has to be indexed first, once: `python -m data_prep index s3://bucket/tars`"
+    ):
+        ensure_indexed("s3://bucket/tars")
+    assert main(["index", "s3://bucket/tars"]) == 0
     assert index(tmp_path) == 0
     here, there = Manifest.load(tmp_path), Manifest.load("s3://bucket/tars")
     assert there.splits == here.splits

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -23,22 +24,21 @@ WAYS = [
 ]
 
 
-def children_mb() -> float:
-    """Memory that the data workers hold for themselves, MB: shared pages, which come and go with batches, aside."""
-    return sum(child.memory_full_info().uss for child in psutil.Process().children()) / 1e6
+Workers = Callable[[], list[psutil.Process]]
 
 
 @pytest.mark.parametrize("options", WAYS)
-def test_memory_is_flat_over_20_epochs(datasets: Datasets, options: tuple[str, ...]) -> None:
+def test_memory_is_flat_over_20_epochs(datasets: Datasets, data_workers: Workers, options: tuple[str, ...]) -> None:
+    """What the data workers hold for themselves, MB; shared pages, which come and go with batches, aside."""
     config, manifest, order = configured(datasets, *options)
     steps = order.steps_per_epoch
     seen = []
     for number, _ in enumerate(training_batches(config, manifest, order, Ranks(), 0, 22 * steps)):
         if number % (4 * steps) == 0:  # a fourth of an epoch: four micro-batches a step
-            seen.append(children_mb())
+            seen.append(sum(worker.memory_full_info().uss for worker in data_workers()) / 1e6)
     early, late = max(seen[4:8]), max(seen[-4:])  # from epoch 4 on: compiled, caches filled
     assert late - early < 4, seen
-    assert not psutil.Process().children()
+    assert not data_workers()
 
 
 @pytest.mark.parametrize("options", WAYS)
@@ -74,17 +74,17 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
     assert not left
 
 
-def test_a_consumer_that_stops_early_ends_its_workers(datasets: Datasets) -> None:
+def test_a_consumer_that_stops_early_ends_its_workers(datasets: Datasets, data_workers: Workers) -> None:
     for options in (("augment.where=host",), ("augment.where=device",)):
         config, manifest, order = configured(datasets, *options, "data.workers_per_rank=2")
         batches = training_batches(config, manifest, order, Ranks(), 0, 60)
         next(batches)
-        assert psutil.Process().children()
+        assert data_workers()
         del batches
         deadline = time.monotonic() + 20
-        while psutil.Process().children() and time.monotonic() < deadline:
+        while data_workers() and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert not psutil.Process().children()
+        assert not data_workers()
 
 
 def test_a_split_smaller_than_a_batch(datasets: Datasets, tmp_path: Path) -> None:

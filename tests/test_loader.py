@@ -130,7 +130,7 @@ def test_formats_draw_the_same_crops(datasets: Datasets) -> None:
             found[name] = list(validation_batches(tree, manifest, Ranks()))
         assert (numbers(found["webdataset"]) == numbers(found["ffcv"])).all()
         for x, y in zip(found["webdataset"], found["ffcv"], strict=True):
-            assert (x.images - y.images).abs().mean() < 0.1  # in units of the normalised image
+            assert (x.images.float() - y.images.float()).abs().mean() < 5  # of 255
 
 
 def test_host_augmentation_is_timms_to_the_last_bit(datasets: Datasets) -> None:

@@ -1,7 +1,6 @@
 """The order of samples: a permutation each epoch, the same for any number of ranks, from any step, read in blocks."""
 
-import resource
-import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ def joined(batches: list[MicroBatch]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([b.samples for b in batches]), np.concatenate([b.views for b in batches])
 
 
+@settings(deadline=None)
 @given(shard_sizes, blocks, st.integers(0, 2**31 - 1), st.integers(0, 100))
 def test_permutation_each_epoch(sizes: tuple[int, ...], block: tuple[int, int], seed: int, epoch: int) -> None:
     order = SampleOrder(sizes, 32, seed, *block)
@@ -48,6 +48,7 @@ def test_ranks_and_resume_see_the_same_steps(
             assert (samples == order.permutation(epoch)[in_epoch * 32 : (in_epoch + 1) * 32]).all()
 
 
+@settings(deadline=None)
 @given(shard_sizes, st.sampled_from([1, 4]), st.sampled_from([2, 3]))
 def test_repeats(sizes: tuple[int, ...], lanes: int, repeats: int) -> None:
     """A sample stands `repeats` times in an epoch (cut at its end), each time another view, and no view comes twice."""
@@ -102,20 +103,21 @@ def test_seeds_and_epochs_are_unrelated() -> None:
     assert (a == b).mean() < 0.02
 
 
-def test_imagenet_22k_needs_no_time_and_no_memory() -> None:
-    """14.2 M samples: the first batch of a late step, and one whole epoch of a rank of 512, without the permutation."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def test_imagenet_22k_needs_little_memory() -> None:
+    """14.2 M samples: the first batch of a late step, then an epoch of a rank of 512. A permutation takes 113 MB."""
     order = SampleOrder((10_000,) * 1420, 4096, 0, lanes=64, window_shards=4)
-    started = time.process_time()
+    tracemalloc.start()
     step = 89 * order.steps_per_epoch + 3000
     first = next(iter(order.micro_batches(step, step + 10, 100, 512, 8)))
-    spent = time.process_time() - started
-    assert first.epoch == 89
+    peak_first = tracemalloc.get_traced_memory()[1]
     ids = np.concatenate([batch.samples for batch in order.micro_batches(0, order.steps_per_epoch, 0, 512, 8)])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert first.epoch == 89
+    assert peak_first < 10e6
+    assert peak < 40e6
     assert len(set(ids.tolist())) == len(ids) == order.steps_per_epoch * 8
     assert len(set((ids // 10_000).tolist())) <= -(-1420 // 64) + 2  # those of one lane
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
-    print(f"{spent:.3f} s to the first batch")
 
 
 def test_what_cannot_be() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torchvision.transforms import Compose
+from timm.data.transforms import MaybeToTensor
+from torchvision.transforms import Compose, Normalize
 
 from pipeline.config import Augment, Evaluate
 from pipeline.data import decode
@@ -74,8 +75,8 @@ def training_transform(augment: Augment, resolution: int) -> tuple[Compose, Comp
 
 
 def evaluation_transform(evaluate: Evaluate, resolution: int) -> Compose:
-    """PIL image of any size -> normalised float tensor (3, resolution, resolution); bicubic, as the paper evaluates."""
-    return create_transform(
+    """PIL image of any size -> PIL image (resolution, resolution); bicubic, as the paper evaluates."""
+    whole = create_transform(
         input_size=resolution,
         is_training=False,
         interpolation="bicubic",
@@ -84,15 +85,10 @@ def evaluation_transform(evaluate: Evaluate, resolution: int) -> Compose:
         crop_pct=evaluate.crop_ratio,
         crop_mode="center" if evaluate.resize == "crop" else "squash",
     )
+    return Compose([part for part in whole.transforms if not isinstance(part, MaybeToTensor | Normalize)])
 
 
-def evaluation_image(transform: Compose, data: bytes) -> torch.Tensor:
-    """An image file -> normalised float32 (3, resolution, resolution). Raises DecodeError."""
-    return transform(Image.fromarray(decode.decode_rgb(data)))
-
-
-def normalise_decoded(images: np.ndarray) -> torch.Tensor:
-    """uint8 (B, H, W, 3) already at the input resolution -> normalised float (B, 3, H, W)."""
-    mean = torch.tensor(IMAGENET_DEFAULT_MEAN).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_DEFAULT_STD).mul(255).view(1, 3, 1, 1)
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().sub(mean).div(std)
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, H, W) on any device -> float32, as torchvision's ToTensor and Normalize give it."""
+    mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return images.float().div_(255).sub_(mean.view(3, 1, 1)).div_(std.view(3, 1, 1))

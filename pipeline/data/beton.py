@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset, default_collate
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
-from pipeline.data.augment import normalise_decoded, seed_view, training_transform
+from pipeline.data.augment import seed_view, training_transform
 from pipeline.data.crops import BatchPlace, batch_ring
 from pipeline.data.keyed import view_keys
 from pipeline.data.order import MicroBatch, SampleOrder
@@ -61,7 +61,9 @@ class TrainingBeton(IterableDataset[Any]):
     ) -> None:
         self.path, self.config, self.order = path, config, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
-        self.ring = batch_ring(config, 1) if config.augment.where == "device" else None
+        side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
+        on_device = config.augment.where == "device"
+        self.ring = batch_ring(config, config.train.micro_batch, side, 1) if on_device else None
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         from pipeline.data.ffcv_decoders import training_decoder
@@ -122,12 +124,13 @@ class TrainingBeton(IterableDataset[Any]):
 
 
 class EvaluationBeton(IterableDataset[Any]):
-    """Given batches of sample ids, in that order, normalised without augmentation."""
+    """Given batches of sample ids, in that order, uint8 (see Batch)."""
 
     def __init__(self, path: Path, config: Config, batches: Sequence[np.ndarray]) -> None:
         self.path, self.config, self.batches = path, config, batches
+        self.ring = batch_ring(config, config.evaluate.micro_batch, config.data.resolution, 1)
 
-    def __iter__(self) -> Iterator[Batch | DataError]:
+    def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         from pipeline.data.ffcv_decoders import evaluation_decoder
         from pipeline.data.ffcv_loader import OrderedLoader
 
@@ -139,9 +142,13 @@ class EvaluationBeton(IterableDataset[Any]):
             for samples, (pixels, good) in zip(self.batches, loader.batches(ids), strict=True):
                 if not good.all():
                     raise DataError(f"{self.path}: sample {samples[~good][0]} does not decode; rebuild the file")
-                yield assemble(normalise_decoded(pixels), np.array([loader.labels[samples], samples, samples]))
+                place = BatchPlace(self.ring, len(samples), data.resolution)
+                np.copyto(place.pixels, pixels)
+                yield place.batch(np.array([loader.labels[samples], samples, samples], np.int64), ())
         except DataError as error:
             yield error
+        except RingClosed:
+            return
 
 
 def _samples(path: Path) -> int:

@@ -23,7 +23,7 @@ from pipeline.data.ring import Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError
 from pipeline.data.views import BadSample, Batch, Drawn, Views, assemble, numbers_of
 
-PREFETCHED_BATCHES = 4  # made and not yet taken, of each data worker
+PREFETCHED_BATCHES = 2  # made and not yet taken, of each data worker
 _TASK_IMAGES = 4  # images a task: enough work to hide what a task costs, small enough for threads to end together
 _REMOTE_IMAGES = 64  # at least so many are under way, of remote shards
 
@@ -39,10 +39,12 @@ class TrainingCrops(IterableDataset[Any]):
     ) -> None:
         self.config, self.views, self.order = config, views, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
+        self.reader = views.reader
         self.threads = max(1, config.data.workers_per_rank)
         images = max(2 * self.threads * _TASK_IMAGES, _REMOTE_IMAGES if views.reader.remote else 0)
         self.ahead = 1 + -(-images // config.train.micro_batch)  # batches under way
-        self.ring = batch_ring(config, self.ahead)
+        side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
+        self.ring = batch_ring(config, config.train.micro_batch, side, self.ahead)
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
@@ -123,12 +125,11 @@ class BatchPlace:
         return assemble(torch.from_numpy(self.pixels).permute(0, 3, 1, 2), numbers, bad)
 
 
-def batch_ring(config: Config, ahead: int) -> Ring | None:
-    """A ring for micro-batches of uint8 images, `ahead` of which are made at a time; None where the rank reads itself.
+def batch_ring(config: Config, images: int, side: int, ahead: int) -> Ring | None:
+    """A ring for batches of uint8 `images`, `ahead` of which are made at a time; None where the rank reads itself.
 
     The memory is taken page by page, as it is first written.
     """
     if config.data.workers_per_rank == 0 and config.data.format == "webdataset":
         return None
-    side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
-    return Ring(ahead + PREFETCHED_BATCHES + 2, config.train.micro_batch * side * side * 3)
+    return Ring(ahead + PREFETCHED_BATCHES + 2, images * side * side * 3)

@@ -6,6 +6,8 @@ Both formats yield the same sample ids in the same batches. What works where:
     webdataset  host            processes              normalised images, by timm on PIL
     webdataset  device          threads of one process uint8 crops (crops.py); the rest runs on the device
     ffcv        either          FFCV's threads, in one uint8 crops; with host, timm on PIL follows in that process
+
+Evaluation is by threads of one process throughout, and hands out uint8.
 """
 
 from __future__ import annotations
@@ -24,15 +26,16 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
-from pipeline.data.augment import HostAugment, evaluation_image, evaluation_transform
+from pipeline.data.augment import HostAugment
 from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
 from pipeline.data.crops import PREFETCHED_BATCHES, TrainingCrops
-from pipeline.data.decode import DecodeError
+from pipeline.data.evaluation import EvaluationImages
 from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import RingBatch
 from pipeline.data.shards import DataError, ShardReader
 from pipeline.data.views import Batch, Drawn, Views, assemble, numbers_of
 
+_DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
 
 
@@ -78,7 +81,7 @@ def training_batches(
 def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iterator[Batch]:
     """Every validation sample exactly once over all ranks: rank r takes samples r, r + R, r + 2R, ...
 
-    Images are normalised. Ranks may yield different numbers of batches: hold no collective inside the loop over them.
+    Images are uint8. Ranks may yield different numbers of batches: hold no collective inside the loop over them.
     A sample that does not decode raises DataError whatever data.on_bad_sample says: accuracy is that of the whole set.
     """
     mine = np.arange(ranks.rank, manifest.split("val").samples, ranks.count)
@@ -87,7 +90,7 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
         path = beton_path(config.data.path, manifest, "val")
         return _batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
     reader = ShardReader(config.data, manifest, "val")
-    return _batches(_EvaluationImages(config, reader), config.data.workers_per_rank, batch_sampler=batches)
+    return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
 
 
 class _TrainingImages(Dataset[Any]):
@@ -95,11 +98,12 @@ class _TrainingImages(Dataset[Any]):
 
     def __init__(self, config: Config, views: Views, order: SampleOrder, rank: int, ranks: int) -> None:
         self.config, self.views, self.order, self.rank, self.ranks = config, views, order, rank, ranks
+        self.reader = views.reader
         self.ahead_of = -1
         self.augment = lru_cache(maxsize=2)(lambda side: HostAugment(config.augment, side))
 
     def __getitems__(self, micro: MicroBatch) -> Batch | DataError:
-        reader = self.views.reader
+        reader = self.reader
         images: list[torch.Tensor] = []
         drawn: list[Drawn] = []
         if micro.step >= self.ahead_of:
@@ -115,28 +119,6 @@ class _TrainingImages(Dataset[Any]):
         except DataError as error:
             return error
         return assemble(default_collate(images), *numbers_of(drawn, micro.views))  # stacks in shared memory
-
-
-class _EvaluationImages(Dataset[Any]):
-    def __init__(self, config: Config, reader: ShardReader) -> None:
-        self.reader = reader
-        self.transform = evaluation_transform(config.evaluate, config.data.resolution)
-
-    def __getitems__(self, samples: np.ndarray) -> Batch | DataError:
-        images: list[torch.Tensor] = []
-        drawn: list[Drawn] = []
-        try:
-            for sample, data in zip(samples.tolist(), self.reader.encoded_many(samples), strict=True):
-                if isinstance(data, DataError):
-                    raise data
-                try:
-                    images.append(evaluation_image(self.transform, data))
-                except DecodeError as error:
-                    raise self.reader.damaged(sample, error) from None
-                drawn.append((sample, self.reader.label(sample), []))
-        except DataError as error:
-            return error
-        return assemble(default_collate(images), *numbers_of(drawn, samples))
 
 
 def _as_is(item: Any) -> Any:
@@ -172,17 +154,19 @@ def _batches(
 
 
 def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
-    ring = getattr(loader.dataset, "ring", None)
+    iterator = iter(loader)  # by name: it ends its workers when this frame goes, after what is below
     try:
-        for item in loader:
+        for item in iterator:
             if isinstance(item, Exception):
                 raise item  # a worker hands its error over whole: raised there, it would come back as a traceback
             yield item.batch() if isinstance(item, RingBatch) else item
     except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        text = str(error)
+        if not any(mark in text for mark in _DEAD_WORKER):
             raise
-        first_line = str(error).splitlines()[0]
-        raise DataError(f"a data worker died or was silent for {_SILENT_SECONDS} s: {first_line}") from error
+        raise DataError(f"a data worker was killed or silent for {_SILENT_SECONDS} s: {text.splitlines()[0]}") from None
     finally:
-        if ring is not None:
-            ring.close()  # a worker that waits for a buffer would not see that it is to end
+        for part in (getattr(loader.dataset, "ring", None), getattr(loader.dataset, "reader", None)):
+            if part is not None:
+                part.close()  # else a worker that waits for a buffer would not see that it is to end
+        del iterator

@@ -26,6 +26,8 @@ T = TypeVar("T")
 _CHUNK_BYTES, _CHUNKS_IN_FLIGHT = 8 << 20, 8  # 64 MiB of memory; a stream of an object store gives 50 to 100 MB/s
 _CONNECTIONS = 64  # botocore opens 10 unless told, fewer than a worker has threads
 _REQUEST_SECONDS = 120  # a request that takes longer hangs: 64 MiB at 560 kB/s
+# No attempt begins later: a read asks twice, and the loader takes 600 s of silence for a hang.
+_PATIENCE_SECONDS = 240.0
 _FIRST_DELAY_SECONDS, _MAX_DELAY_SECONDS = 0.5, 30.0
 _IDLE_SECONDS = 2.0  # until the next look at the folder
 _PAUSE_SECONDS = 60.0  # after a download that failed
@@ -54,7 +56,7 @@ class RemoteShards:
     """
 
     def __init__(
-        self, url: str, entries: Sequence[ShardEntry], dataset_id: str, cache: Path, cache_bytes: int, retries: int = 5
+        self, url: str, entries: Sequence[ShardEntry], dataset_id: str, cache: Path, cache_bytes: int, retries: int = 9
     ) -> None:
         self.url, self.entries, self.dataset_id = url.rstrip("/"), list(entries), dataset_id
         self.cache, self.cache_bytes, self.retries = Path(cache), cache_bytes, retries
@@ -97,6 +99,20 @@ class RemoteShards:
         (data,) = self._fetch(shard, [(offset, size)]) if size else [b""]
         self._count(reads=1, ranged_reads=1)
         return data
+
+    def read_beside(self, shard: int, suffix: str) -> bytes:
+        """The whole file beside a shard whose name ends in `suffix` instead of .tar. Raises RemoteError."""
+
+        def request(system: Any, path: str, limit: dict[str, Any]) -> bytes:
+            return bytes(system.cat_file(path.removesuffix(".tar") + suffix, **limit))
+
+        data = self._retrying(shard, request)
+        self._count(bytes_fetched=len(data))
+        return data
+
+    def check(self, shard: int) -> None:
+        """Raise RemoteError unless the shard is there and of its size, as far as its server tells."""
+        self._check_size(shard)
 
     def ahead(self, shards: Sequence[int]) -> None:
         """These shards are needed next, in this order: replaces the former list. They are downloaded as far as the
@@ -163,6 +179,7 @@ class RemoteShards:
             if self._system is None:
                 self._system, self._root = _connect(self.url)
         limit = {"timeout": _REQUEST_SECONDS} if getattr(self._system, "async_impl", False) else {}
+        give_up_at = time.monotonic() + _PATIENCE_SECONDS
         for attempt in range(self.retries + 1):
             try:
                 return request(self._system, f"{self._root}/{self.entries[shard].file}", limit)
@@ -170,7 +187,8 @@ class RemoteShards:
                 raise
             except Exception as error:  # each store has its own
                 trouble, passes = _trouble(error)
-                if not passes or attempt == self.retries or self._closed.is_set():
+                late = time.monotonic() > give_up_at
+                if not passes or attempt == self.retries or late or self._closed.is_set():
                     text = f"{' '.join(str(error).split()) or type(error).__name__}, {attempt + 1} attempt(s)"
                     raise RemoteError(f"{url} {trouble} ({text}): {_ADVICE[trouble]}") from None
             self._count(retries_made=1)

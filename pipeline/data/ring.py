@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import mmap
 import weakref
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -56,7 +57,8 @@ class Ring:
 
     def close(self) -> None:
         """Tell a worker that waits for a slot that none will come."""
-        self._free.put(None)
+        with suppress(OSError):  # at the end of the process the queue may be gone
+            self._free.put(None)
 
 
 @dataclass(frozen=True)

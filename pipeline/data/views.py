@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data_prep.manifest import atomic_write
 from pipeline.config import Config, Data
 from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
@@ -32,9 +33,10 @@ class BadSample(NamedTuple):
 class Batch(NamedTuple):
     """A micro-batch of one rank.
 
-    images: float32 (B, 3, H, W) normalised, or uint8 (B, 3, H, W) cropped and mirrored where the rest of the
-    augmentation runs on the device; labels int64 (B,); samples int64 (B,), the sample ids; views int64 (B,), what the
-    augmentation is keyed by (order.py); bad: the samples of this batch that others stand in for.
+    images: float32 (B, 3, H, W) normalised, or uint8 (B, 3, H, W) where the device does the rest: in training the
+    augmentation but for crop and mirroring, in evaluation the normalisation; labels int64 (B,); samples int64 (B,), the
+    sample ids; views int64 (B,), what the augmentation is keyed by (order.py); bad: the samples of this batch that
+    others stand in for.
     """
 
     images: torch.Tensor
@@ -67,19 +69,19 @@ class Views:
     ) -> Drawn:
         """Call render(bytes, key) with the sample's `data`, or a stand-in's; returns its (sample, label, bad samples).
 
-        `render` raises DecodeError for what is no image. Raises DataError where samples may not be skipped, or eight
-        stand-ins are bad too.
+        `render` raises DecodeError for what is no image. Raises DataError where samples may not be skipped, eight
+        stand-ins are bad too, or bytes cannot be read: a network that is down must not change what is trained on.
         """
         bad: list[BadSample] = []
         wanted = sample
         for attempt in range(_STAND_INS + 1):
+            if isinstance(data, DataError):
+                raise data
             try:
-                if isinstance(data, DataError):
-                    raise data
                 render(data, key)
                 return sample, self.reader.label(sample), bad
-            except (DataError, DecodeError) as error:
-                damage = error if isinstance(error, DataError) else self.reader.damaged(sample, error)
+            except DecodeError as error:
+                damage = self.reader.damaged(sample, error)
                 if not self.skip:
                     raise damage from None
                 stand_in = int(uniform_one(key, _STAND_IN_DRAW + attempt) * len(self.reader))
@@ -92,11 +94,21 @@ class Views:
 
 
 class BadSampleLedger:
-    """What was skipped: one JSON line a sample in `folder`, a file for each rank, and the count of this epoch."""
+    """What was skipped: one JSON line a sample in `folder`, a file for each rank, and the count of this epoch.
 
-    def __init__(self, folder: Path, rank: int) -> None:
+    A run that goes on from `first_step` drops the lines of the steps that it runs again; rank 0 does so for all ranks,
+    and counts what their files hold of the epoch under way. No rank may add before that.
+    """
+
+    def __init__(self, folder: Path, rank: int, first_step: int = 0, epoch: int = 0) -> None:
         self.path = folder / f"rank-{rank:05}.jsonl"
-        self.epoch, self.count = -1, 0
+        self.epoch, self.count = epoch, 0
+        for path in sorted(folder.glob("rank-*.jsonl")) if rank == 0 else ():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = [line for line in lines if line["step"] < first_step]
+            with atomic_write(path) as file:
+                file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            self.count += sum(line["epoch"] == epoch for line in kept)
 
     def begin(self, epoch: int) -> None:
         """The steps that follow are of `epoch`."""
@@ -111,7 +123,7 @@ class BadSampleLedger:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             for sample in bad:
-                line = {"step": step, **sample._asdict(), "count": self.count}
+                line = {"step": step, **sample._asdict()}
                 file.write(json.dumps(line) + "\n")
 
 

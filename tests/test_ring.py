@@ -1,0 +1,93 @@
+"""The ring of batch buffers: back-pressure, early ends, deaths of workers; nothing waits for ever."""
+
+import os
+import signal
+import time
+from multiprocessing import get_context
+
+import numpy as np
+import pytest
+import torch
+from conftest import Datasets
+from test_hygiene import Workers
+from test_loader import ON_DEVICE, configured, numbers, read
+
+from pipeline.__main__ import _explain
+from pipeline.data.loader import Ranks, training_batches, validation_batches
+from pipeline.data.ring import Ring, RingBatch, RingClosed
+from pipeline.data.shards import DataError
+
+pytestmark = pytest.mark.timeout(120)
+WORKER = (ON_DEVICE, "data.workers_per_rank=2")
+
+
+def test_slots_go_round() -> None:
+    """A worker waits for a slot until one is given back, or the ring is closed."""
+    ring, pipe = Ring(2, 12), get_context("fork").Pipe()
+
+    def fill() -> None:
+        try:
+            for value in range(100):
+                slot, pixels = ring.take(1, 2, 2, 3)
+                pixels[:] = value
+                pipe[1].send(RingBatch(ring.number, slot, pixels.shape, np.full((3, 1), value), ()))
+        except RingClosed:
+            pipe[1].send("closed")
+
+    worker = get_context("fork").Process(target=fill)
+    worker.start()
+    for value in range(5):
+        held = pipe[0].recv()
+        time.sleep(0.05)  # the worker fills the other slot meanwhile, and no more
+        batch = held.batch()
+        assert batch.images.shape == (1, 3, 2, 2)
+        assert batch.images.unique().tolist() == [value]
+        assert batch.labels.tolist() == [value]
+    ring.close()
+    while (last := pipe[0].recv()) != "closed":
+        assert isinstance(last, RingBatch)
+    worker.join(timeout=10)
+    assert worker.exitcode == 0
+
+
+def test_leaving_early_is_quick_and_needs_no_signal(datasets: Datasets, data_workers: Workers) -> None:
+    """The worker is waiting for a buffer by then."""
+    config, manifest, order = configured(datasets, *WORKER)
+    for make in (
+        lambda: training_batches(config, manifest, order, Ranks(), 0, 600),
+        lambda: validation_batches(config, manifest, Ranks()),
+    ):
+        batches = make()
+        next(batches)
+        (worker,) = data_workers()
+        time.sleep(1.0)
+        begun = time.monotonic()
+        batches.close()
+        assert time.monotonic() - begun < 4  # a DataLoader kills after five
+        assert not worker.is_running()
+
+
+def test_batches_stay_what_they_are_and_rings_keep_apart(datasets: Datasets) -> None:
+    config, manifest, order = configured(datasets, *WORKER)
+    first, second = (training_batches(config, manifest, order, Ranks(rank, 2), 0, 30) for rank in (0, 1))
+    held = [batch for pair in zip(first, second, strict=True) for batch in pair]
+    alone = read(datasets, 0, 30, ON_DEVICE, "data.workers_per_rank=0", ranks=2)
+    assert (numbers(held[::2]) == numbers(alone)).all()
+    assert all(torch.equal(a.images, b.images) for a, b in zip(held[::2], alone, strict=True))
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_killed_worker_is_one_line(datasets: Datasets, data_workers: Workers, where: str) -> None:
+    config, manifest, order = configured(datasets, f"augment.where={where}", "data.workers_per_rank=1")
+    batches = training_batches(config, manifest, order, Ranks(), 0, 6000)
+    next(batches)
+    (worker,) = data_workers()
+    os.kill(worker.pid, signal.SIGKILL)
+    # Whether the rank waits for it, or computes: torch raises it in the main thread wherever that is.
+    with pytest.raises((DataError, RuntimeError)) as caught:  # noqa: PT012 (anywhere in the loop)
+        for _ in batches:
+            time.sleep(0.01)
+    explained = _explain(caught.value)
+    assert explained is not None
+    assert "a data worker was killed" in explained
+    assert "\n" not in explained
