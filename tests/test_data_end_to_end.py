@@ -1,8 +1,7 @@
-"""Whole runs on data that is remote, damaged, or not ours: the real launcher, two ranks, a real object store."""
+"""Whole runs on data that is remote or damaged: the real launcher, two ranks, a real object store."""
 
 import http.server
 import json
-import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -58,20 +57,6 @@ def test_too_many_bad_samples_end_the_run(datasets: Datasets, tmp_path: Path) ->
     assert done.returncode == 1
     assert "training samples of this epoch could not be read, data.bad_samples_max is 4" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
-
-
-def test_tars_that_somebody_else_wrote(datasets: Datasets, tmp_path: Path) -> None:
-    """Without dataset.json and indexes: read once, then trained on as any set."""
-    folder = tmp_path / "foreign"
-    folder.mkdir()
-    for path in datasets.in22k.glob("*.tar"):
-        shutil.copy(path, folder)
-    for name in ("first", "again"):
-        done = launch(*small_run(datasets, tmp_path / "runs", f"name={name}", f"data.path={folder}", "train.epochs=1"))
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert ("reading them once" in done.stdout) == (name == "first")
-    assert losses(tmp_path / "runs", "first") == losses(tmp_path / "runs", "again")
-    assert (folder / "train-000000.index.npz").exists()
 
 
 def test_a_remote_set_with_a_shard_missing_is_refused_before_the_start(

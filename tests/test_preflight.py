@@ -1,0 +1,53 @@
+"""What the check says before a start without refusing it, and the ledger of skipped samples across a resume."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Datasets, small_run
+
+from data_prep.manifest import Manifest
+from pipeline import preflight
+from pipeline.config import Config, load
+from pipeline.data.views import BadSample, BadSampleLedger
+
+
+def configured(datasets: Datasets, *more: str) -> Config:
+    return load("configs/demo_pretrain.yaml", [*small_run(datasets, Path("unused"))[2:], *more])
+
+
+def test_notes(datasets: Datasets, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.load(datasets.in22k)
+    lanes = configured(datasets, "data.shuffle_lanes=16", "data.path=s3://bucket/set", "data.cache_gb=1e-6")
+    preflight._tell_of_lanes(lanes, manifest, 6)
+    lines = capsys.readouterr().err.splitlines()
+    assert "note: 6 nodes share 16 lanes" in lines[0]
+    assert "what does not fit is read image by image" in lines[1]
+    preflight._tell_of_lanes(configured(datasets, "data.shuffle_lanes=16"), manifest, 4)
+    preflight._tell_of_shared_memory(configured(datasets), 8)
+    assert capsys.readouterr().err == ""
+    host = configured(datasets, "data.workers_per_rank=100000", "data.resolution=384")
+    preflight._tell_of_shared_memory(host, 8)
+    assert "/dev/shm has" in capsys.readouterr().err
+    preflight._tell_of_shared_memory(configured(datasets, "data.workers_per_rank=100000", "augment.where=device"), 8)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(preflight, "COMPILED", False)
+    preflight.preflight(configured(datasets), 2, 1, True)
+    assert "note: the compiled JPEG decoder is missing" in capsys.readouterr().err
+
+
+def test_the_ledger_goes_on_where_the_run_does(tmp_path: Path) -> None:
+    """Steps that are run again are not in it twice, whatever ranks wrote them; what is kept of the epoch is counted."""
+    for rank in (0, 5):
+        ledger = BadSampleLedger(tmp_path, rank)
+        for step in range(8):
+            ledger.begin(step // 4)
+            ledger.add(step, (BadSample(step, step // 4, "no image", 1),))
+        assert ledger.count == 4
+    with open(tmp_path / "rank-00005.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 7, "cut off by a ki')
+    again = BadSampleLedger(tmp_path, 0, first_step=6, epoch=1)
+    assert again.count == 4  # steps 4 and 5, of two ranks
+    for path in tmp_path.iterdir():
+        assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(6))
+    assert BadSampleLedger(tmp_path, 3, first_step=6, epoch=1).count == 0
