@@ -80,11 +80,11 @@ class Folder:
         return f"{self._root}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, or None where there is none."""
+        """Bytes of a file, 0 where a web server does not tell, or None where there is none."""
         try:
             if self._system is None:
                 return os.stat(self.join(name)).st_size
-            return int(self._system.info(self._inner(name))["size"])
+            return int(self._system.info(self._inner(name))["size"] or 0)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
