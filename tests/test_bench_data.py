@@ -34,7 +34,6 @@ def numbers(text: str) -> list[float]:
     "more",
     [
         ("augment.where=host", "--ranks-per-node", "2"),
-        ("augment.where=host", "data.workers_per_rank=1"),
         ("augment.where=device", "data.workers_per_rank=2"),
         pytest.param(FFCV, marks=needs_ffcv),
     ],
