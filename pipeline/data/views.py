@@ -22,7 +22,7 @@ _STAND_INS = 8
 
 
 class BadSample(NamedTuple):
-    """A training sample that could not be read, and the one that took its place."""
+    """A training sample that does not decode, and the one that took its place."""
 
     sample: int
     epoch: int
