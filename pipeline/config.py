@@ -74,6 +74,11 @@ class Data(_Section):
     def is_remote(self) -> bool:
         return "://" in self.path
 
+    @property
+    def largest_resolution(self) -> int:
+        """The side of the largest training images of the run, pixels."""
+        return max((self.resolution_by_epoch or {0: self.resolution}).values())
+
     def resolution_at(self, epoch: int) -> int:
         """The side of training images in `epoch`, pixels."""
         stages = self.resolution_by_epoch or {0: self.resolution}

@@ -47,7 +47,7 @@ def _tell_of_shared_memory(config: Config, ranks_per_node: int) -> None:
     if config.augment.where == "device" or not config.data.workers_per_rank:
         return  # uint8 batches go through buffers of their own
     processes = config.data.workers_per_rank if config.data.format == "webdataset" else 1
-    batch_gb = config.train.micro_batch * 12 * config.data.resolution**2 / 1e9
+    batch_gb = config.train.micro_batch * 12 * config.data.largest_resolution**2 / 1e9
     held_gb = batch_gb * processes * (PREFETCHED_BATCHES + 1) * ranks_per_node
     with suppress(OSError):
         shared = os.statvfs("/dev/shm")

@@ -74,7 +74,7 @@ def test_any_ranks_and_workers_read_the_order(datasets: Datasets, ranks: int, wo
 
 
 @needs_ffcv
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ffcv_reads_the_order(datasets: Datasets, ranks: int) -> None:
     """As above, from a `.beton`; both of FFCV's caches."""
     options = ("data.format=ffcv", "data.workers_per_rank=2", ON_DEVICE)

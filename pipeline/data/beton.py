@@ -61,8 +61,8 @@ class TrainingBeton(IterableDataset[Any]):
     ) -> None:
         self.path, self.config, self.order = path, config, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
-        side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
         on_device = config.augment.where == "device"
+        side = config.data.largest_resolution
         self.ring = batch_ring(config, config.train.micro_batch, side, 1) if on_device else None
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:

@@ -43,8 +43,7 @@ class TrainingCrops(IterableDataset[Any]):
         self.threads = max(1, config.data.workers_per_rank)
         images = max(2 * self.threads * _TASK_IMAGES, _REMOTE_IMAGES if views.reader.remote else 0)
         self.ahead = 1 + -(-images // config.train.micro_batch)  # batches under way
-        side = max((config.data.resolution_by_epoch or {0: config.data.resolution}).values())
-        self.ring = batch_ring(config, config.train.micro_batch, side, self.ahead)
+        self.ring = batch_ring(config, config.train.micro_batch, config.data.largest_resolution, self.ahead)
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")

@@ -40,7 +40,7 @@ class _Index(NamedTuple):
 class ShardReader:
     """The encoded images and labels of one split, by sample id (the position in the concatenated shards).
 
-    Made before data workers are forked, used by any number of threads. `local` reads with `pread`; a remote folder goes
+    Made before data workers are forked, used by any number of threads. Local shards are read in place, remote ones go
     through `RemoteShards`. Raises ManifestError or DataError at once when a local shard is missing or not of the size
     that the manifest says.
     """
