@@ -87,6 +87,7 @@ def test_a_killed_worker_is_one_line(datasets: Datasets, data_workers: Workers, 
     with pytest.raises((DataError, RuntimeError)) as caught:  # noqa: PT012 (anywhere in the loop)
         for _ in batches:
             time.sleep(0.01)
+    batches.close()  # where the rank was computing: as long as it lives, torch raises at every child that ends
     explained = _explain(caught.value)
     assert explained is not None
     assert "a data worker was killed" in explained

@@ -154,7 +154,8 @@ def _batches(
 
 
 def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
-    iterator = iter(loader)  # by name: it ends its workers when this frame goes, after what is below
+    iterator = iter(loader)  # by name: it ends its workers when it is dropped, after what is below
+    failure = ""
     try:
         for item in iterator:
             if isinstance(item, Exception):
@@ -164,9 +165,12 @@ def _raising(loader: DataLoader[Any]) -> Iterator[Batch]:
         text = str(error)
         if not any(mark in text for mark in _DEAD_WORKER):
             raise
-        raise DataError(f"a data worker was killed or silent for {_SILENT_SECONDS} s: {text.splitlines()[0]}") from None
+        failure = f"a data worker was killed or silent for {_SILENT_SECONDS} s: {text.splitlines()[0]}"
     finally:
         for part in (getattr(loader.dataset, "ring", None), getattr(loader.dataset, "reader", None)):
             if part is not None:
                 part.close()  # else a worker that waits for a buffer would not see that it is to end
         del iterator
+    # Not inside the handler: torch's error would keep its iterator alive, and every child that ends then raise anew.
+    if failure:
+        raise DataError(failure)
