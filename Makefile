@@ -19,7 +19,7 @@ PORT ?= 5000
 DEMO_RANKS = $(or $(RANKS),$(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2))
 export HOSTFILE RANKS
 
-.PHONY: help setup plan data pretrain finetune evaluate review test bench lint clean
+.PHONY: help setup plan data pretrain finetune evaluate review test chaos bench lint clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -73,6 +73,10 @@ review: $(STAMP) ## MLflow on the run database, at PORT=5000 of this host
 
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: $(STAMP) ## 25 short pretrainings killed at random (20 minutes), and the long walks between world sizes
+	@$(BIN)/python tests/chaos.py $(ARGS)
+	@RESUME_STEPS=54 $(BIN)/python -m pytest -q tests/test_resume.py
 
 bench: $(STAMP) ## the benchmarks in tests/bench (ratios against named baselines)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit; done

@@ -4,10 +4,12 @@
 #   HOSTFILE=hostfile launch/deepspeed.sh pretrain CONFIG        many hosts (launch/hostfile.example), over ssh
 #   RANKS=4 launch/deepspeed.sh pretrain CONFIG                  other than all GPUs here (2 where there is none)
 #   MASTER_PORT=29501, DEEPSPEED_ARGS="..."                      passed on to the launcher
-# The same command continues an interrupted run.
+# The same command continues an interrupted run. To stop one, send SIGUSR1 to any rank (this process then ends with 75),
+# or SIGTERM to this process (which ends at once): all ranks write a checkpoint and leave.
 set -euo pipefail
+trap '' USR1 # a scheduler may send it to every process: both launchers would die of it, and so would ranks that import
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 export PATH=$bin:$PATH # what the launcher starts, on this host, is this environment's python

@@ -2,9 +2,11 @@
 # The same run under torchrun; on each host:
 #   NODES=4 NODE_RANK=0..3 MASTER_ADDR=host0 launch/torchrun.sh pretrain CONFIG [key=value ...]
 # On one host NODES, NODE_RANK and MASTER_ADDR are not needed. RANKS: per host, all GPUs by default (2 without a GPU).
+# SIGTERM or SIGUSR1 to this process: the ranks write a checkpoint and leave, exit code 75; the same command goes on.
 set -euo pipefail
+trap '' USR1 # until the agent passes it on: there is nothing to save yet
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,4s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 nodes=${NODES:-1}
@@ -16,5 +18,5 @@ rendezvous=(--standalone)
 if [ "$nodes" -gt 1 ]; then
   rendezvous=(--node_rank "${NODE_RANK:?is not set}" --master_addr "${MASTER_ADDR:?is not set}" --master_port "${MASTER_PORT:-29500}")
 fi
-export PIPELINE_LAUNCHER="$(hostname):$$" PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$bin/python" -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$ranks" "${rendezvous[@]}" -m pipeline "$@"
+export PIPELINE_LAUNCHER="$(hostname):$$" PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$bin/python" launch/torchrun_agent.py --nnodes "$nodes" --nproc_per_node "$ranks" "${rendezvous[@]}" -m pipeline "$@"

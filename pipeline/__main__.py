@@ -1,4 +1,4 @@
-"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,bench-data}``."""
+"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,checkpoint,bench-data}``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from data_prep.manifest import DataPrepError
-from pipeline import bench_data
+from pipeline import bench_data, inspect_checkpoint
 from pipeline import config as configuration
 from pipeline.lifetime import Terminated
 
@@ -19,6 +19,7 @@ examples
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
+  checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
 The same command continues an interrupted run. exit codes: 0 done, 1 error, 2 usage."""
 
@@ -73,8 +74,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     from pipeline import train
 
-    train.main(options.command, config, resume)
-    return 0
+    return train.main(options.command, config, resume)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", choices=("ema", "model"), help="default: the EMA where there is one")
     command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
     command.set_defaults(run=_evaluate)
+    command = commands.add_parser(
+        "checkpoint",
+        help=inspect_checkpoint.ABOUT,
+        description=inspect_checkpoint.ABOUT,
+        epilog=inspect_checkpoint.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect_checkpoint.add_arguments(command)
+    command.set_defaults(run=inspect_checkpoint.command)
     text = "images per second of a configuration's data loader on this host, and whether that feeds the GPUs"
     command = commands.add_parser("bench-data", help=text, description=text)
     bench_data.add_arguments(command)

@@ -1,116 +1,204 @@
-"""Checkpoints by parameter name, free of world size and ZeRO stage: save, resume, start a fine-tuning from one.
+"""Checkpoints by parameter name, free of world size and ZeRO stage: save while training goes on, resume exactly.
 
-    runs/NAME/checkpoints/step-00001200/
-        model.safetensors       fp32 weights, published state-dict keys
-        ema.safetensors         their moving average, where the run keeps one
-        optimizer.safetensors   exp_avg/NAME, exp_avg_sq/NAME
-        checkpoint.json         step, label space, model, configuration, metrics
-
-Rank 0 gathers and writes; a folder is renamed to its final name once all of it is on disk, so one that has that name is
-whole. Random state is not stored: every draw of a run is keyed by the step or the sample.
+All ranks gather the state; rank 0 then writes it in a thread (`pipeline/checkpoint_files.py` says what). Random state
+is not stored: every draw of a run is keyed by the step or the sample.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.filesize import decimal
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from pipeline import checkpoint_files as files
+from pipeline import config as configuration
+from pipeline.checkpoint_files import META_FILE, CheckpointError, FileRecord, Meta, find_rewind, locate, read_meta
 from pipeline.config import Config
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds, which reading a checkpoint need not wait for
     from pipeline.engine import Engine
 
-META_FILE = "checkpoint.json"
-_STEP_FOLDER = re.compile(r"step-(\d{8})")
-# What a run may change between two starts and still be the same run.
+__all__ = [
+    "META_FILE",
+    "CheckpointError",
+    "CheckpointWriter",
+    "FileRecord",
+    "Meta",
+    "differing_keys",
+    "find_rewind",
+    "locate",
+    "newest_of_run",
+    "read_meta",
+    "read_optimizer",
+    "read_tensors",
+]
+
+SPARE_BYTES = 32 * 2**20  # left free by a save, for the logs of the run that goes on
+_HEADER_BYTES = 512  # a tensor, at most, in the header of its file
+# What a run may change between two starts and still be the same run. The guard is free because the run that it ended
+# has to be able to go on under another one.
 _FREE_KEYS = re.compile(
     r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
     r"|train\.(micro_batch|zero_stage|precision)"
-    r"|model\.activation_checkpointing|(evaluate|init|checkpoint|tracking)\..*"
+    r"|model\.activation_checkpointing|(evaluate|init|guard|checkpoint|tracking)\..*"
 )
 
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged, or of something else. The message names it and what to change."""
+Tensors = dict[str, torch.Tensor]
 
 
-class Meta(BaseModel):
-    """What `checkpoint.json` says."""
+class CheckpointWriter:
+    """Writes a run's checkpoints into `folder`: all ranks gather, rank 0 writes in a thread while training goes on.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
-
-    format_version: Literal[1] = 1
-    step: int
-    samples_seen: int
-    skipped_steps: int
-    seconds: float
-    num_classes: int
-    synsets: list[str]
-    dataset_id: str
-    metrics: dict[str, float]
-    config: dict[str, Any]
-
-    @property
-    def model_name(self) -> str:
-        return str(self.config["model"]["name"])
-
-
-def save(folder: Path, engine: Engine, meta: Meta, keep_last: int) -> Path:
-    """Write a checkpoint under `folder` and drop all but the newest `keep_last`. All ranks must call it.
-
-    Returns its path. Nothing stands under that name before all of it is on disk; the disk holds one more than
-    `keep_last` meanwhile.
+    `failed`: saves that could not be written; `last`: the newest checkpoint on disk, as far as this writer knows;
+    `stall_seconds`: how long the last `save` held up training, waiting for the one before it included. Rank 0 only.
     """
-    final = folder / f"step-{meta.step:08d}"
-    weights = engine.full_state("model")
-    optimizer = {state: engine.full_state(state) for state in engine.state_names}
-    if engine.ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in folder.glob(".tmp-*"):
-            shutil.rmtree(unfinished)
-        temporary = folder / f".tmp-{final.name}"
-        temporary.mkdir()
-        save_file(weights, temporary / "model.safetensors")
-        if "ema" in optimizer:
-            save_file(optimizer.pop("ema"), temporary / "ema.safetensors")
-        flat = {f"{state}/{name}": value for state, tensors in optimizer.items() for name, value in tensors.items()}
-        save_file(flat, temporary / "optimizer.safetensors")
-        (temporary / META_FILE).write_text(meta.model_dump_json(indent=1), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _sync(folder)
-        for old in _complete(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    return final
+
+    def __init__(self, folder: Path, settings: configuration.Checkpoint, rank: int) -> None:
+        self.folder, self.settings, self.rank = folder, settings, rank
+        self.failed = 0
+        self.stall_seconds = 0.0
+        self.last: Path | None = None
+        self._writing: Future[bool] | None = None
+        self._written = True
+        if rank == 0:
+            found, _ = files.newest_good(folder, hashes=False)
+            self.last = found[0] if found else None
+            self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python ends only after what it writes is written
+
+    def save(self, engine: Engine, meta: Meta) -> None:
+        """Gather the state of `engine` and begin to write it. A collective: all ranks must call it.
+
+        A disk that is full or fails is told on stderr and counted in `failed`, not raised; anything else that went
+        wrong in the write before this one is raised here.
+        """
+        started = time.monotonic()
+        self.wait()  # first: rank 0's memory is to hold the state once
+        content = {"model.safetensors": engine.full_state("model")}
+        for state in engine.state_names:
+            tensors = engine.full_state(state)
+            if state == "ema":
+                content["ema.safetensors"] = tensors
+            else:
+                optimizer = content.setdefault("optimizer.safetensors", {})
+                optimizer |= {f"{state}/{name}": value for name, value in tensors.items()}
+        if self.rank == 0:
+            self._writing = self._thread.submit(self._write, content, meta)
+        self.stall_seconds = time.monotonic() - started
+
+    def wait(self) -> bool:
+        """Return when nothing is being written any more: True where the newest save is on disk. True on other ranks.
+
+        Raises what went wrong in writing, other than the disk.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._written = False
+            self._written = writing.result()
+        return self._written
+
+    def _write(self, content: dict[str, Tensors], meta: Meta) -> bool:
+        final = self.folder / f"step-{meta.step:08d}"
+        temporary = self.folder / f".tmp-{final.name}"
+        tensors = [tensor for part in content.values() for tensor in part.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) + _HEADER_BYTES * len(tensors)
+        needed += len(meta.model_dump_json().encode()) + SPARE_BYTES
+        del tensors
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.folder.glob(".tmp-*"):
+                files.remove(unfinished)
+            if needed > _free_bytes(self.folder):
+                raise OSError(errno.ENOSPC, f"no space left for its {decimal(needed)}")
+            temporary.mkdir()
+            records = {}
+            for name in list(content):
+                _save_file(content.pop(name), temporary / name)
+                records[name] = files.record(temporary / name)
+            text = meta.model_copy(update={"files": records}).model_dump_json(indent=1)
+            (temporary / META_FILE).write_text(text, encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                files.sync(path)
+            if final.exists():  # of a step that is saved again
+                os.replace(final, self.folder / f".tmp-before-{final.name}")
+            os.replace(temporary, final)
+            files.sync(self.folder)
+        except OSError as error:
+            files.remove(temporary)
+            self.failed += 1
+            self._tell_not_written(meta.step, error, needed)
+            return False
+        self.last = final
+        self._tidy()
+        return True
+
+    def _tell_not_written(self, step: int, error: OSError, needed: int) -> None:
+        reason = error.strerror or str(error)
+        newest = f"the newest checkpoint is {self.last.name}" if self.last else "there is no checkpoint yet"
+        advice = "see to the disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(OSError):
+                short = needed - _free_bytes(self.folder)
+                # What the file system calls free may still be over a quota, or out of inodes.
+                advice = f"free {decimal(short)}" if short > 0 else "free space, inodes or quota"
+        _warn(
+            f"CHECKPOINT NOT WRITTEN: step {step}: {reason}; training goes on; {newest}; {advice} at {self.folder} "
+            f"({self.failed} failed so far)"
+        )
+
+    def _tidy(self) -> None:
+        """Point the links to the newest and the best, and delete what is no longer kept; damaged ones are left."""
+        try:
+            good = [path for path in files.step_folders(self.folder) if not files.verify(path, hashes=False)]
+            metas = [read_meta(path) for path in good]
+            paths = {meta.step: path for path, meta in zip(good, metas, strict=True)}
+            best = files.best_of(metas, self.settings.best_metric)
+            files.point(self.folder, "latest", self.last)
+            files.point(self.folder, "best", paths[best.step] if best else None)
+            for before in self.folder.glob(".tmp-before-*"):
+                files.remove(before)
+            for step in sorted(paths.keys() - files.to_keep(metas, self.settings)):
+                gone = self.folder / f".tmp-gone-{paths[step].name}"
+                os.replace(paths[step], gone)  # first: a half-deleted one must not have a checkpoint's name
+                shutil.rmtree(gone)
+        except OSError as error:
+            _warn(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint under `folder`, or None."""
-    return next(reversed(_complete(folder)), None)
-
-
-def read_meta(path: Path) -> Meta:
-    """`checkpoint.json` of a checkpoint folder."""
+def _save_file(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file. Raises OSError where the system refuses; safetensors tells it in words only."""
     try:
-        return Meta.model_validate_json((path / META_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is not a checkpoint: it has no {META_FILE}") from None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path / META_FILE} is damaged: {str(error).splitlines()[0]}") from None
+        save_file(tensors, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # stderr may be a file on the same full disk
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_tensors(path: Path) -> Tensors:
     """A safetensors file, on the CPU."""
     try:
         return load_file(path)
@@ -122,9 +210,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def read_optimizer(path: Path) -> dict[str, dict[str, torch.Tensor]]:
+def read_optimizer(path: Path) -> dict[str, Tensors]:
     """Optimizer states of a checkpoint folder: state -> parameter name -> tensor, as `Engine.load_state` takes them."""
-    states: dict[str, dict[str, torch.Tensor]] = {}
+    states: dict[str, Tensors] = {}
     for key, value in read_tensors(path / "optimizer.safetensors").items():
         state, _, name = key.partition("/")
         states.setdefault(state, {})[name] = value
@@ -133,22 +221,41 @@ def read_optimizer(path: Path) -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def newest_of_run(config: Config, dataset_id: str, resume: bool) -> tuple[Path, Meta] | tuple[None, None]:
-    """The checkpoint that the run of `config` goes on from, if any.
+def newest_of_run(
+    config: Config, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
+) -> tuple[Path, Meta] | tuple[None, None]:
+    """The newest whole checkpoint that the run of `config` goes on from, or (None, None) where it has none at all.
 
-    Raises CheckpointError if it is another run's, or if there is one and `resume` is false.
+    Damaged newer ones are told on stderr and, with `quarantine`, renamed to damaged-step-NNNNNNNN. `hashes` as for
+    `verify`. Raises CheckpointError if all are damaged, if they are another run's, or if there is one and `resume` is
+    false.
     """
-    last = newest(config.run_dir / "checkpoints")
-    if last is None:
+    folder = config.run_dir / "checkpoints"
+    found, faults = files.newest_good(folder, hashes)
+    if found is None and not faults:
         return None, None
     if not resume:
         raise CheckpointError(
-            f"{config.run_dir} already holds a run ({last.name}): leave out --resume never to continue it, "
-            f"set another name, or remove the folder"
+            f"{config.run_dir} already holds a run ({files.step_folders(folder)[-1].name}): leave out --resume never "
+            f"to continue it, set another name, or remove the folder"
         )
-    meta = read_meta(last)
-    _check_same_run(last, meta, config, dataset_id)
-    return last, meta
+    if found is None:
+        raise files.none_good(config.run_dir, faults)
+    path, meta = found
+    _check_same_run(path, meta, config, dataset_id)
+    files.warn_of_damage(faults, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
+    if quarantine:
+        for damaged in faults:
+            _set_aside(damaged)
+    return path, meta
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint out of the way of its step's next save; one set aside before makes place for it."""
+    aside = path.with_name(files.SET_ASIDE + path.name)
+    files.remove(aside)
+    os.replace(path, aside)
+    files.sync(path.parent)
 
 
 def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
@@ -171,29 +278,3 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
         elif a != b:
             found[prefix + key] = (a, b)
     return found
-
-
-def locate(path: Path) -> Path:
-    """A run folder or a checkpoint folder -> the checkpoint folder (a run's newest); a file -> itself."""
-    if path.is_file() or (path / META_FILE).exists():
-        return path
-    found = newest(path / "checkpoints") if path.is_dir() else None
-    if found is None:
-        raise CheckpointError(
-            f"{path} is neither a run folder with a checkpoint, nor a checkpoint folder, nor a weight file"
-        )
-    return found
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -170,7 +170,10 @@ class Train(_Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="bf16: autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
     )
-    zero_stage: Literal[1, 2, 3] = Field(description="DeepSpeed ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        description="DeepSpeed ZeRO stage: what ranks share instead of each holding it. 0: nothing, 1: optimizer state "
+        "and EMA, 2: gradients too, 3: weights too"
+    )
 
     @model_validator(mode="after")
     def _batches_divide(self) -> Train:
@@ -216,11 +219,35 @@ class Init(_Section):
     )
 
 
+def _off_is_a_word(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+
+class Guard(_Section):
+    """Steps that would harm the weights, and ranks that hang."""
+
+    mode: Annotated[Literal["off", "skip", "rewind"], BeforeValidator(_off_is_a_word)] = Field(
+        description="skip: no update from a step whose loss or gradient is not finite or a spike; rewind: and after "
+        "steps_in_a_row of them, back to the weights of the last checkpoint, past those batches"
+    )
+    window_steps: Annotated[int, Field(ge=20)] = Field(description="steps that a spike is measured against")
+    z_max: Positive = Field(description="a spike is more than these robust standard deviations above the median")
+    steps_in_a_row: Count = Field(description="left out one after the other: rewind, or with skip end the run")
+    rewinds_max: Annotated[int, Field(ge=0)] = Field(description="with rewind: one more ends the run")
+    stall_seconds: Positive = Field(
+        description="a rank without any progress for so long: every rank writes its stacks, and the run ends"
+    )
+
+
 class Checkpoint(_Section):
-    """When to write what a killed run continues from."""
+    """When to write what an interrupted run continues from, and what to keep."""
 
     every_steps: Count = 1000
     keep_last: Count = 2
+    keep_every_steps: Count | None = Field(default=None, description="kept for good: steps divisible by this")
+    best_metric: Literal["top1", "top5", "val_loss"] | None = Field(
+        default=None, description="the best so far is written at its evaluation, and kept"
+    )
 
 
 class Tracking(_Section):
@@ -244,6 +271,7 @@ class Config(_Section):
     train: Train
     evaluate: Evaluate
     init: Init
+    guard: Guard
     checkpoint: Checkpoint = Checkpoint()
     tracking: Tracking = Tracking()
 

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,22 +27,31 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
 
+from pipeline.collectives import sum_over_ranks
 from pipeline.config import Config
 from pipeline.data.loader import Ranks
 from pipeline.recipe import AdamWithEma, Loss
 
+Judge = Callable[[float, float], str | None]
+
 
 class StepResult(NamedTuple):
-    """loss: mean over this rank's micro-batches, still on the device; grad_norm: L2 norm before clipping.
+    """One optimizer step, as every rank knows it.
 
-    grad_norm is inf where a gradient was not finite: DeepSpeed then leaves out the update on all ranks.
+    loss: mean over all micro-batches of all ranks; grad_norm: L2 norm of the accumulated gradient before clipping, inf
+    where it is not finite; refused: why no update was made, or None; stop: some rank was asked to stop; micro_losses:
+    (accumulation,) of this rank alone, on the device.
     """
 
-    loss: torch.Tensor
-    grad_norm: float | torch.Tensor
+    loss: float
+    grad_norm: float
+    refused: str | None
+    stop: bool
+    micro_losses: torch.Tensor
 
 
 def start_ranks() -> tuple[Ranks, torch.device]:
@@ -77,31 +87,15 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    dist.barrier()
-
-
-def from_rank_0(value: Any) -> Any:
-    """Rank 0's `value` (any picklable object), on every rank."""
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0)
-    return holder[0]
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum of `values` over all ranks, on all of them."""
-    dist.all_reduce(values)
-    return values
-
-
 def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
+    # At stage 0 DeepSpeed clips without telling the norm: `_clip` does both.
+    clip = config.optimizer.clip_grad_norm if config.train.zero_stage else 0.0
     return {
         "train_batch_size": config.train.global_batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.train.accumulation_steps(ranks),
-        "gradient_clipping": config.optimizer.clip_grad_norm,
+        "gradient_clipping": clip,
         "zero_optimization": {"stage": config.train.zero_stage},
         "zero_allow_untested_optimizer": True,  # AdamWithEma is AdamW plus one state tensor
         # Autocast, not DeepSpeed's bf16 mode: that mode keeps bf16 weights, in which an EMA at 0.9999 does not move.
@@ -111,38 +105,81 @@ def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
     }
 
 
+def _finite(loss: float, grad_norm: float) -> str | None:
+    return None if math.isfinite(loss) and math.isfinite(grad_norm) else "the loss or the gradient is not finite"
+
+
+class _Verdict:
+    """The judge's word on one step: asked once, although AdamW updates group by group."""
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self.norm = math.inf
+        self._said: list[str | None] = []
+
+    def allows(self, loss: float, grad_norm: float) -> bool:
+        if not self._said:
+            self.norm = grad_norm
+            self._said.append(self.judge(loss, grad_norm))
+        return self._said[0] is None
+
+    def reason(self, loss: float) -> str | None:
+        """Why there was no update, or None."""
+        self.allows(loss, self.norm)
+        return self._said[0]
+
+
 class Engine:
     """A model under DeepSpeed ZeRO: one call a step, and its whole state as full tensors by parameter name."""
 
     def __init__(self, config: Config, model: nn.Module, optimizer: AdamWithEma, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
         self.bf16 = config.train.bf16_on(device.type)
+        self.zero_stage = config.train.zero_stage
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=deepspeed_config(config, ranks.count, self.bf16)
         )
-        self.zero_stage = config.train.zero_stage
-        self._skipped_before = 0
-        self._inner: AdamWithEma = self.optimizer.optimizer
+        self.updates = 0  # made so far, over all tries of the run: AdamW's step count
+        self._clip_at = config.optimizer.clip_grad_norm
+        self._inner: AdamWithEma = self.optimizer.optimizer if self.zero_stage else self.optimizer
         self._parameters = dict(self.engine.module.named_parameters())
         # DeepSpeed links state to parameters inside the first group's first step, when the other groups have none
         # yet, and later cannot find theirs. With every state there from the start, the links are whole.
         for partition in self._flat_partitions():
             self._inner.init_state(partition)
-        if self.zero_stage < 3:
+        if self.zero_stage in (1, 2):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def train_step(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]], loss: Loss) -> StepResult:
-        """Forward and backward of every (images, targets) of one optimizer step, one clipping, one update."""
+    def train_step(
+        self,
+        micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        loss: Loss,
+        judge: Judge = _finite,
+        stop: bool = False,
+    ) -> StepResult:
+        """Forward and backward of every (images, targets) of one optimizer step, one clipping, one update.
+
+        `judge` gets the loss and the norm of the gradient, the same on all ranks, and returns why there should be no
+        update, or None. `stop`: this rank was asked to stop. A collective, with one read of the device.
+        """
         self.engine.train()
-        total = torch.zeros((), device=self.device)
-        count = 0
+        losses: list[torch.Tensor] = []
+        mean, asked, verdict = math.nan, 0.0, _Verdict(judge)
         for images, targets in micro_batches:
             value = loss(self.engine(images), targets)
             self.engine.backward(value)
+            losses.append(value.detach())
+            if self.engine.is_gradient_accumulation_boundary():
+                ours = torch.stack([torch.stack(losses).double().mean(), value.new_tensor(float(stop)).double()])
+                mean, asked = sum_over_ranks(ours).tolist()
+                mean /= self.ranks.count
+                norm = self._clip() if self.zero_stage == 0 else None
+                self._inner.may_update = partial(self._allowed, verdict, mean, norm)
             self.engine.step()  # DeepSpeed updates at the last micro-batch of the accumulation alone
-            total += value.detach()
-            count += 1
-        return StepResult(total / count, self.engine.get_global_grad_norm())
+        # Where a gradient is not finite, DeepSpeed leaves at stages 1 to 3 before it asks.
+        refused = verdict.reason(mean)
+        self.updates += refused is None
+        return StepResult(mean, verdict.norm, refused, asked > 0, torch.stack(losses))
 
     def full_state(self, state: str, everywhere: bool = False) -> dict[str, torch.Tensor]:
         """Full fp32 tensors by parameter name, on the CPU of rank 0, or of every rank with `everywhere`.
@@ -152,34 +189,55 @@ class Engine:
         full = {}
         for name, parameter in self._parameters.items():
             if state == "model":
-                value = safe_get_full_fp32_param(parameter)
+                # Below stage 3 every rank has the whole fp32 weights, and nothing need be gathered.
+                value = safe_get_full_fp32_param(parameter) if self.zero_stage == 3 else parameter
+            elif self.zero_stage == 0:
+                value = self._inner.state[parameter][state]
             else:
                 value = safe_get_full_optimizer_state(parameter, state)
             if everywhere or self.ranks.rank == 0:
-                full[name] = value.detach().clone().cpu()
+                # DeepSpeed returns a buffer of its own or a view: a copy in any case.
+                full[name] = value.detach().to("cpu", copy=True)
         return full
 
-    def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], steps_done: int, skipped: int) -> None:
-        """Set optimizer states (name -> parameter name -> full tensor) and the step count of AdamW's bias correction.
+    @torch.no_grad()
+    def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Set the weights, full tensors by parameter name, while the run is under way.
 
-        `skipped` of the `steps_done` steps had no update.
-
-        The weights are not set here: they are loaded into the model before the engine is built.
+        (Those of the start are loaded into the model before the engine is built.)
         """
+        for name, parameter in self._parameters.items():
+            value = tensors[name].to(self.device, torch.float32)
+            if self.zero_stage == 3:
+                part = self._part(parameter, value)
+                safe_set_local_fp32_param(parameter, part)
+                parameter.ds_tensor.copy_(part)
+            else:
+                parameter.copy_(value)
+        if self.zero_stage == 3:
+            # Small parameters are kept whole on every rank, and gathered anew after each step alone.
+            kept = self.optimizer.persistent_parameters
+            if kept:
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+        elif self.zero_stage:
+            self.optimizer.refresh_fp32_params()
+
+    @torch.no_grad()
+    def load_state(self, states: Mapping[str, Mapping[str, torch.Tensor]], updates: int) -> None:
+        """Set optimizer states (name -> parameter name -> full tensor), and `updates`, AdamW's step count."""
         for state, tensors in states.items():
             for name, parameter in self._parameters.items():
                 value = tensors[name].to(self.device, torch.float32)
                 if self.zero_stage == 3:
-                    # The setter of full tensors fails where a size is not divisible by the ranks: pad, set our part.
-                    size = parameter.ds_tensor.numel()
-                    padded = F.pad(value.flatten(), (0, size * self.ranks.count - value.numel()))
-                    part = padded.narrow(0, size * self.ranks.rank, size)
-                    safe_set_local_optimizer_state(parameter, part, state)
+                    safe_set_local_optimizer_state(parameter, self._part(parameter, value), state)
+                elif self.zero_stage == 0:
+                    self._inner.state[parameter][state].copy_(value)
                 else:
                     safe_set_full_optimizer_state(parameter, value, state)
         for partition in self._flat_partitions():
-            self._inner.state[partition]["step"].fill_(float(steps_done - skipped))
-        self._skipped_before = skipped
+            self._inner.state[partition]["step"].fill_(float(updates))
+        self.updates = updates
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -187,16 +245,33 @@ class Engine:
         return self._inner.state_names
 
     @property
-    def skipped_steps(self) -> int:
-        """Steps of the run so far without an update, because a gradient was not finite."""
-        return self._skipped_before + self.engine.skipped_steps
-
-    @property
     def parameters(self) -> int:
         """Number of the model's parameters."""
         return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self._parameters.values())
 
+    def _allowed(self, verdict: _Verdict, loss: float, norm: float | None) -> bool:
+        # DeepSpeed's optimizers know it by the time that they step AdamW.
+        return verdict.allows(loss, float(self.optimizer._global_grad_norm) if norm is None else norm)
+
+    def _clip(self) -> float:
+        """Clip the gradients, whole on every rank at stage 0; returns their norm before it."""
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self._clip_at:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_at, norm)
+        return float(norm)
+
+    def _part(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a full tensor at stage 3: DeepSpeed's own setter of full tensors fails where the size
+        is not divisible by the ranks.
+        """
+        size = parameter.ds_tensor.numel()
+        padded = F.pad(value.flatten(), (0, size * self.ranks.count - value.numel()))
+        return padded.narrow(0, size * self.ranks.rank, size)
+
     def _flat_partitions(self) -> list[torch.Tensor]:
+        if self.zero_stage == 0:
+            return list(self._parameters.values())
         if self.zero_stage == 3:
             return self.optimizer.fp32_partitioned_groups_flat
         return self.optimizer.single_partition_of_fp32_groups

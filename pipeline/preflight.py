@@ -84,6 +84,6 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         check_remote_files(config.data, manifest)
     with torch.device("meta"):
         build_model(config.model, manifest.num_classes, config.data.resolution)
-    last, _ = newest_of_run(config, manifest.dataset_id, resume)
+    last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
         transfer.check_model(transfer.find_source(config.init), config.model.name)

@@ -45,6 +45,11 @@ def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
     return net
 
 
+def seed_micro_batch(key: tuple[int, ...]) -> None:
+    """Draw what follows (drop path, dropout) from the key alone: (seed, step, place in the global batch)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+
 def mixing_and_loss(augment: Augment, num_classes: int) -> tuple[Mixing, Loss]:
     """How a micro-batch is mixed, and the loss of logits (B, num_classes) against what mixing returns.
 
@@ -114,6 +119,8 @@ class AdamWithEma(torch.optim.AdamW):
     def __init__(self, params: Any, ema_decay: float | None, **options: Any) -> None:
         super().__init__(params, **options)
         self.ema_decay = ema_decay
+        # Asked before every update. It is here because DeepSpeed knows the norm of the gradient only inside its step.
+        self.may_update: Callable[[], bool] = lambda: True
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -133,6 +140,8 @@ class AdamWithEma(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not self.may_update():
+            return
         super().step(closure)
         if self.ema_decay is None:
             return

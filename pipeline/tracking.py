@@ -1,7 +1,8 @@
 """Where a run's numbers go: the console, `log.jsonl`, and MLflow. The only file that imports mlflow. Rank 0 only.
 
-`log.jsonl` is the record; MLflow gets the same numbers with the same times. Where MLflow does not answer, training goes
-on: the numbers wait and are sent with the next ones, or at the end.
+`log.jsonl` is the record; MLflow gets the same numbers with the same times. Where one of the three does not take them
+(a server that is down, a full disk, a terminal that is gone) training goes on: the numbers wait and go with the next
+ones, or at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,9 +28,13 @@ from mlflow.entities import Metric, Param, RunTag
 from data_prep.manifest import atomic_write
 from pipeline.config import Config
 from pipeline.lifetime import ignore_sigterm
+from pipeline.log_file import LogFile, say
 
 _RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
 _BATCH = 500  # metrics a request may hold are limited by the server
+_EVENTS = 1000  # shown in MLflow, where each new one sends all again
+_REASON_CHARS = 500
+_LAST_WORDS_SECONDS = 15.0
 
 
 class Tracker:
@@ -36,128 +44,192 @@ class Tracker:
         """Open the log of a run at `first_step`; a run folder that had an MLflow run goes on with it.
 
         Lines of `log.jsonl` past `first_step` come from a try that was killed after its last checkpoint: they are
-        dropped, since the steps are run again.
+        dropped, since the steps are run again. MLflow, which forgets nothing, keeps its values of those steps, and is
+        not sent them twice.
         """
         self.config = config
         self.run_id: str | None = None
         self._id_file = config.run_dir / "mlflow_run.json"
         self._tags = dict(tags)
-        self._pending: list[Metric] = []
-        self._complained = False
+        self._complained = self._reached = self._finished = False
         self._retry_at = 0.0
+        self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.WARNING)
         root = config.output_root.resolve()
         self.uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
         self._artifacts = None if config.tracking.uri else (root / "mlartifacts").as_uri()
-        self._path = config.run_dir / "log.jsonl"
-        self._drop_lines_after(first_step)
+        self._log = LogFile(config.run_dir / "log.jsonl")
+        kept = self._log.cut(lambda line: json.loads(line)["step"] <= first_step)
+        # All that is kept: to a new MLflow run, and to one that goes on if it was not reached when they were logged.
+        self._pending = [metric for line in kept for metric in _metrics(json.loads(line))]
+        self._event_log = LogFile(config.run_dir / "events.txt")
+        self._events = deque(self._event_log.cut(lambda _: first_step > 0), maxlen=_EVENTS)
+        self._events_pending = bool(self._events)
         if first_step and self._id_file.exists():
             known = json.loads(self._id_file.read_text())
             if known["uri"] == self.uri:
                 self.run_id = known["run_id"]
-        if self.run_id is None:  # a new MLflow run: what the run has logged so far goes there too
-            self._pending = [metric for line in self._lines() for metric in _metrics(line)]
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by finish)
+        self._goes_on = self._id_saved = self.run_id is not None
         self._reach()
 
     def log(self, step: int, metrics: Mapping[str, float], line: str) -> None:
         """Record `metrics` at `step` everywhere; `line` is what the console shows."""
         record = {"time": round(time.time(), 3), "step": step}
         record |= {key: _round(value) for key, value in metrics.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        print(line, flush=True)
+        self._log.append(json.dumps(record))
+        say(line, sys.stdout)
         self._pending += _metrics(record)
+        self._send()
+
+    def event(self, step: int, line: str) -> None:
+        """Tell what happened at `step` beside the numbers: on the console, in `events.txt` and in MLflow's artifact of
+        that name.
+        """
+        line = f"step {step}  {line}"
+        say(line, sys.stdout)
+        self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {' '.join(line.split())}")
+        self._event_log.append(self._events[-1])
+        self._events_pending = True
         self._send()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         if kind is not None:  # a run that ends well has said so with `finish`
             ignore_sigterm()
-            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", [self._path])
+            reason = f"{kind.__name__}: {error}".removesuffix(": ")
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", [self._log.path], reason)
 
-    def finish(self, status: str, files: list[Path]) -> None:
-        """Send what waits, attach `files` to the MLflow run, and end it with `status` (FINISHED, FAILED, KILLED)."""
+    def finish(self, status: str, files: list[Path], reason: str | None = None) -> None:
+        """Send what waits, end the MLflow run with `status` (FINISHED, FAILED, KILLED), attach those of `files` that
+        exist. `reason` becomes its tag "stopped". A second call does nothing.
+        """
+        if self._finished:
+            return
+        self._finished = True
+        self._log.flush()
         self._send(now=True)
-        self._file.close()
         if self.run_id is None or self._pending:
-            self._complain(f"{len(self._pending)} numbers of {self._path} did not reach MLflow")
+            self._complain(f"{len(self._pending)} numbers of {self._log.path} did not reach it", last=True)
             return
         try:
             client = mlflow.MlflowClient(self.uri)
+            self._end(client, self.run_id, status, reason)
             for path in files:
-                client.log_artifact(self.run_id, str(path))
-            client.set_terminated(self.run_id, status)
+                if path.exists():
+                    client.log_artifact(self.run_id, str(path))
         except Exception as error:  # a tracking server must never fail a run that is done
-            self._complain(str(error))
+            self._complain(str(error), last=True)
+
+    def fail_from_thread(self, reason: str) -> None:
+        """Mark the MLflow run as FAILED, with the tag "stopped", from another thread while the main thread hangs.
+
+        Does what it can in 15 s and never raises; what hangs may be MLflow itself.
+        """
+
+        def fail() -> None:
+            with suppress(Exception):
+                if self.run_id is not None:
+                    self._end(mlflow.MlflowClient(self.uri), self.run_id, "FAILED", reason)
+
+        with suppress(Exception):
+            thread = threading.Thread(target=fail, name="last words", daemon=True)
+            thread.start()
+            thread.join(_LAST_WORDS_SECONDS)
+
+    @staticmethod
+    def _end(client: mlflow.MlflowClient, run_id: str, status: str, reason: str | None) -> None:
+        if reason is not None:
+            client.set_tag(run_id, "stopped", " ".join(reason.split())[:_REASON_CHARS])
+        client.set_terminated(run_id, status)
 
     def _reach(self) -> None:
-        """Open or create the MLflow run. A server that is down is no reason not to train."""
+        """Create the MLflow run or go on with it. A server that is down is no reason not to train."""
         try:
             client = mlflow.MlflowClient(self.uri)
-            if self.run_id is not None:
+            if self._goes_on:
+                assert self.run_id is not None
+                tags = client.get_run(self.run_id).data.tags
                 client.update_run(self.run_id, status="RUNNING")
-                return
+                if "stopped" in tags:
+                    client.delete_tag(self.run_id, "stopped")
+                client.set_tag(self.run_id, "restarts", int(tags.get("restarts", 0)) + 1)
+            else:
+                self._create(client)
+            self._reached = True
+            self._save_id()
+        except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
+            self._complain(str(error))
+
+    def _create(self, client: mlflow.MlflowClient) -> None:
+        if self.run_id is None:
             experiment = client.get_experiment_by_name(self.config.tracking.experiment)
             experiment_id = (
                 experiment.experiment_id
                 if experiment
                 else client.create_experiment(self.config.tracking.experiment, artifact_location=self._artifacts)
             )
-            run = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags)
-            self.run_id = run.info.run_id
-            with atomic_write(self._id_file) as file:
-                file.write(json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
-            params = [Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
-            client.log_batch(self.run_id, params=params, tags=[RunTag("run_dir", str(self.config.run_dir))])
-        except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
-            self._complain(str(error))
+            self.run_id = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
+        params = [Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
+        client.log_batch(self.run_id, params=params, tags=[RunTag("run_dir", str(self.config.run_dir))])
 
     def _send(self, now: bool = False) -> None:
         if time.monotonic() < self._retry_at and not now:
             return
-        if self.run_id is None:
+        if not self._reached:
             self._reach()
-        if self.run_id is None:
+        if not self._reached:
             return
+        assert self.run_id is not None
+        self._save_id()
         try:
             client = mlflow.MlflowClient(self.uri)
+            if self._goes_on:
+                self._forget_what_is_known(client, self.run_id)
             while self._pending:
                 client.log_batch(self.run_id, metrics=self._pending[:_BATCH])
+                self._last_steps = {metric.key: -1 for metric in self._pending[:_BATCH]} | self._last_steps
                 del self._pending[:_BATCH]
+            if self._events_pending:
+                client.log_text(self.run_id, "\n".join(self._events) + "\n", "events.txt")
+                self._events_pending = False
         except Exception as error:
             self._complain(str(error))
 
-    def _complain(self, reason: str) -> None:
-        if not self._complained:
+    def _save_id(self) -> None:
+        if self._id_saved:
+            return
+        with suppress(OSError):  # a full disk: tried again with the next line
+            with atomic_write(self._id_file) as file:
+                file.write(json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
+            self._id_saved = True
+
+    def _forget_what_is_known(self, client: mlflow.MlflowClient, run_id: str) -> None:
+        """Drop from what waits the steps that MLflow has from before this process: it would show them twice.
+
+        Where it does not tell, they are sent: better twice than not at all.
+        """
+        for key in {metric.key for metric in self._pending} - self._last_steps.keys():
+            try:
+                history = client.get_metric_history(run_id, key)
+            except Exception:
+                break  # of one kind with the next keys; each try may cost seconds
+            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+        self._pending = [metric for metric in self._pending if metric.step > self._last_steps.get(metric.key, -1)]
+
+    def _complain(self, reason: str, last: bool = False) -> None:
+        if last or not self._complained:
             first_line = reason.splitlines()[0][:300] if reason else "no reason given"
-            print(
-                f"warning: MLflow at {self.uri} did not take the run ({first_line}); training goes on, "
-                f"{self._path} has every number and they are sent again later",
-                file=sys.stderr,
-                flush=True,
+            then = "" if last else "training goes on, they are sent again later, and "
+            say(
+                f"warning: MLflow at {self.uri} did not take the run ({first_line}); {then}{self._log.path} has every "
+                f"number",
+                sys.stderr,
             )
         self._complained = True
         self._retry_at = time.monotonic() + _RETRY_SECONDS
-
-    def _drop_lines_after(self, step: int) -> None:
-        kept = [line for line in self._lines() if line["step"] <= step]
-        with atomic_write(self._path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def _lines(self) -> list[dict[str, float]]:
-        if not self._path.exists():
-            return []
-        lines = []
-        for text in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:  # the last line of a killed run may be cut
-                break
-        return lines
 
 
 def _metrics(record: Mapping[str, float]) -> list[Metric]:

@@ -108,7 +108,12 @@ class Datasets:
 
 @pytest.fixture(scope="session")
 def datasets(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
-    folder = tmp_path_factory.mktemp("datasets")
+    return build_datasets(tmp_path_factory.mktemp("datasets"))
+
+
+def build_datasets(folder: Path) -> Datasets:
+    """Both sets, by the real command line."""
+    folder.mkdir(exist_ok=True)
     for name, synsets in (("in22k", SYNSETS_22K), ("in1k", SYNSETS_1K)):
         train = archive(folder / f"{name}.tar", synsets, 24)
         val = archive(folder / f"{name}-val.tar", synsets, 7, first_seed=1000)

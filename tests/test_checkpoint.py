@@ -1,21 +1,73 @@
-"""Checkpoints on disk, and starting from other weights: the head by WordNet id, filters resized, damage named."""
+"""Checkpoints on disk: damage found, the next good one taken, what is kept; and starting from other weights."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from data_prep.labels import imagenet_1k_synsets, published_hornet_22k_synsets
 from pipeline import checkpoint, transfer
-from pipeline.checkpoint import CheckpointError, differing_keys, locate, newest, read_meta, read_tensors
-from pipeline.config import Config, load
+from pipeline.checkpoint import (
+    CheckpointError,
+    CheckpointWriter,
+    Meta,
+    differing_keys,
+    find_rewind,
+    locate,
+    newest_of_run,
+    read_meta,
+    read_tensors,
+)
+from pipeline.checkpoint_files import best_of, reasons_to_keep, record, to_keep, verify
+from pipeline.config import Checkpoint, Config, load
+from pipeline.data.loader import Ranks
 from pipeline.recipe import build_model
 
 SYNSETS = ["n02084071", "n02121620", "n02958343"]
+DATASET = "0" * 32
+
+
+class TinyEngine:
+    """As the writer sees an engine: full tensors, of other values in each state and step."""
+
+    state_names = ("exp_avg", "exp_avg_sq", "ema")
+
+    def __init__(self, rank: int = 0, floats: int = 1000) -> None:
+        self.ranks, self.floats, self.step = Ranks(rank, 2), floats, 0
+
+    def full_state(self, state: str, everywhere: bool = False) -> dict[str, torch.Tensor]:
+        if self.ranks.rank and not everywhere:
+            return {}
+        value = float(self.step + 1000 * ["model", *self.state_names].index(state))
+        return {"stem.weight": torch.full((2, self.floats // 2), value), "head.bias": torch.tensor([value, 1.0, 2.0])}
+
+
+def meta_at(step: int, config: Config | None = None, **values: Any) -> Meta:
+    """A run's `checkpoint.json` at a step, with other `values`."""
+    tree = {} if config is None else config.model_dump(mode="json")
+    standard: dict[str, Any] = {"samples_seen": 64 * step, "updates": step, "seconds": 1.0, "num_classes": 3}
+    standard |= {"synsets": SYNSETS, "dataset_id": DATASET, "metrics": {}, "config": tree}
+    return Meta(step=step, **(standard | values))
+
+
+def save_steps(folder: Path, config: Config, *steps: int, **values: Any) -> list[Path]:
+    """Checkpoints of the tiny engine as its run would write them, all of them kept."""
+    writer, engine = CheckpointWriter(folder, Checkpoint(keep_last=100), 0), TinyEngine()
+    for engine.step in steps:
+        writer.save(engine, meta_at(engine.step, config, **values))
+        assert writer.wait()
+    return [folder / f"step-{step:08d}" for step in steps]
 
 
 @pytest.fixture
@@ -32,18 +84,8 @@ def saved(config: Config) -> Path:
     model = build_model(config.model, 3, 64)
     weights = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     save_file(weights, path / "model.safetensors")
-    meta = checkpoint.Meta(
-        step=10,
-        samples_seen=640,
-        skipped_steps=1,
-        seconds=1.0,
-        num_classes=3,
-        synsets=SYNSETS,
-        dataset_id="0" * 32,
-        metrics={"top1": 1.0},
-        config=config.model_dump(mode="json"),
-    )
-    (path / "checkpoint.json").write_text(meta.model_dump_json())
+    files = {"model.safetensors": record(path / "model.safetensors")}
+    (path / "checkpoint.json").write_text(meta_at(10, config, files=files).model_dump_json())
     return path
 
 
@@ -102,31 +144,207 @@ def test_what_does_not_fit_is_named(config: Config, saved: Path, tmp_path: Path)
 
 
 def test_damage_and_absence(config: Config, saved: Path, tmp_path: Path) -> None:
-    assert locate(config.run_dir) == saved == newest(saved.parent)
+    assert locate(config.run_dir) == saved
     (saved.parent / ".tmp-step-00000020").mkdir()  # a save that was killed does not count
-    assert newest(saved.parent) == saved
+    assert locate(config.run_dir) == saved
     with pytest.raises(CheckpointError, match="neither a run folder"):
         locate(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="neither a run folder"):
+        locate(saved.with_name("step-00000011"))
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged.*remove the folder"):
         read_tensors(saved / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"1 checkpoints, none of them whole: .*model\.safetensors has .* bytes ins"
+    ):
+        locate(config.run_dir)
+    assert locate(saved) == saved  # by its own name: whoever reads it meets the damage
     (saved / "checkpoint.json").write_text('{"step": 1')
     with pytest.raises(CheckpointError, match=r"checkpoint\.json is damaged"):
         read_meta(saved)
+    (saved / "checkpoint.json").write_text('{"format_version": 1, "skipped_steps": 0}')
+    with pytest.raises(CheckpointError, match="has format_version 1, this code reads 2: use the code that wrote it"):
+        read_meta(saved)
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def restep(file: Path) -> None:
+    file.write_text(file.read_text().replace('"step": 30,', '"step": 31,'))
+
+
+DAMAGES = [
+    (cut, "model.safetensors", "model.safetensors has 4,1.. bytes instead of 4,1.."),
+    (flip_a_bit, "optimizer.safetensors", "optimizer.safetensors has the right size but another sha256"),
+    (Path.unlink, "ema.safetensors", "ema.safetensors is missing"),
+    (cut, "checkpoint.json", "checkpoint.json is damaged: Expecting ',' delimiter"),
+    (restep, "checkpoint.json", "checkpoint.json is of step 31"),
+    (Path.unlink, "checkpoint.json", "checkpoint.json is missing"),
+    (lambda file: file.write_bytes(b"\xff\xfe"), "checkpoint.json", "checkpoint.json is damaged: 'utf-8' codec"),
+    (
+        lambda file: file.write_text('{"step": "x"}'),
+        "checkpoint.json",
+        "checkpoint.json is damaged: step: Input should",
+    ),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "fault"), DAMAGES)
+def test_the_newest_good_one_is_taken(
+    config: Config, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], Any], name: str, fault: str
+) -> None:
+    folder = config.run_dir / "checkpoints"
+    first, good, bad = save_steps(folder, config, 10, 20, 30)
+    assert newest_of_run(config, DATASET, True)[0] == find_rewind(folder)[0] == locate(config.run_dir) == bad
+    assert capsys.readouterr().err == ""
+    damage(bad / name)
+    assert re.fullmatch(fault + ".*", verify(bad)[0])
+    line = f"warning: checkpoint {re.escape(str(bad))} is damaged: {fault}.*; taking step-00000020 instead"
+    found, meta = newest_of_run(config, DATASET, True)
+    assert (found, meta.step) == (good, 20)
+    assert re.fullmatch(line + "\n", capsys.readouterr().err)
+    assert find_rewind(folder)[0] == good
+    assert re.fullmatch(line + "\n", capsys.readouterr().err)
+    # Only a change that leaves the size needs the checksums.
+    assert newest_of_run(config, DATASET, True, hashes=False)[0] == (bad if damage is flip_a_bit else good)
+    with pytest.raises(CheckpointError, match=r"already holds a run \(step-00000030\)"):
+        newest_of_run(config, DATASET, False)
+
+    damage(good / name)
+    if damage is restep:
+        return  # it changes step 30 alone
+    assert newest_of_run(config, DATASET, True)[0] == first
+    damage(first / name)
+    with pytest.raises(CheckpointError, match=r"has 3 checkpoints, none of them whole: .*step-00000030 is damaged: "):
+        newest_of_run(config, DATASET, True, quarantine=True)
+    assert sorted(os.listdir(folder)) == ["latest", "step-00000010", "step-00000020", "step-00000030"]
+    assert find_rewind(folder) is None
+
+
+def test_damaged_ones_are_set_aside(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = config.run_dir / "checkpoints"
+    old, good, bad, worse = save_steps(folder, config, 10, 20, 30, 40)
+    cut(old / "model.safetensors")  # older than what is taken: nobody's business
+    for damaged in (bad, worse):
+        flip_a_bit(damaged / "model.safetensors")
+    (folder / "damaged-step-00000040").mkdir()
+    other = config.model_copy(update={"seed": 99})
+    with pytest.raises(CheckpointError, match="is of another configuration: seed"):
+        newest_of_run(other, DATASET, True, quarantine=True)
+    assert bad.exists()
+    assert newest_of_run(config, DATASET, True, quarantine=True)[0] == good
+    told = capsys.readouterr().err.splitlines()
+    assert [re.search(r"step-\d+", line)[0] for line in told] == [worse.name, bad.name]
+    assert all(line.endswith("taking step-00000020 instead; it is kept as damaged-step-...") for line in told)
+    names = {path.name for path in folder.iterdir() if not path.is_symlink()}
+    assert names == {old.name, good.name, "damaged-step-00000030", "damaged-step-00000040"}
+    assert (folder / "damaged-step-00000040" / "checkpoint.json").exists()
+    assert newest_of_run(config, DATASET, True, quarantine=True)[0] == good
+    assert capsys.readouterr().err == ""
+    assert save_steps(folder, config, 30) == [bad]
+    assert not verify(bad)
+    assert (folder / "damaged-step-00000030").exists()
+
+
+def test_what_a_rewind_goes_back_to(config: Config) -> None:
+    folder = config.run_dir / "checkpoints"
+    assert find_rewind(folder) is None
+    save_steps(folder, config, 10, 20)
+    save_steps(folder, config, 30, guard={"in_a_row": 2})
+    path, meta = find_rewind(folder)
+    assert (path.name, meta.step) == ("step-00000020", 20)
+    assert newest_of_run(config, DATASET, True)[0].name == "step-00000030"
+
+
+METAS = st.lists(
+    st.tuples(st.integers(1, 60), st.sampled_from([None, math.nan, 1.0, 2.0, 3.0]), st.integers(0, 1), st.booleans()),
+    unique_by=lambda drawn: drawn[0],
+    max_size=12,
+).map(
+    lambda drawn: [
+        meta_at(
+            step,
+            metrics={} if value is None else {"top1": value, "val_loss": value},
+            metrics_step=step if own else step - 1,
+            guard={"in_a_row": in_a_row},
+        )
+        for step, value, in_a_row, own in sorted(drawn)
+    ]
+)
+SETTINGS = st.builds(
+    Checkpoint,
+    keep_last=st.integers(1, 4),
+    keep_every_steps=st.sampled_from([None, 1, 7, 20]),
+    best_metric=st.sampled_from([None, "top1", "val_loss", "top5"]),
+)
+
+
+@given(METAS, SETTINGS)
+@settings(max_examples=200, deadline=None)
+def test_retention(metas: list[Meta], options: Checkpoint) -> None:
+    """Saves one after the other, each followed by what retention deletes: nothing is lost that is still wanted."""
+    kept: list[Meta] = []
+    for number, meta in enumerate(metas):
+        kept = [*kept, meta]
+        steps = to_keep(kept, options)
+        kept = [one for one in kept if one.step in steps]
+        seen = metas[: number + 1]
+        last = {one.step for one in seen[-options.keep_last :]}
+        every = {one.step for one in seen if options.keep_every_steps and one.step % options.keep_every_steps == 0}
+        healthy = {one.step for one in seen if one.guard["in_a_row"] == 0}
+        values = [
+            (one.metrics[options.best_metric], one.step)
+            for one in seen
+            if one.metrics_step == one.step and math.isfinite(one.metrics.get(options.best_metric or "", math.nan))
+        ]
+        best = set()
+        if values:
+            choose = min if options.best_metric == "val_loss" else max
+            top = choose(value for value, _ in values)
+            best = {max(step for value, step in values if value == top)}
+        assert steps == last | every | best | {max(healthy, default=meta.step)}
+        assert {one.step for one in kept} == steps
+        found = best_of(kept, options.best_metric)
+        assert ({found.step} if found else set()) == best
+
+
+def test_reasons_are_named() -> None:
+    metas = [meta_at(step, metrics={"top1": float(-step)}, metrics_step=step) for step in (10, 20, 30)]
+    metas.append(meta_at(35, guard={"in_a_row": 1}))
+    metas.append(meta_at(40, guard={"in_a_row": 2}))
+    options = Checkpoint(keep_last=2, keep_every_steps=20, best_metric="top1")
+    assert reasons_to_keep(metas, options) == {
+        10: ["best"],
+        20: ["every"],
+        30: ["rewind"],
+        35: ["last"],
+        40: ["last", "every"],
+    }
 
 
 def test_what_makes_it_another_run(config: Config, saved: Path) -> None:
-    found, meta = checkpoint.newest_of_run(config, "0" * 32, resume=True)
+    found, meta = checkpoint.newest_of_run(config, DATASET, resume=True)
     assert found == saved
     assert meta is not None
     tree = json.loads(json.dumps(meta.config))
-    tree["train"] |= {"zero_stage": 3, "micro_batch": 8}  # how it runs is free; what it computes is not
+    # How it runs, and what ends it, is free; what it computes is not.
+    tree["train"] |= {"zero_stage": 3, "micro_batch": 8}
+    tree["guard"] |= {"z_max": 99.0}
     same = Config.model_validate(tree)
-    assert checkpoint.newest_of_run(same, "0" * 32, resume=True)[0] == saved
+    assert checkpoint.newest_of_run(same, DATASET, resume=True)[0] == saved
     tree["optimizer"]["lr_peak"] = 1.0
     with pytest.raises(CheckpointError, match=r"optimizer\.lr_peak was 0\.0015, is 1\.0"):
-        checkpoint.newest_of_run(Config.model_validate(tree), "0" * 32, resume=True)
+        checkpoint.newest_of_run(Config.model_validate(tree), DATASET, resume=True)
     with pytest.raises(CheckpointError, match=r"data\.path \(dataset_id\) was"):
         checkpoint.newest_of_run(config, "1" * 32, resume=True)
+    assert checkpoint.newest_of_run(config.model_copy(update={"name": "none-yet"}), DATASET, True) == (None, None)
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}, "d": 3}) == {"a.c": (2, None), "d": (None, 3)}

@@ -21,7 +21,7 @@ from archives import ROOT, WNIDS, archive, command, digests, image_bytes, run, s
 
 from data_prep.manifest import Manifest
 
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")

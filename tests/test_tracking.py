@@ -1,15 +1,19 @@
-"""Tracking against a real MLflow server: one that is down at first, and a database file."""
+"""Tracking against a real MLflow server that is down at first, and database files; a full disk; a closed console."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
@@ -19,14 +23,34 @@ from pipeline.config import Config, load
 from pipeline.tracking import Tracker
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs: making one takes seconds, copying it does not."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: Path) -> Path:
+    """An output_root with its database."""
+    shutil.copy(database, tmp_path)
+    return tmp_path
+
+
 def configured(root: Path, *more: str) -> Config:
     config = load("configs/demo_pretrain.yaml", [f"output_root={root}", *more])
     config.run_dir.mkdir(parents=True, exist_ok=True)
     return config
 
 
-def history(uri: str, run_id: str) -> list[tuple[int, float, int]]:
-    found = mlflow.MlflowClient(uri).get_metric_history(run_id, "loss")
+def steps_logged(config: Config) -> list[float]:
+    return [json.loads(line)["step"] for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def history(uri: str, run_id: str | None, key: str = "loss") -> list[tuple[int, float, int]]:
+    assert run_id is not None
+    found = mlflow.MlflowClient(uri).get_metric_history(run_id, key)
     return sorted((m.step, m.value, m.timestamp) for m in found)
 
 
@@ -61,8 +85,10 @@ def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixt
     tracker = Tracker(config, {"stage": "pretrain"}, first_step=0)
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1 / step, "lr": 0.1}, f"step {step}")
+    tracker.event(3, "something\nhappened")
+    tracker.fail_from_thread("nothing to mark yet")
     captured = capsys.readouterr()
-    assert captured.out == "step 1\nstep 2\nstep 3\n"
+    assert captured.out == "step 1\nstep 2\nstep 3\nstep 3  something\nhappened\n"
     assert captured.err.count("warning: MLflow at") == 1
     logged = [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
     server = start_server(tmp_path, port)
@@ -76,15 +102,15 @@ def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixt
         run = client.get_run(tracker.run_id)
         assert (run.info.status, run.data.tags["stage"]) == ("FINISHED", "pretrain")
         assert run.data.params["optimizer.lr_peak"] == str(config.optimizer.lr_peak)
-        assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["log.jsonl"]
+        assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["events.txt", "log.jsonl"]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 
 
-def test_going_on_with_a_run(tmp_path: Path) -> None:
+def test_going_on_with_a_run(root: Path) -> None:
     """The MLflow run is found again; lines past the checkpoint, and one that was cut, leave log.jsonl."""
-    config = configured(tmp_path)
+    config = configured(root)
     first = Tracker(config, {}, first_step=0)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)}, "")
@@ -95,14 +121,178 @@ def test_going_on_with_a_run(tmp_path: Path) -> None:
         second.log(3, {"loss": 3.0}, "")
         second.finish("FINISHED", [])
     # Somewhere else, the run is new and gets all there is; from the first step on it is new too.
-    other = configured(tmp_path, f"tracking.uri=sqlite:///{tmp_path}/other.db")
+    shutil.copy(root / "mlflow.db", root / "other.db")
+    other = configured(root, f"tracking.uri=sqlite:///{root}/other.db")
     with Tracker(other, {}, first_step=3) as third:
         third.finish("FINISHED", [])
-    assert [(step, value) for step, value, _ in history(third.uri, str(third.run_id))] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    steps = [json.loads(line)["step"] for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 3]
+    assert third.run_id != first.run_id
+    assert [(step, value) for step, value, _ in history(third.uri, third.run_id)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert steps_logged(config) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError), Tracker(config, {}, first_step=0) as fourth:
-        raise ZeroDivisionError
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        raise ZeroDivisionError("no\nway")
+    run = mlflow.MlflowClient(fourth.uri).get_run(str(fourth.run_id))
     assert fourth.run_id not in (None, second.run_id)
-    assert client.get_run(fourth.run_id).info.status == "FAILED"
+    assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "ZeroDivisionError: no way")
+    assert "restarts" not in run.data.tags
+
+
+def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that are run again after a kill are logged again, but MLflow keeps its first values of them."""
+    config = configured(root)
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    first = Tracker(config, {}, first_step=0)
+    for step in range(1, 7):
+        first.log(step, {"loss": 1 / step}, "")
+    first.log(4, {"top1": 40.0}, "")
+    before = history(first.uri, first.run_id)
+
+    second = Tracker(config, {}, first_step=2)
+    for step in range(3, 9):
+        second.log(step, {"loss": 1 / step}, "")
+        if step % 4 == 0:
+            second.log(step, {"top1": 10.0 * step}, "")
+    found = history(second.uri, second.run_id)
+    assert [step for step, *_ in found] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert found[:6] == before
+    assert [entry[:2] for entry in history(second.uri, second.run_id, "top1")] == [(4, 40.0), (8, 80.0)]
+    assert steps_logged(config) == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
+    second.finish("KILLED", [], reason="SIGUSR1")
+    run = client.get_run(str(second.run_id))
+    assert (run.info.status, run.data.tags["stopped"], run.data.tags["restarts"]) == ("KILLED", "SIGUSR1", "1")
+
+    # A process that was killed while MLflow was away left lines that MLflow never got: it gets them now.
+    with open(config.run_dir / "log.jsonl", "a") as file:
+        file.write('{"time": 1.5, "step": 9, "loss": 0.5}\n')
+    third = Tracker(config, {}, first_step=9)
+    third.log(10, {"loss": 0.25}, "")
+    found = history(third.uri, third.run_id)
+    assert (len(found), found[8]) == (10, (9, 0.5, 1500))
+    run = client.get_run(str(third.run_id))
+    assert (run.info.status, run.data.tags["restarts"]) == ("RUNNING", "2")
+    assert "stopped" not in run.data.tags
+
+    # Where MLflow does not tell what it has, it is sent.
+    def refused(*_: object) -> None:
+        raise mlflow.MlflowException("no history")
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_metric_history", refused)
+    fourth = Tracker(config, {}, first_step=9)
+    fourth.log(10, {"loss": 0.125}, "")
+    monkeypatch.undo()
+    assert [step for step, *_ in history(fourth.uri, fourth.run_id)][-3:] == [9, 10, 10]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, database: Path) -> Iterator[Path]:
+    """A file system of its own with room for MLflow's database and 300 kB more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    size = database.stat().st_size + 300_000
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system of a chosen size: {mounted.stderr.decode().strip()}")
+    try:
+        shutil.copy(database, folder)
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lines wait, whole and in order, and so do MLflow's numbers, until there is room again."""
+    config = configured(small_disk)
+    tracker = Tracker(config, {}, first_step=0)
+    log = config.run_dir / "log.jsonl"
+    tracker.log(1, {"loss": 1.0}, "")
+    filler = small_disk / "filler"
+    with contextlib.suppress(OSError), open(filler, "wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    metrics = {f"metric_{i}": i / 7 for i in range(7)}  # 170 bytes a line: the last page takes parts of lines too
+    for step in range(2, 80):
+        tracker.log(step, {"loss": 1 / step, **metrics}, "")
+        assert log.read_bytes().endswith(b"}\n")
+    tracker.event(79, "in trouble")
+    written = steps_logged(config)
+    assert written == list(range(1, len(written) + 1))
+    assert len(written) < 79
+    told = capsys.readouterr().err
+    assert told.count("WARNING: ") == 2  # log.jsonl and events.txt, once each
+    assert told.count("warning: MLflow") == 1
+    assert len(history(tracker.uri, tracker.run_id)) < 79
+
+    filler.unlink()
+    tracker.log(80, {"loss": 0.5}, "")
+    assert steps_logged(config) == list(range(1, 81))
+    tracker.finish("FINISHED", [log])
+    assert [step for step, *_ in history(tracker.uri, tracker.run_id)] == list(range(1, 81))
+    artifacts = small_disk / "mlartifacts" / str(tracker.run_id) / "artifacts"
+    assert (artifacts / "log.jsonl").read_bytes() == log.read_bytes()
+    assert (artifacts / "events.txt").read_text().endswith("step 79  in trouble\n")
+
+
+@pytest.mark.parametrize("gone", ["pipe", "full disk"])
+def test_console_that_is_gone(root: Path, monkeypatch: pytest.MonkeyPatch, gone: str) -> None:
+    """The terminal or `tee` ends with the launcher; the log goes on."""
+    config = configured(root)
+    if gone == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        stdout = os.fdopen(writer, "w")
+    else:
+        stdout = open("/dev/full", "w")  # noqa: SIM115 (closed below)
+    with pytest.raises(OSError, match=r"Broken pipe|No space left"):
+        print("it is gone", file=stdout, flush=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with Tracker(config, {}, first_step=0) as tracker:
+        for step in (1, 2):
+            tracker.log(step, {"loss": float(step)}, f"step {step}")
+        tracker.event(2, "stopped")
+        tracker.finish("FINISHED", [])
+    assert steps_logged(config) == [1, 2]
+    assert len(history(tracker.uri, tracker.run_id)) == 2
+    with contextlib.nullcontext() if gone == "pipe" else contextlib.suppress(OSError):
+        stdout.close()  # as Python does at its exit
+
+
+def test_events_of_all_restarts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configured(root)
+    first = Tracker(config, {}, first_step=0)
+    first.event(3, "LEFT OUT: gradient 1e9")
+    second = Tracker(config, {}, first_step=2)
+    second.event(2, "resumed\nwith 2 ranks")
+    assert capsys.readouterr().out == "step 3  LEFT OUT: gradient 1e9\nstep 2  resumed\nwith 2 ranks\n"
+    told = ["step 3  LEFT OUT: gradient 1e9", "step 2  resumed with 2 ranks"]
+    artifact = root / "mlartifacts" / str(second.run_id) / "artifacts" / "events.txt"
+    for path in (artifact, config.run_dir / "events.txt"):
+        assert [line.split("  ", 1)[1] for line in path.read_text().splitlines()] == told
+    Tracker(config, {}, first_step=0)  # from the start again: another MLflow run, whose events these are not
+    assert (config.run_dir / "events.txt").read_text() == ""
+
+
+def test_last_words_while_the_main_thread_hangs(root: Path) -> None:
+    config = configured(root)
+    tracker = Tracker(config, {}, first_step=0)
+    tracker.log(1, {"loss": 1.0}, "")
+    watchdog = threading.Thread(target=tracker.fail_from_thread, args=("no progress for 600 s",))
+    watchdog.start()
+    watchdog.join()
+    client = mlflow.MlflowClient(tracker.uri)
+    run = client.get_run(str(tracker.run_id))
+    assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "no progress for 600 s")
+    client.set_terminated(str(tracker.run_id), "FINISHED")
+    tracker.uri = "nowhere://"
+    tracker.fail_from_thread("MLflow is away")  # and nothing is raised
+
+
+def test_the_first_end_counts(root: Path) -> None:
+    """A run that was asked to stop ends as KILLED, however its process is left then; files that are not there yet are
+    left out.
+    """
+    config = configured(root)
+    tracker = Tracker(config, {}, first_step=0)
+    tracker.finish("KILLED", [config.run_dir / "summary.json"], reason="SIGUSR1")
+    with pytest.raises(ZeroDivisionError), tracker:
+        raise ZeroDivisionError
+    run = mlflow.MlflowClient(tracker.uri).get_run(str(tracker.run_id))
+    assert (run.info.status, run.data.tags["stopped"]) == ("KILLED", "SIGUSR1")

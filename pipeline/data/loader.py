@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -37,6 +38,7 @@ from pipeline.data.views import Batch, Drawn, Views, assemble, numbers_of
 
 _DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
+_OUTLIVE_SECONDS = 60  # a worker that got SIGTERM serves its rank for so long: the rank's last step, not all of its end
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,22 @@ def _start_worker(parent: int, _: int) -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that
         os._exit(1)
+    # What asks a run to stop reaches its data workers too: SIGTERM by DeepSpeed's and torchrun's launchers, SIGUSR1 by
+    # some Slurms, SIGINT by Ctrl-C. The rank answers, and needs its batches until then.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Blocked, for all threads to come, and awaited in one: torch's handler, in C, would end the worker.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_end_by_sigterm, args=(parent,), name="sigterm", daemon=True).start()
+
+
+def _end_by_sigterm(parent: int) -> None:
+    """Leave at once where the rank asks for it, as a DataLoader does at its end, else later."""
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        later = threading.Timer(_OUTLIVE_SECONDS, os._exit, [0])
+        later.daemon = True
+        later.start()
+    os._exit(0)  # any other code would be a failure to a rank that takes no more batches
 
 
 def _batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,10 @@ class BadSampleLedger:
         self.path = folder / f"rank-{rank:05}.jsonl"
         self.epoch, self.count = epoch, 0
         for path in sorted(folder.glob("rank-*.jsonl")) if rank == 0 else ():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            lines = []
+            for text in path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # the last line of a killed run may be cut
+                    lines.append(json.loads(text))
             kept = [line for line in lines if line["step"] < first_step]
             with atomic_write(path) as file:
                 file.write("".join(json.dumps(line) + "\n" for line in kept).encode())

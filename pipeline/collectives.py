@@ -1,0 +1,39 @@
+"""What ranks say to each other outside DeepSpeed: plain collectives over the process group that the engine started."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    dist.barrier()
+
+
+def from_rank_0(value: Any) -> Any:
+    """Rank 0's `value` (any picklable object), on every rank."""
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum of `values` over all ranks, on all of them."""
+    dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The largest of `values` over all ranks, element by element, on all of them."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (any picklable object), by rank, on all of them."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

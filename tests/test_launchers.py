@@ -1,0 +1,121 @@
+"""The launch scripts: their exit codes, their signals, and what Slurm is asked for."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+RANK = """
+import os, signal, sys, time
+if sys.argv[1] == "waits":
+    open(f"begun.{os.environ['RANK']}", "w").close()
+    time.sleep(0.5)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    open(f"ready.{os.environ['RANK']}", "w").close()
+    time.sleep(100)
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Slurm's commands, a launch/ whose torchrun.sh starts the real agent on RANK, and the real slurm.sbatch."""
+    (tmp_path / "rank.py").write_text(RANK)
+    for name, text in {
+        "bin/srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
+        "bin/scontrol": 'if [ "$1" = show ]; then echo node7; else echo "$@" >>asked; exit ${REFUSED:-0}; fi',
+        "launch/torchrun.sh": 'trap "" USR1; echo "$NODES $NODE_RANK $MASTER_ADDR $MASTER_PORT" >told\n'
+        f"exec {sys.executable} {ROOT}/launch/torchrun_agent.py --standalone --nproc_per_node ${{RANKS:-1}} "
+        'rank.py "$@"',
+    }.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{text}\n")
+        path.chmod(0o755)
+    shutil.copy(ROOT / "launch" / "slurm.sbatch", tmp_path / "launch")
+    return tmp_path
+
+
+def sbatch(checkout: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    slurm = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "41"}
+    slurm |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node7"}
+    path = f"{checkout / 'bin'}:{os.environ['PATH']}"
+    return subprocess.Popen(
+        ["bash", str(checkout / "launch" / "slurm.sbatch"), *arguments],
+        env={**os.environ, **slurm, "PATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def asked(checkout: Path) -> list[str]:
+    """What Slurm was asked for, beside names."""
+    return (checkout / "asked").read_text().splitlines() if (checkout / "asked").exists() else []
+
+
+def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
+    """SIGUSR1 reaches the task alone, which is the agent; both ranks get it from there, once they have a handler."""
+    (checkout / "slurm-41.requeue").touch()  # of an earlier try: does not count
+    job = sbatch(checkout, "waits", RANKS="2")
+    deadline = time.monotonic() + 60
+    while not all((checkout / f"begun.{rank}").exists() for rank in (0, 1)):
+        assert job.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+    os.kill(task, signal.SIGUSR1)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "FAILED" not in errors
+    assert asked(checkout) == ["requeue 41"]
+    assert (checkout / "told").read_text() == "1 0 node7 20041\n"
+    assert not (checkout / "slurm-41.requeue").exists()
+
+
+def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
+    job = sbatch(checkout, "75", REFUSED="1")
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, asked(checkout)) == (75, ["requeue 41"])
+    assert "submit the same command, it goes on from the checkpoint" in errors
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_job_that_ended_does_not_queue_again(checkout: Path, code: int) -> None:
+    job = sbatch(checkout, str(code))
+    _, errors = job.communicate(timeout=60)
+    assert (job.returncode, asked(checkout)) == (code, []), errors
+    assert ("FAILED" in errors) == (code == 3)
+    assert "Traceback" not in errors
+
+
+def test_sigterm_to_the_agent_is_the_ranks_to_answer(checkout: Path) -> None:
+    agent = [sys.executable, str(ROOT / "launch" / "torchrun_agent.py"), "--standalone", "rank.py", "waits"]
+    with subprocess.Popen(agent, cwd=checkout, stderr=subprocess.DEVNULL) as process:
+        while not (checkout / "ready.0").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 75
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh", "setup.sh", "slurm.sbatch"])
+def test_scripts_parse(script: str) -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])
+def test_without_arguments_a_script_says_how_it_is_used(script: str) -> None:
+    done = subprocess.run([str(ROOT / "launch" / script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "The same" in done.stderr
+    assert "SIGUSR1" in done.stderr
+    assert "set -euo" not in done.stderr

@@ -1,0 +1,163 @@
+"""Signals: what a rank and its data workers do when asked to stop, and when the launcher dies. In real processes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from conftest import ROOT, Datasets
+from test_loader import configured
+
+from pipeline.data import loader
+from pipeline.data.loader import Ranks, training_batches
+
+LOOP = """
+import ctypes, sys, time
+from pipeline import lifetime
+from pipeline.lifetime import StopRequest, Terminated, ignore_sigterm, leave_with_launcher
+request = StopRequest()
+lifetime._ALONE_SECONDS = 1.0
+leave_with_launcher(request)
+if "armed" in sys.argv: request.arm()
+if "closing" in sys.argv: ignore_sigterm()
+print("ready", flush=True)
+try:
+    if "in C" in sys.argv:
+        mutex = ctypes.create_string_buffer(64)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+    while "deaf" in sys.argv or not request.requested:
+        time.sleep(0.05)
+    if "saves" in sys.argv:
+        time.sleep(3.3)
+        request.disarm()
+        print("saved", flush=True)
+        time.sleep(1.0)
+    sys.exit(f"requested by {request.reason}")
+except Terminated:
+    sys.exit("Terminated")
+"""
+
+
+class Rank:
+    """A process that runs LOOP and has come to its line "ready"."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", LOOP, *arguments],
+            cwd=ROOT,
+            env={name: value for name, value in os.environ.items() if name != "LOCAL_RANK"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.wait_for("ready")
+
+    def wait_for(self, line: str) -> None:
+        assert self.process.stdout
+        assert self.process.stdout.readline() == line + "\n"
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, list[str]]:
+        """(exit code, lines of stderr)."""
+        _, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, errors.splitlines()
+
+
+def asked(name: str) -> str:
+    return f"{name}: a checkpoint follows at the next step; once more ends this rank at once"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_asks_for_a_stop_where_there_is_something_to_save(name: str) -> None:
+    unarmed, armed = Rank(), Rank("armed")
+    for rank in (unarmed, armed):
+        rank.send(signal.Signals[name])
+    assert unarmed.end() == (1, ["Terminated"])
+    assert armed.end() == (1, [asked(name), f"requested by {name}"])
+
+
+def test_a_second_signal_ends_a_rank_at_once_wherever_it_is() -> None:
+    """What comes within 3 s is the same signal, passed on; and a rank that saves for longer is not cut off closing."""
+    hangs, closes, starts, saves = Rank("armed", "in C"), Rank("closing", "deaf"), Rank("in C"), Rank("armed", "saves")
+    for rank in (hangs, closes, starts, saves):
+        rank.send(signal.SIGUSR1)
+    time.sleep(0.5)
+    for rank in (hangs, closes, starts, saves):
+        rank.send(signal.SIGTERM)
+    time.sleep(2.8)
+    assert [rank.process.poll() for rank in (hangs, closes, starts)] == [None] * 3
+    for rank in (hangs, closes, starts):
+        rank.send(signal.SIGTERM)
+    at_once = "SIGTERM once more: this rank ends at once"
+    assert hangs.end() == (143, [asked("SIGUSR1"), at_once])
+    assert closes.end() == (143, [at_once])
+    assert starts.end() == (143, [at_once])
+    saves.wait_for("saved")
+    saves.send(signal.SIGTERM)
+    assert saves.end() == (1, [asked("SIGUSR1"), "requested by SIGUSR1"])
+
+
+def test_the_end_of_the_launcher_asks_for_a_stop_and_waits_for_it() -> None:
+    with subprocess.Popen(["sleep", "600"]) as launcher:
+        environment = {"LOCAL_RANK": "0", "PIPELINE_LAUNCHER": f"{socket.gethostname()}:{launcher.pid}"}
+        unarmed, armed = Rank(**environment), Rank("armed", **environment)
+        deaf, alone = Rank("armed", "deaf", **environment), Rank("armed")
+        launcher.kill()
+    gone, leaves = "the launcher is gone", "error: the launcher is gone; this rank leaves"
+    asked_for = f"{gone}: a checkpoint follows at the next step; this rank leaves within 1 s"
+    assert unarmed.end() == (1, [leaves])
+    assert armed.end() == (1, [asked_for, f"requested by {gone}"])
+    assert deaf.end() == (1, [asked_for, leaves])
+    assert alone.process.poll() is None
+    alone.send(signal.SIGKILL)
+    alone.end()
+
+
+def ended(process: psutil.Process) -> bool:
+    deadline = time.monotonic() + 30
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_data_worker_outlives_a_signal_to_all(
+    datasets: Datasets, data_workers: Callable[[], list[psutil.Process]], where: str
+) -> None:
+    """Only its own rank ends it at once: a launcher's SIGTERM, Slurm's SIGUSR1 and Ctrl-C are the rank's to answer."""
+    config, manifest, order = configured(datasets, f"augment.where={where}", "data.workers_per_rank=1")
+    batches = training_batches(config, manifest, order, Ranks(), 0, 8)
+    next(batches)
+    (worker,) = data_workers()
+    for name in ("TERM", "USR1", "INT"):
+        subprocess.run(["sh", "-c", f"kill -{name} {worker.pid}"], check=True)
+    assert len(list(batches)) == 31
+    assert not data_workers()
+
+
+def test_a_data_worker_ends_by_itself_or_by_its_rank(
+    datasets: Datasets, data_workers: Callable[[], list[psutil.Process]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, manifest, order = configured(datasets, "augment.where=device", "data.workers_per_rank=1")
+    for seconds in (600.0, 0.2):
+        monkeypatch.setattr(loader, "_OUTLIVE_SECONDS", seconds)
+        batches = training_batches(config, manifest, order, Ranks(), 0, 60)
+        next(batches)
+        (worker,) = data_workers()
+        if seconds == 600.0:
+            worker.terminate()  # by this process, which is its parent
+        else:
+            subprocess.run(["sh", "-c", f"kill -TERM {worker.pid}"], check=True)
+        assert ended(worker)
+        del batches
+        assert not data_workers()

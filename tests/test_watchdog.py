@@ -1,0 +1,168 @@
+"""Ranks that hang, in real processes with a real store: who is blamed, what is left behind, and what is no stall."""
+
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from torch.distributed import TCPStore
+
+from pipeline.watchdog import Beat, Sight, Watchdog, blame
+
+SECONDS = 2.0
+# One process imports torch, and the ranks are forked from it.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pipeline.watchdog", "test_watchdog"])
+
+
+def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None:
+    """Steps, each with a collective at its end; `habit` is this rank's. Rank 0 holds the store, as under deepspeed."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with open(folder / f"{rank}.err", "w") as errors:
+        os.dup2(errors.fileno(), 2)
+    store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=30), wait_for_workers=False)
+    told = folder / f"{rank}.told"
+    with Watchdog(rank, ranks, SECONDS, folder / "stacks", lambda reason: (told.write_text(reason), None)[1]) as dog:
+        for step in range(100_000):
+            dog.tick("waiting for data")
+            if step == 2:
+                (folder / f"{rank}.ready").touch()
+                if habit == "hangs":
+                    wait_for_a_batch()
+                if habit == "is slow":
+                    for _ in range(40):
+                        dog.tick("evaluating")
+                        time.sleep(SECONDS * 2 / 40)
+            if step == 4 and "slow" in habit:
+                break
+            time.sleep(0.05)
+            dog.tick("training")
+            collective(store, step, ranks)
+    if rank == 0:
+        time.sleep(1.0)  # the store's holder leaves last
+
+
+def wait_for_a_batch() -> None:
+    time.sleep(1000)
+
+
+def collective(store: TCPStore, step: int, ranks: int) -> None:
+    key = f"step {step}"
+    store.add(key, 1)
+    while store.add(key, 0) < ranks:
+        time.sleep(0.01)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Stopped processes do not end by themselves, nor by SIGTERM."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
+
+
+def start(folder: Path, *habits: str) -> list[BaseProcess]:
+    """Ranks that have come to their third step."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [
+        CONTEXT.Process(target=run_rank, args=(rank, len(habits), port, folder, habit), daemon=True)
+        for rank, habit in enumerate(habits)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*.ready"))) < len(ranks):
+        assert time.monotonic() < deadline, errors(folder)
+        time.sleep(0.02)
+    return ranks
+
+
+def send(process: BaseProcess, number: int) -> None:
+    assert process.pid
+    os.kill(process.pid, number)
+
+
+def codes(*ranks: BaseProcess) -> list[int | None]:
+    for process in ranks:
+        process.join(60)
+    return [process.exitcode for process in ranks]
+
+
+def errors(folder: Path) -> list[str]:
+    """The lines that all ranks wrote on stderr; torch's own warnings of a store that is gone aside."""
+    lines = [line for path in sorted(folder.glob("*.err")) for line in path.read_text().splitlines()]
+    return [line for line in lines if "[c10d]" not in line]
+
+
+def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path) -> None:
+    ranks = start(tmp_path, "", "", "")
+    send(ranks[1], signal.SIGSTOP)
+    assert codes(ranks[0], ranks[2]) == [1, 1]
+    (line,) = errors(tmp_path)
+    assert line.startswith("error: no progress for 2 s: rank 1 did not answer for more than 1 s: stopped, ")
+    assert "; last waiting for data; " in line or "; last training; " in line
+    assert line.endswith(f"; stacks are in {tmp_path}/stacks")
+    for rank in (0, 2):
+        stacks = (tmp_path / "stacks" / f"rank-{rank:05}.txt").read_text()
+        assert "in collective" in stacks
+        assert (tmp_path / f"{rank}.told").read_text() in line
+    assert sorted(path.name for path in (tmp_path / "stacks").iterdir()) == ["rank-00000.txt", "rank-00002.txt"]
+    assert ranks[1].is_alive()
+
+
+def test_a_rank_that_hangs_in_python_shows_where(tmp_path: Path) -> None:
+    assert codes(*start(tmp_path, "", "hangs")) == [1, 1]
+    (line,) = errors(tmp_path)
+    assert "rank 1 is waiting for data, but rank 0 is training; stacks are in" in line
+    assert "in wait_for_a_batch" in (tmp_path / "stacks" / "rank-00001.txt").read_text()
+
+
+def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_path: Path) -> None:
+    halved = start(tmp_path / "halved", "", "")
+    resumed = start(tmp_path / "resumed", "is slow", "waits for the slow one")
+    send(halved[0], signal.SIGSTOP)
+    for process in resumed:
+        send(process, signal.SIGSTOP)
+    assert codes(halved[1]) == [1]
+    (line,) = errors(tmp_path / "halved")
+    assert "rank 0, which holds the job's store, has not answered for " in line
+    assert line.endswith(f"; rank 1 is training; stacks are in {tmp_path}/halved/stacks")
+    # That took more than SECONDS.
+    for process in resumed:
+        send(process, signal.SIGCONT)
+    assert codes(*resumed) == [0, 0]  # and rank 1 has waited for rank 0, which ticked, for twice SECONDS
+    assert errors(tmp_path / "resumed") == []
+
+
+def test_one_rank_alone(tmp_path: Path) -> None:
+    assert codes(*start(tmp_path, "hangs")) == [1]
+    assert errors(tmp_path) == [
+        f"error: no progress for 2 s: the rank is waiting for data; stacks are in {tmp_path}/stacks"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("beats", "expected"),
+    [
+        ({0: (9, "a", 1), 1: (9, "a", 1)}, "all ranks are a"),
+        ({0: (9, "a", 1), 1: (3, "b", 1), 2: (9, "a", 1)}, None),
+        ({0: (9, "a", 1), 1: (0, "b", 8), 2: (9, "a", 1)}, "rank 1 did not answer for more than 8 s"),
+        ({0: (9, "a", 1), 1: (9, "b", 1), 2: (9, "a", 1)}, "rank 1 is b, but ranks 0, 2 are a"),
+        ({0: (9, "a", 1), 1: (99, "b", 1)}, "rank 1 is b, but rank 0 is a"),
+        ({r: (9, "ab"[r == 6], 1) for r in range(9)}, "rank 6 is b, but ranks 0, 1, 2, 3 and 4 more are a"),
+    ],
+)
+def test_who_is_to_blame(beats: dict[int, tuple[float, str, float]], expected: str | None) -> None:
+    sights = {rank: Sight(Beat(7, silent, where, -silent), seconds) for rank, (silent, where, seconds) in beats.items()}
+    reason = blame(sights, silent_seconds=8.0, unheard_seconds=5.0)
+    assert reason == expected or (expected and "answer" in expected and (reason or "").startswith(expected))
