@@ -35,27 +35,33 @@ def main() -> int:
         code = error.get_first_failure()[1].exitcode
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr, flush=True)  # names rank and host
-        elif file := os.environ.get("REQUEUE_FILE"):
-            Path(file).touch()
-            return 0
-        return code if code >= 0 else 128 - code
+        return _requeue() if code == EXIT_REQUEUE else code if code >= 0 else 128 - code
     return 0
 
 
+def _requeue() -> int:
+    """The exit code of a run that is to be queued again."""
+    if file := os.environ.get("REQUEUE_FILE"):
+        Path(file).touch()
+        return 0
+    return EXIT_REQUEUE
+
+
 def _pass_on(number: int, _: object) -> None:
-    ranks = psutil.Process().children()
-    if number == signal.SIGTERM and not ranks:
-        sys.exit(128 + number)
+    if number == signal.SIGTERM and not psutil.Process().children():
+        sys.exit(_requeue())  # nothing has begun
+    threading.Thread(target=_to_ranks, args=(number,), daemon=True).start()
+
+
+def _to_ranks(number: int) -> None:
+    while not (ranks := psutil.Process().children()):
+        time.sleep(0.2)  # the signal came before them
     for rank in ranks:
-        if number == signal.SIGUSR1:
-            threading.Thread(target=_send_when_caught, args=(rank, number), daemon=True).start()
-        else:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
+        threading.Thread(target=_send_when_caught, args=(rank, number), daemon=True).start()
 
 
 def _send_when_caught(process: psutil.Process, number: int) -> None:
-    """A rank that still imports would die of SIGUSR1: it gets it as soon as it has a handler."""
+    """A rank that still imports would die of it: it gets it as soon as it has a handler."""
     with suppress(psutil.NoSuchProcess, OSError):
         while not _catches(process.pid, number):
             time.sleep(0.2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from data_prep.manifest import DataPrepError
 from pipeline import bench_data, inspect_checkpoint
 from pipeline import config as configuration
-from pipeline.lifetime import Terminated
+from pipeline.lifetime import EXIT_REQUEUE, Terminated
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _EPILOG = """\
@@ -21,7 +21,8 @@ examples
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
-The same command continues an interrupted run. exit codes: 0 done, 1 error, 2 usage."""
+The same command continues an interrupted run. To stop one and lose nothing: SIGUSR1 to any rank.
+exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Terminated:
-        os._exit(143)  # at once, as below
+        os._exit(EXIT_REQUEUE)  # at once, as below
     except Exception as error:
         text = _explain(error)
         # Where an error says what to change it is one line; anything else is our fault, and its traceback the report.

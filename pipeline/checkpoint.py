@@ -46,6 +46,7 @@ __all__ = [
     "read_tensors",
 ]
 
+_LAST_SECONDS = 25.0  # launchers wait for 30 s before they kill what is left
 SPARE_BYTES = 32 * 2**20  # left free by a save, for the logs of the run that goes on
 _HEADER_BYTES = 512  # a tensor, at most, in the header of its file
 # What a run may change between two starts and still be the same run. The guard is free because the run that it ended
@@ -109,6 +110,12 @@ class CheckpointWriter:
             self._written = writing.result()
         return self._written
 
+    def finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The run ends with an error, if with any: what is being written may still get on disk, in `_LAST_SECONDS`."""
+        if kind is not None and self._writing is not None:
+            with suppress(Exception):
+                self._writing.result(_LAST_SECONDS)
+
     def _write(self, content: dict[str, Tensors], meta: Meta) -> bool:
         final = self.folder / f"step-{meta.step:08d}"
         temporary = self.folder / f".tmp-{final.name}"
@@ -118,6 +125,7 @@ class CheckpointWriter:
         del tensors
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            files.put_back(self.folder)
             for unfinished in self.folder.glob(".tmp-*"):
                 files.remove(unfinished)
             if needed > _free_bytes(self.folder):
@@ -132,11 +140,12 @@ class CheckpointWriter:
             for path in (*temporary.iterdir(), temporary):
                 files.sync(path)
             if final.exists():  # of a step that is saved again
-                os.replace(final, self.folder / f".tmp-before-{final.name}")
+                os.replace(final, files.before(final))
             os.replace(temporary, final)
             files.sync(self.folder)
         except OSError as error:
             files.remove(temporary)
+            files.put_back(self.folder)
             self.failed += 1
             self._tell_not_written(meta.step, error, needed)
             return False
@@ -167,13 +176,12 @@ class CheckpointWriter:
             best = files.best_of(metas, self.settings.best_metric)
             files.point(self.folder, "latest", self.last)
             files.point(self.folder, "best", paths[best.step] if best else None)
-            for before in self.folder.glob(".tmp-before-*"):
-                files.remove(before)
+            files.remove(files.before(self.last or self.folder))
             for step in sorted(paths.keys() - files.to_keep(metas, self.settings)):
                 gone = self.folder / f".tmp-gone-{paths[step].name}"
                 os.replace(paths[step], gone)  # first: a half-deleted one must not have a checkpoint's name
                 shutil.rmtree(gone)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:  # the latter: somebody else removed one meanwhile
             _warn(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
 
 
@@ -231,6 +239,8 @@ def newest_of_run(
     false.
     """
     folder = config.run_dir / "checkpoints"
+    if quarantine:
+        files.put_back(folder)
     found, faults = files.newest_good(folder, hashes)
     if found is None and not faults:
         return None, None
@@ -243,10 +253,12 @@ def newest_of_run(
         raise files.none_good(config.run_dir, faults)
     path, meta = found
     _check_same_run(path, meta, config, dataset_id)
-    files.warn_of_damage(faults, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
-    if quarantine:
-        for damaged in faults:
-            _set_aside(damaged)
+    # What cannot be read now may be read another time: it stays where it is.
+    broken = {damaged: why for damaged, why in faults.items() if not any(files.UNREADABLE in fault for fault in why)}
+    files.warn_of_damage(broken, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
+    files.warn_of_damage({damaged: why for damaged, why in faults.items() if damaged not in broken}, path)
+    for damaged in broken if quarantine else ():
+        _set_aside(damaged)
     return path, meta
 
 

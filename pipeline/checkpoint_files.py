@@ -29,10 +29,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline import config as configuration
+from pipeline.log_file import say
 
 META_FILE = "checkpoint.json"
 FORMAT_VERSION = 2
 SET_ASIDE = "damaged-"
+UNREADABLE = "cannot be read"  # a fault of the disk or network, perhaps for a while: not of the checkpoint
 _STEP_FOLDER = re.compile(rf"(?:{SET_ASIDE})?step-(\d{{8}})")
 
 
@@ -109,7 +111,7 @@ def _meta_or_fault(path: Path) -> Meta | str:
     except ValueError as error:  # neither UTF-8 nor JSON
         return f"{META_FILE} is damaged: {error}"
     except OSError as error:
-        return f"{META_FILE} cannot be read: {error.strerror or error}"
+        return f"{META_FILE} {UNREADABLE}: {error.strerror or error}"
 
 
 def record(file: Path) -> FileRecord:
@@ -129,7 +131,7 @@ def file_fault(file: Path, expected: FileRecord, hashes: bool) -> str | None:
     except FileNotFoundError:
         return f"{file.name} is missing"
     except OSError as error:
-        return f"{file.name} cannot be read: {error.strerror or error}"
+        return f"{file.name} {UNREADABLE}: {error.strerror or error}"
     return None
 
 
@@ -227,7 +229,7 @@ def none_good(run: Path, faults: dict[Path, list[str]]) -> CheckpointError:
 def warn_of_damage(faults: dict[Path, list[str]], instead: Path, note: str = "") -> None:
     """A line on stderr for each damaged checkpoint, and which one is taken."""
     for path, found in faults.items():
-        print(f"warning: {_described(path, found)}; taking {instead.name} instead{note}", file=sys.stderr)
+        say(f"warning: {_described(path, found)}; taking {instead.name} instead{note}", sys.stderr)
 
 
 def _described(path: Path, faults: Sequence[str]) -> str:
@@ -277,6 +279,20 @@ def point(folder: Path, name: str, target: Path | None) -> None:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(target.name, target_is_directory=True)
         os.replace(temporary, folder / name)
+
+
+def before(final: Path) -> Path:
+    """Where a checkpoint is for the moment in which another of its step takes its name."""
+    return final.with_name(f".tmp-before-{final.name}")
+
+
+def put_back(folder: Path) -> None:
+    """Undo that for a checkpoint that no other one has replaced: a kill or a fault came between."""
+    for path in folder.glob(".tmp-before-*") if folder.is_dir() else ():
+        final = path.with_name(path.name.removeprefix(".tmp-before-"))
+        if not final.exists():
+            with suppress(OSError):
+                os.replace(path, final)
 
 
 def remove(path: Path) -> None:

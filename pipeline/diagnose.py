@@ -67,9 +67,9 @@ def diagnose(
     """This rank's part of an incident at the run's step `step`: the worst of its micro-batches, read and run again.
 
     `micro_losses` are those of the step, in order; the worst is the first that is not finite, else the largest.
-    `model` is a replica with the current weights on `device`; it is put into train mode. `place` brings a batch to the
-    device and augments it there, as in training. Views, drop path and precision are those of the step; images are not
-    mixed, so a loss that only their mixture gave is not met again.
+    `model` is a replica with the current weights; it is put into train mode, and on `device` for as long as it takes.
+    `place` brings a batch to the device and augments it there, as in training. Views, drop path and precision are those
+    of the step; images are not mixed, so a loss that only their mixture gave is not met again.
 
     Returns rank, micro_batch, loss, samples (ids), stages (of `stage_statistics`). Where the batch cannot be read or
     run again, stages is empty and `error` says why: looking closer must not end a run. Sets torch's random state.
@@ -91,11 +91,13 @@ def diagnose(
         if images.dtype == torch.uint8:
             images = normalise(images)
         seed_micro_batch((config.seed, step, (ranks.rank * accumulation + micro) * size))  # drop path, as in the step
-        model.train()
+        model.to(device).train()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return {**part, "stages": stage_statistics(model, images)}
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: the device's memory has no room for it
         return {**part, "stages": [], "error": str(error).partition("\n")[0]}
+    finally:
+        model.to("cpu")
 
 
 def incident(

@@ -31,7 +31,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from pipeline.collectives import sum_over_ranks
+from pipeline.collectives import max_over_ranks, sum_over_ranks
 from pipeline.config import Config
 from pipeline.data.loader import Ranks
 from pipeline.recipe import AdamWithEma, Loss
@@ -117,15 +117,15 @@ class _Verdict:
         self.norm = math.inf
         self._said: list[str | None] = []
 
-    def allows(self, loss: float, grad_norm: float) -> bool:
+    def allows(self, loss: float, grad_norm: Callable[[], float]) -> bool:
         if not self._said:
-            self.norm = grad_norm
-            self._said.append(self.judge(loss, grad_norm))
+            self.norm = grad_norm()
+            self._said.append(self.judge(loss, self.norm))
         return self._said[0] is None
 
     def reason(self, loss: float) -> str | None:
         """Why there was no update, or None."""
-        self.allows(loss, self.norm)
+        self.allows(loss, lambda: math.inf)
         return self._said[0]
 
 
@@ -155,12 +155,12 @@ class Engine:
         micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
         loss: Loss,
         judge: Judge = _finite,
-        stop: bool = False,
+        stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
         """Forward and backward of every (images, targets) of one optimizer step, one clipping, one update.
 
         `judge` gets the loss and the norm of the gradient, the same on all ranks, and returns why there should be no
-        update, or None. `stop`: this rank was asked to stop. A collective, with one read of the device.
+        update, or None. `stop` tells whether this rank was asked to stop. A collective, with two reads of the device.
         """
         self.engine.train()
         losses: list[torch.Tensor] = []
@@ -170,11 +170,12 @@ class Engine:
             self.engine.backward(value)
             losses.append(value.detach())
             if self.engine.is_gradient_accumulation_boundary():
-                ours = torch.stack([torch.stack(losses).double().mean(), value.new_tensor(float(stop)).double()])
+                ours = torch.stack([torch.stack(losses).double().mean(), value.new_tensor(float(stop())).double()])
                 mean, asked = sum_over_ranks(ours).tolist()
                 mean /= self.ranks.count
-                norm = self._clip() if self.zero_stage == 0 else None
-                self._inner.may_update = partial(self._allowed, verdict, mean, norm)
+                if self.zero_stage == 0:
+                    self._clip()
+                self._inner.may_update = partial(verdict.allows, mean, self._norm)
             self.engine.step()  # DeepSpeed updates at the last micro-batch of the accumulation alone
         # Where a gradient is not finite, DeepSpeed leaves at stages 1 to 3 before it asks.
         refused = verdict.reason(mean)
@@ -249,17 +250,18 @@ class Engine:
         """Number of the model's parameters."""
         return sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self._parameters.values())
 
-    def _allowed(self, verdict: _Verdict, loss: float, norm: float | None) -> bool:
-        # DeepSpeed's optimizers know it by the time that they step AdamW.
-        return verdict.allows(loss, float(self.optimizer._global_grad_norm) if norm is None else norm)
+    def _norm(self) -> float:
+        """Of the step under way: DeepSpeed's optimizers know it by the time that they step AdamW."""
+        return self._clipped_norm if self.zero_stage == 0 else float(self.optimizer._global_grad_norm)
 
-    def _clip(self) -> float:
-        """Clip the gradients, whole on every rank at stage 0; returns their norm before it."""
+    def _clip(self) -> None:
+        """Clip the gradients, whole on every rank at stage 0."""
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        # The same gradients on every rank, but unlike processors may sum them up unlike: the verdict has to be one.
+        norm = max_over_ranks(torch.nn.utils.get_total_norm(gradients))
         if self._clip_at:
             torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._clip_at, norm)
-        return float(norm)
+        self._clipped_norm = float(norm)
 
     def _part(self, parameter: Any, value: torch.Tensor) -> torch.Tensor:
         """This rank's part of a full tensor at stage 3: DeepSpeed's own setter of full tensors fails where the size

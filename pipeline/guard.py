@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep.manifest import atomic_write
 from pipeline.config import Guard as GuardConfig
+from pipeline.log_file import say
 
 _JUDGED_FROM_STEPS = 20  # config.Guard allows no shorter window; the MAD of fewer is a matter of chance
 _MAD_TO_SIGMA = 1.4826  # the standard deviation of a normal distribution, by its median absolute deviation
@@ -135,15 +136,14 @@ def explain_end(
     """
     after = f" after {state.rewinds} rewinds (guard.rewinds_max {config.rewinds_max})" if state.rewinds else ""
     start = f"init.checkpoint={weights} init.weights=model " if weights else ""
-    way_out = "a lower rate or another order of the data"
-    if config.mode != "rewind":
-        way_out += ", or guard.mode=rewind"
+    same = "guard.mode=rewind" if config.mode != "rewind" else "a higher guard.rewinds_max"
     if "not finite" not in reason:
-        way_out += f", or a guard.z_max above {config.z_max:g} if these are no spikes"
+        same += f", or a guard.z_max above {config.z_max:g} if these are no spikes"
     return (
         f"{state.in_a_row} steps in a row were left out{after}, the last at step {step}: {reason}; {ledger} lists "
-        f"them. The same command would meet them again: start another run{' from the last good weights' * bool(start)} "
-        f"with {way_out}, for example name=second {start}optimizer.lr_peak=... seed=..."
+        f"them. The same command would meet them again: go on with {same}; or start another run"
+        f"{' from the last good weights' * bool(start)} with a lower rate or another order of the data, for example "
+        f"name=second {start}optimizer.lr_peak=... seed=..."
     )
 
 
@@ -178,11 +178,7 @@ class GuardLedger:
             self._told = False
         except OSError as error:
             if not self._told:
-                print(
-                    f"warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory", sys.stderr)
             self._told = True
 
     def _append(self, data: bytes) -> None:

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop, a checkpoint is written; the same command goes on from it
+from pipeline.log_file import say_at_once
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop, and nothing is lost; the same command goes on
 LAUNCHER_VARIABLE = "PIPELINE_LAUNCHER"  # "HOST:PID" of the launcher, set by the scripts in launch/
 LAUNCHER_GONE = "the launcher is gone"
 _REPEAT_SECONDS = 3.0  # launchers pass on what the ranks also got themselves, and repeat it: all that is one signal
-_ALONE_SECONDS = 20.0  # without a launcher: time for a last checkpoint
-_WAIT_SECONDS = 45.0  # for the lock: longer than that, or the next start would find the folder busy
+_ALONE_SECONDS = 120.0  # without a launcher: time for the step under way and a last checkpoint
+_WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would find the folder busy
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -28,7 +30,7 @@ class RunBusyError(ValueError):
 
 
 class Terminated(BaseException):
-    """Asked to stop before there was anything to save. Not an error to be handled."""
+    """Asked to stop before there was anything to save: the same command starts over. Not an error to be handled."""
 
 
 class StopRequest:
@@ -89,7 +91,7 @@ class StopRequest:
         if self.armed and self._unsaid.acquire(blocking=False):
             self.reason = reason
             # Not print: a signal may have come in the middle of one.
-            os.write(2, f"{reason}: a checkpoint follows at the next step; {then}\n".encode())
+            say_at_once(f"{reason}: a checkpoint follows at the next step; {then}")
 
     def _in_main_thread(self, number: int, _: object) -> None:
         if self._phase == "starting":
@@ -110,7 +112,7 @@ class StopRequest:
                 if self._first_signal is None:
                     self._first_signal = now
                 elif now - self._first_signal > _REPEAT_SECONDS:
-                    os.write(2, f"{signal.Signals(number).name} once more: this rank ends at once\n".encode())
+                    say_at_once(f"{signal.Signals(number).name} once more: this rank ends at once")
                     os._exit(128 + number)
                 self._ask_by(number)
 
@@ -128,11 +130,11 @@ def ignore_sigterm() -> None:
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
 
-    Waits for 45 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError.
+    Waits for 150 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline, told = time.monotonic() + _WAIT_SECONDS, False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,6 +144,9 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                     file.seek(0)
                     holder = file.read().strip() or "another process"
                     raise RunBusyError(f"{run_dir} is being written by {holder}: end it, or set another name") from None
+                if not told:
+                    say_at_once(f"note: waiting for {run_dir}: the ranks of its last launch are still leaving")
+                    told = True
                 time.sleep(0.5)
             except OSError as error:  # some network file systems have no locks
                 print(f"warning: {run_dir} cannot be locked ({error}); two runs into it would collide", file=sys.stderr)
@@ -171,7 +176,7 @@ def leave_with_launcher(request: StopRequest) -> None:
         if request.armed or request.closing:
             request.ask(LAUNCHER_GONE, f"this rank leaves within {_ALONE_SECONDS:.0f} s")
             time.sleep(_ALONE_SECONDS)
-        os.write(2, f"error: {LAUNCHER_GONE}; this rank leaves\n".encode())
+        say_at_once(f"error: {LAUNCHER_GONE}; this rank leaves")
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()

@@ -77,6 +77,12 @@ class LogFile:
         self._bytes += len(line)
 
 
+def say_at_once(line: str) -> None:
+    """A line on stderr, past Python's buffers and locks: for signal handlers, and for threads while another hangs."""
+    with suppress(OSError):  # nobody reads it any more, or its disk is full
+        os.write(2, line.encode() + b"\n")
+
+
 def say(line: str, stream: TextIO) -> None:
     """Print, or not: a terminal or a `tee` may go before the run has written its checkpoint, a log's disk be full."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from rich.table import Table
 from data_prep.manifest import Manifest
 from pipeline.config import Config, Guard
 from pipeline.data.loader import Ranks
+from pipeline.log_file import say
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -173,7 +175,7 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
         table.add_row("next", f"make finetune    then: {review}")
     else:
         table.add_row("next", f'make finetune CONFIG=... ARGS="init.checkpoint={config.run_dir}"    then: {review}')
-    Console(width=None if Console().is_terminal else 100).print(table)
+    _show(table, 100)
 
 
 def print_plan(
@@ -208,13 +210,21 @@ def print_plan(
     table.add_row("guard", _guard_row(config.guard))
     table.add_row("weights", origin)
     table.add_row("run folder", str(config.run_dir))
-    Console(width=None if Console().is_terminal else 140).print(table)
+    _show(table, 140)
+
+
+def _show(table: Table, width: int) -> None:
+    """Print a table, as wide as the terminal or, where there is none, `width` columns."""
+    console = Console(width=None if Console().is_terminal else width)
+    with console.capture() as captured:
+        console.print(table)
+    say(captured.get().rstrip("\n"), sys.stdout)
 
 
 def _guard_row(guard: Guard) -> str:
     stall = f"the run ends after {guard.stall_seconds:g} s without progress"
     if guard.mode == "off":
-        return f"off; {stall}"
+        return f"off, but after {guard.steps_in_a_row} updates in a row that are not finite the run ends; {stall}"
     then = f"at most {guard.rewinds_max} rewinds" if guard.mode == "rewind" else "the run ends"
     return (
         f"{guard.mode}: no update beyond {guard.z_max:g} deviations of the last {guard.window_steps} steps; "

@@ -64,7 +64,9 @@ class Tracker:
         # All that is kept: to a new MLflow run, and to one that goes on if it was not reached when they were logged.
         self._pending = [metric for line in kept for metric in _metrics(json.loads(line))]
         self._event_log = LogFile(config.run_dir / "events.txt")
-        self._events = deque(self._event_log.cut(lambda _: first_step > 0), maxlen=_EVENTS)
+        self._events = deque(
+            self._event_log.cut(lambda line: first_step > 0 and _event_step(line) <= first_step), maxlen=_EVENTS
+        )
         self._events_pending = bool(self._events)
         if first_step and self._id_file.exists():
             known = json.loads(self._id_file.read_text())
@@ -86,9 +88,8 @@ class Tracker:
         """Tell what happened at `step` beside the numbers: on the console, in `events.txt` and in MLflow's artifact of
         that name.
         """
-        line = f"step {step}  {line}"
-        say(line, sys.stdout)
-        self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {' '.join(line.split())}")
+        say(f"step {step}  {line}", sys.stdout)
+        self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  step {step}  {' '.join(line.split())}")
         self._event_log.append(self._events[-1])
         self._events_pending = True
         self._send()
@@ -230,6 +231,10 @@ class Tracker:
             )
         self._complained = True
         self._retry_at = time.monotonic() + _RETRY_SECONDS
+
+
+def _event_step(line: str) -> int:
+    return int(line.split("  step ")[1].split()[0])
 
 
 def _metrics(record: Mapping[str, float]) -> list[Metric]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -23,6 +24,7 @@ from pipeline.feed import Feed, placing
 from pipeline.flops import peak_flops, training_flops_per_image
 from pipeline.guard import Guard, GuardError, GuardLedger, GuardState, explain_end
 from pipeline.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
+from pipeline.log_file import say
 from pipeline.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.report import Eta, Meter, evaluation_line, interrupted_line, print_plan, print_summary, step_line
 from pipeline.tracking import Tracker
@@ -31,7 +33,7 @@ from pipeline.watchdog import Watchdog
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
 BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
-_DIAGNOSED_MAX = 50  # steps left out that are looked into; the ledger names the others too
+_DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
 
 def main(command: str, config: Config, resume: bool) -> int:
@@ -101,6 +103,7 @@ class Run:
         # What watches over it.
         self.guard = Guard(config.guard, GuardState.model_validate(meta.guard) if meta else None)
         self.writer = CheckpointWriter(config.run_dir / CHECKPOINTS, config.checkpoint, ranks.rank)
+        stack.push(self.writer.finish)
         self.tracker: Tracker | None = None
         if ranks.rank == 0:
             self._write_down(origin, stack)
@@ -129,8 +132,10 @@ class Run:
         """Every step that is left, evaluations and checkpoints among them; returns the exit code."""
         config, per_epoch = self.config, self.order.steps_per_epoch
         self.stop.arm()
-        if self.validation.is_due(self.first_step) and not self._evaluate(self.first_step):
-            return self._stopped(self.first_step)
+        if self.validation.is_due(self.first_step):  # the last try was stopped before or in it
+            if not self._evaluate(self.first_step):
+                return self._stopped(self.first_step)
+            self._save(self.first_step)
         for step in range(self.first_step, self.steps):
             done, epoch = step + 1, step // per_epoch
             resolution = config.data.resolution_at(epoch)
@@ -138,7 +143,9 @@ class Run:
                 self.guard.forget()  # losses at another resolution are other losses
             self.rates.step_update(step)
             self.bad_samples.begin(epoch)
-            result = self.engine.train_step(self.feed.step(step), self.loss, self.guard.judge, self.stop.requested)
+            result = self.engine.train_step(
+                self.feed.step(step), self.loss, self.guard.judge, lambda: self.stop.requested
+            )
             rewound = False
             if result.refused is None:
                 self.meter.add(result.loss, resolution)
@@ -231,15 +238,14 @@ class Run:
     def _look_into(self, step: int, result: engine.StepResult) -> None:
         """Write down a step that was left out: its samples, and where in the net its worst micro-batches go wrong."""
         parts = []
-        if self.guard.state.skipped <= _DIAGNOSED_MAX:
+        if self.guard.state.in_a_row <= _DIAGNOSED_IN_A_ROW:
             self.watchdog.tick(f"looking into step {step + 1}")
             with self.meter.paused():
                 self.twin.load_state_dict(self.engine.full_state("model", everywhere=True))
                 own = diagnose(
                     *(self.config, self.manifest, self.order, self.ranks, step, result.micro_losses.tolist()),
-                    *(self.twin.to(self.device), self.place, self.device, self.engine.bf16),
+                    *(self.twin, self.place, self.device, self.engine.bf16),
                 )
-                self.twin.to("cpu")
                 parts = gather(own)
         if self.tracker:
             epoch, in_epoch = divmod(step, self.order.steps_per_epoch)
@@ -281,7 +287,12 @@ class Run:
         reasons = [reason for reason in gather(self.stop.reason) if reason]
         reason = reasons[0] if reasons else "stopped"
         self.stop.disarm()
-        self.writer.wait()
+        if not from_rank_0(self.writer.wait()):
+            newest = from_rank_0(self.writer.last)
+            raise CheckpointError(
+                f"stopped ({reason}) at step {done}, whose checkpoint could not be written: free some space for "
+                f"{self.config.run_dir}; the same command goes on from {newest.name if newest else 'the start'}"
+            )
         if self.tracker:
             self.tracker.event(done, interrupted_line(done, self.steps, reason, self.writer.last))
             files = [self.config.run_dir / name for name in (LOG_FILE, GUARD_FILE)]
@@ -308,8 +319,11 @@ class Run:
                 "checkpoint": str(self.writer.last),
                 "dataset_id": self.manifest.dataset_id,
             }
-            with atomic_write(config.run_dir / SUMMARY_FILE) as file:
-                file.write(json.dumps(summary, indent=1).encode())
+            try:
+                with atomic_write(config.run_dir / SUMMARY_FILE) as file:
+                    file.write(json.dumps(summary, indent=1).encode())
+            except OSError as error:  # the run is done, and its checkpoint is on disk
+                say(f"warning: {config.run_dir / SUMMARY_FILE} could not be written: {error}", sys.stderr)
             names = [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE]
             files = [config.run_dir / name for name in names]
             self.tracker.finish("FINISHED", files)

@@ -20,11 +20,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
+import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from pipeline.log_file import say_at_once
+
 _PREFIX = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"  # torchrun keeps its store when it restarts
-_VERDICT, _LEAVING = f"{_PREFIX}verdict", f"{_PREFIX}leaving"
+_VERDICT, _LEAVING, _FAILED = f"{_PREFIX}verdict", f"{_PREFIX}leaving", f"{_PREFIX}failed"
 _ANSWER_SECONDS = 5.0  # the store answers within milliseconds, or is taken for gone
+_FAREWELL_SECONDS = 5.0  # for a rank to notice by itself that another one has failed
 _LAST_SECONDS = 10.0  # for each of the last acts: a file system or a tracking server may be what hangs
 
 
@@ -86,10 +90,15 @@ class Watchdog:
             threading.Thread(target=self._talk, name="heartbeat", daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._over.set()
         self._watcher.join(1.0)
         faulthandler.cancel_dump_traceback_later()
+        if kind is not None and self.ranks > 1:
+            # NCCL tells nobody that a peer is gone: the others would sit in a collective until they are killed.
+            _at_most(_ANSWER_SECONDS, lambda: _client().set(_FAILED, f"rank {self.rank} failed: {kind.__name__}"))
+            if self.rank == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
+                time.sleep(self.interval + _FAREWELL_SECONDS + 1.0)  # it may hold the store that they read this from
 
     def _watch(self) -> None:
         ticked, checked, stopped_seconds = self._ticked, time.monotonic(), 0.0
@@ -130,11 +139,16 @@ class Watchdog:
         store: TCPStore | None = None
         number = 0
         changed: dict[int, tuple[Beat, float]] = {}  # the newest beat of each rank, and when it came
+        failed: float | None = None  # when another rank was seen to have failed
         while not self._over.is_set():
             try:
                 store = store or _client()
                 number += 1
                 store.set(f"{_PREFIX}{self.rank}", json.dumps(asdict(self._beat(number))))
+                if store.check([_FAILED]):
+                    failed = failed or time.monotonic()
+                    if time.monotonic() - failed >= _FAREWELL_SECONDS:
+                        self._follow(store.get(_FAILED).decode())
                 if self._silent_seconds > self.seconds / 2:  # time enough to see which of the others beat on
                     if store.check([_VERDICT]):
                         self._verdict = store.get(_VERDICT).decode()
@@ -157,6 +171,15 @@ class Watchdog:
             texts = store.multi_get([f"{_PREFIX}{rank}" for rank in begun])
             beats |= {rank: Beat(**json.loads(text)) for rank, text in zip(begun, texts, strict=True)}
         return beats
+
+    def _follow(self, reason: str) -> None:
+        """Leave because another rank, which has told why, has left; unless this one is on its way out by itself."""
+        if self._over.is_set():
+            return
+        if self.on_stall is not None:
+            on_stall = self.on_stall
+            _at_most(_LAST_SECONDS, lambda: on_stall(reason))
+        os._exit(1)
 
     def _end(self, reason: str) -> None:
         """Stacks, one line for all ranks, `on_stall`, and the end of the process. Nothing here may hang."""
@@ -181,7 +204,7 @@ class Watchdog:
         reason = agreed[0] if agreed else reason
         # Without a store nobody knows who speaks: one rank a host.
         if first.is_set() or (not agreed and os.environ.get("LOCAL_RANK", "0") == "0"):
-            os.write(2, f"error: {reason}; stacks are in {self.folder}\n".encode())
+            say_at_once(f"error: {reason}; stacks are in {self.folder}")
         if self.on_stall is not None:
             on_stall = self.on_stall
             _at_most(_LAST_SECONDS, lambda: on_stall(reason))

@@ -180,7 +180,7 @@ def test_plan_tells_the_guard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     stall = "the run ends after 600 s without progress"
     numbers = ("guard.z_max=8", "guard.window_steps=100", "guard.steps_in_a_row=20", "guard.rewinds_max=3")
     beyond = "no update beyond 8 deviations of the last 100 steps; after 20 in a row"
-    assert plan("guard.mode='off'") == f"off; {stall}"
+    assert plan("guard.mode='off'") == f"off, but after 10 updates in a row that are not finite the run ends; {stall}"
     assert plan("guard.mode=skip", *numbers) == f"skip: {beyond} the run ends; {stall}"
     assert plan("guard.mode=rewind", *numbers) == f"rewind: {beyond} at most 3 rewinds; {stall}"
 

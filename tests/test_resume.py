@@ -60,7 +60,11 @@ class Runs:
         options = (f"name={name}", f"train.zero_stage={stage}", f"data.format={data}", f"train.epochs={epochs}")
         options += (f"evaluate.every_epochs={epochs}", "optimizer.layer_decay=0.8", "model.drop_path_rate=0.2")
         options += ("augment.mixup_alpha=0.4", "augment.cutmix_alpha=0.5", "tracking.log_every_steps=6")
-        options += (f"checkpoint.every_steps={ONE}", f"data.workers_per_rank={1 if data == 'ffcv' else 0}")
+        options += (
+            f"checkpoint.keep_every_steps={ONE}",
+            f"checkpoint.every_steps={ONE}",
+            f"data.workers_per_rank={1 if data == 'ffcv' else 0}",
+        )
         return {"arguments": small_run(self.datasets, self.root, *options, *more), **fate}
 
     def lines(self, name: str) -> list[Line]:
@@ -141,7 +145,7 @@ def runs(datasets: Datasets, small_disk: Path | None, tmp_path_factory: pytest.T
         options: dict[str, Any] = {"data": "ffcv", "steps": 12, "stop_at": stop}  # stopped: they are not evaluated
         return [found.job(f"{name}-{stage}", stage, **options) for stage in STAGES] if has_ffcv() else []
 
-    row = ("guard.steps_in_a_row=3", "guard.rewinds_max=1", f"checkpoint.keep_every_steps={ONE}")
+    row = ("guard.steps_in_a_row=3", "guard.rewinds_max=1")
     faults = [
         found.job("faults", 1, nan=[10], loud=[32], stop_at=36),
         found.job("rewind", 2, "guard.mode=rewind", *row, nan=[20, 21, 22], stop_at=26),
@@ -168,10 +172,11 @@ def runs(datasets: Datasets, small_disk: Path | None, tmp_path_factory: pytest.T
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_same_ranks_are_bit_equal(runs: Runs, stage: int) -> None:
-    """After a stop within an epoch: every later loss and norm, then all state, to the last bit."""
+    """After a stop within an epoch: every later loss and norm, and all state then, to the last bit."""
     whole, walk = runs.lines(f"whole-{stage}"), runs.lines(f"walk-{stage}")
     assert [line.exact for line in walk[:ONE]] == [line.exact for line in whole[:ONE]]
     assert len(whole) == STEPS[stage]
+    assert runs.bit_equal(f"walk-{stage}", f"whole-{stage}", ONE)
 
 
 @needs_ffcv

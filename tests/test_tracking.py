@@ -262,7 +262,7 @@ def test_events_of_all_restarts(root: Path, capsys: pytest.CaptureFixture[str]) 
     second = Tracker(config, {}, first_step=2)
     second.event(2, "resumed\nwith 2 ranks")
     assert capsys.readouterr().out == "step 3  LEFT OUT: gradient 1e9\nstep 2  resumed\nwith 2 ranks\n"
-    told = ["step 3  LEFT OUT: gradient 1e9", "step 2  resumed with 2 ranks"]
+    told = ["step 2  resumed with 2 ranks"]  # step 3 is done again, and tells then
     artifact = root / "mlartifacts" / str(second.run_id) / "artifacts" / "events.txt"
     for path in (artifact, config.run_dir / "events.txt"):
         assert [line.split("  ", 1)[1] for line in path.read_text().splitlines()] == told

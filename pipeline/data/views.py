@@ -17,6 +17,7 @@ from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
 from pipeline.data.order import MicroBatch
 from pipeline.data.shards import DataError, ShardReader
+from pipeline.log_file import LogFile
 
 _STAND_IN_DRAW = 1 << 20  # far from the draws of augmentation
 _STAND_INS = 8
@@ -104,6 +105,7 @@ class BadSampleLedger:
     def __init__(self, folder: Path, rank: int, first_step: int = 0, epoch: int = 0) -> None:
         self.path = folder / f"rank-{rank:05}.jsonl"
         self.epoch, self.count = epoch, 0
+        self._file: LogFile | None = None  # made by the first `add`: rank 0 cuts all ranks' files before
         for path in sorted(folder.glob("rank-*.jsonl")) if rank == 0 else ():
             lines = []
             for text in path.read_text(encoding="utf-8").splitlines():
@@ -124,11 +126,13 @@ class BadSampleLedger:
         if not bad:
             return
         self.count += len(bad)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as file:
-            for sample in bad:
-                line = {"step": step, **sample._asdict()}
-                file.write(json.dumps(line) + "\n")
+        if self._file is None:
+            with suppress(OSError):  # a disk that is full: lines wait
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = LogFile(self.path)
+            self._file.cut(lambda line: True)
+        for sample in bad:
+            self._file.append(json.dumps({"step": step, **sample._asdict()}))
 
 
 def check_bad_samples(count: int, data: Data, folder: Path) -> None:

@@ -20,13 +20,14 @@ ranks, device = engine.start_ranks()
 STAGES = (0, 1, 2, 3)
 
 
-def configured(stage: int) -> Config:
+def configured(stage: int, precision: str = "fp32") -> Config:
     overrides = ["train.global_batch=8", "train.micro_batch=2", "data.resolution=32", f"train.zero_stage={stage}"]
+    overrides.append(f"train.precision={precision}")
     return load("configs/demo_pretrain.yaml", [*overrides, "optimizer.layer_decay=0.7", "optimizer.clip_grad_norm=0.5"])
 
 
-def fresh(stage: int) -> engine.Engine:
-    config = configured(stage)
+def fresh(stage: int, precision: str = "fp32") -> engine.Engine:
+    config = configured(stage, precision)
     torch.manual_seed(0)
     model = build_model(config.model, 5, 32)
     return engine.Engine(config, model, optimizer(parameter_groups(model, config.optimizer), config), ranks, device)
@@ -71,6 +72,13 @@ for stage in STAGES:
     assert all(result.refused is None and not result.stop for result in results)
     losses[stage], norms[stage] = [r.loss for r in results], [r.grad_norm for r in results]
 
+    autocast = fresh(stage, "bf16")
+    assert [step(autocast, seed).loss for seed in range(3)] != losses[stage]
+    for (state, name), value in everything(autocast).items():
+        assert value.dtype == torch.float32
+        if state == "ema":
+            assert (value - average[name]).norm() <= 0.05 * average[name].norm() + 1e-3, (stage, name)
+
     before = everything(subject)
     for refused in (step(subject, 3, float("inf")), step(subject, 3, float("nan"))):
         assert "not finite" in str(refused.refused), refused
@@ -81,7 +89,7 @@ for stage in STAGES:
         asked.append((loss, grad_norm))
         return "a spike"
 
-    refused = step(subject, 3, judge=judge, stop=ranks.rank == 1)
+    refused = step(subject, 3, judge=judge, stop=lambda: ranks.rank == 1)
     assert (refused.refused, refused.stop) == ("a spike", True)
     assert asked == [(refused.loss, refused.grad_norm)], asked  # once, not once for each group
     assert same(before, everything(subject)), stage

@@ -1,0 +1,251 @@
+"""The sections of a configuration: every key with its type, its bounds, and its relations to those beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be run. The message names the file and key, and what to change."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Data(Section):
+    """Which shards, read how."""
+
+    path: Annotated[str, Field(min_length=1)] = Field(
+        description="folder or fsspec URL (s3://bucket/in22k) made by `python -m data_prep shard`, or of plain "
+        "WebDataset tars indexed by `python -m data_prep index`"
+    )
+    format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
+    resolution: Count = Field(description="side of the square input, pixels; a multiple of 32")
+    resolution_by_epoch: dict[Annotated[int, Field(ge=0)], Count] | None = Field(
+        description="progressive resolution, {0: 160, 30: 224}: from that epoch on; ends at data.resolution, at which "
+        "is evaluated. null: data.resolution throughout"
+    )
+    workers_per_rank: Annotated[int, Field(ge=0)] = Field(
+        description="per rank; 0: the rank itself. webdataset with augment.where=host: processes; else, and in "
+        "evaluation, threads of one data process"
+    )
+    shuffle_lanes: Count = Field(
+        description="equal parts of each global batch, each read from shards of its own: nodes whose number divides "
+        "it share no shard; see pipeline/data/order.py"
+    )
+    shuffle_window_shards: Count = Field(description="shards that a lane is shuffled over at a time")
+    on_bad_sample: Literal["raise", "skip"] = Field(
+        description="a training image that does not decode. skip: another takes its place; RUN/bad_samples/ lists it",
+    )
+    bad_samples_max: Annotated[int, Field(ge=0)] = Field(
+        description="with skip: the run ends when an epoch has had more than these, over all ranks"
+    )
+    cache_folder: Path = Field(
+        default=Path("~/.cache/hornet-pretraining/shards"),
+        description="where shards of a remote path are kept, per host",
+    )
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        default=100.0, description="bound of that folder, 10^9 bytes; what does not fit is read by ranged requests"
+    )
+    ffcv_cache: Literal["auto", "os", "process"] = Field(
+        default="auto",
+        description="os: the .beton is mapped, pages are shared by ranks and kept by the system; process: each rank "
+        "reads whole pages ahead into its own memory; auto: os where the file fits into RAM",
+    )
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.path
+
+    @property
+    def largest_resolution(self) -> int:
+        """The side of the largest training images of the run, pixels."""
+        return max((self.resolution_by_epoch or {0: self.resolution}).values())
+
+    def resolution_at(self, epoch: int) -> int:
+        """The side of training images in `epoch`, pixels."""
+        stages = self.resolution_by_epoch or {0: self.resolution}
+        return stages[max(start for start in stages if start <= epoch)]
+
+    @model_validator(mode="after")
+    def _resolutions_fit_the_strides(self) -> Data:
+        stages = self.resolution_by_epoch
+        sides = {"data.resolution": self.resolution}
+        sides |= {f"data.resolution_by_epoch, epoch {epoch}:": side for epoch, side in (stages or {}).items()}
+        for name, side in sides.items():
+            if side % 32:
+                raise ValueError(
+                    f"{name} {side} is not a multiple of 32, HorNet's total stride; "
+                    f"nearest: {max(32, round(side / 32) * 32)}"
+                )
+        if stages is not None and (0 not in stages or stages[max(stages)] != self.resolution):
+            raise ValueError(
+                f"data.resolution_by_epoch {stages} must begin at epoch 0 and end at data.resolution {self.resolution}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ffcv_reads_local_files(self) -> Data:
+        if self.format == "ffcv" and self.is_remote:
+            raise ValueError(
+                f"data.format ffcv reads local files, data.path is {self.path}: copy the .beton to a local folder, or "
+                f"set data.format=webdataset"
+            )
+        return self
+
+
+class Augment(Section):
+    """Training augmentation, in timm's terms."""
+
+    where: Literal["host", "device"] = Field(
+        description="host: timm's transforms on PIL images in data workers; device: workers decode, crop and mirror, "
+        "the rest runs batched on the accelerator"
+    )
+    repeats: Count = Field(description="repeated augmentation: views of each sample in a row; 1: none")
+    crop_area_min: Fraction = Field(description="random-resized crop: smallest share of the image's area")
+    horizontal_flip: Fraction
+    rand_augment: str | None = Field(description="timm's RandAugment string, or null")
+    color_jitter: Annotated[float, Field(ge=0)] = Field(
+        description="used only where rand_augment is null (as timm does)"
+    )
+    random_erasing: Fraction
+    interpolation: Literal["bicubic", "bilinear"]
+    mixup_alpha: Annotated[float, Field(ge=0)]
+    cutmix_alpha: Annotated[float, Field(ge=0)]
+    label_smoothing: Fraction
+
+
+class Model(Section):
+    """A model of timm's registry and what to build it with."""
+
+    name: str
+    drop_path_rate: Fraction
+    layer_scale_init: Positive
+    activation_checkpointing: Literal["none", "block"] = Field(
+        description="block: keep only each block's input, recompute the rest in the backward pass"
+    )
+
+
+class Optimizer(Section):
+    """AdamW and its schedule: linear warm-up, then cosine, per step."""
+
+    lr_peak: Positive = Field(description="learning rate at the end of warm-up, for the global batch as it is")
+    lr_final: Annotated[float, Field(ge=0)]
+    warmup_epochs: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0)] = Field(description="not applied to biases, norms and layer scales")
+    betas: tuple[Fraction, Fraction]
+    eps: Positive
+    clip_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        description="L2 norm bound of the accumulated gradient; 0: none"
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        description="learning rate factor per layer; null: none"
+    )
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(description="per step; null: no EMA")
+
+
+class Train(Section):
+    """How long, in which pieces."""
+
+    epochs: Count
+    global_batch: Count = Field(description="images per optimizer step, over all ranks and accumulation steps")
+    micro_batch: Count = Field(description="images per rank and forward pass; accumulation follows from it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        description="bf16: autocast over fp32 weights; auto: bf16 on a GPU, fp32 on a CPU"
+    )
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        description="DeepSpeed ZeRO stage: what ranks share instead of each holding it. 0: nothing, 1: optimizer state "
+        "and EMA, 2: gradients too, 3: weights too"
+    )
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> Train:
+        if self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"train.global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}"
+            )
+        return self
+
+    def bf16_on(self, device_type: str) -> bool:
+        """Whether a "cuda" or "cpu" runs under bf16 autocast; weights, gradients and optimizer state stay fp32."""
+        return self.precision == "bf16" or (self.precision == "auto" and device_type == "cuda")
+
+    def accumulation_steps(self, ranks: int) -> int:
+        """Forward passes per optimizer step on each of `ranks` ranks. Raises ConfigError where that is not whole."""
+        if self.global_batch % (ranks * self.micro_batch):
+            raise ConfigError(
+                f"train.global_batch {self.global_batch} is not divisible by {ranks} ranks x train.micro_batch "
+                f"{self.micro_batch} = {ranks * self.micro_batch}; change one of them"
+            )
+        return self.global_batch // (ranks * self.micro_batch)
+
+
+class Evaluate(Section):
+    """Accuracy over the validation split, every image once."""
+
+    every_epochs: Count
+    micro_batch: Count
+    resize: Literal["crop", "warp"] = Field(
+        description="crop: shorter side to resolution / crop_ratio, then the centre; warp: whole image to the square"
+    )
+    crop_ratio: Annotated[float, Field(gt=0, le=1)]
+
+
+class Init(Section):
+    """Where the weights come from before the first step."""
+
+    checkpoint: Path | None = Field(description="a run folder, one of its checkpoints, or a weight file; null: random")
+    weights: Literal["ema", "model"] = "ema"
+    label_space: Literal["checkpoint", "published-22k", "imagenet-1k", "none"] = Field(
+        default="checkpoint",
+        description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head",
+    )
+
+
+def _off_is_a_word(value: Any) -> Any:
+    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+
+
+class Guard(Section):
+    """Steps that would harm the weights, and ranks that hang."""
+
+    mode: Annotated[Literal["off", "skip", "rewind"], BeforeValidator(_off_is_a_word)] = Field(
+        description="skip: no update from a step whose loss or gradient is not finite or a spike; rewind: and after "
+        "steps_in_a_row of them, back to the weights of the last checkpoint, past those batches"
+    )
+    window_steps: Annotated[int, Field(ge=20)] = Field(description="steps that a spike is measured against")
+    z_max: Positive = Field(description="a spike is more than these robust standard deviations above the median")
+    steps_in_a_row: Count = Field(
+        description="left out one after the other: rewind; with skip, and off (not finite ones), end the run"
+    )
+    rewinds_max: Annotated[int, Field(ge=0)] = Field(description="with rewind: one more ends the run")
+    stall_seconds: Positive = Field(
+        description="a rank without any progress for so long: every rank writes its stacks, and the run ends"
+    )
+
+
+class Checkpoint(Section):
+    """When to write what an interrupted run continues from, and what to keep."""
+
+    every_steps: Count = 1000
+    keep_last: Count = 2
+    keep_every_steps: Count | None = Field(default=None, description="kept for good: steps divisible by this")
+    best_metric: Literal["top1", "top5", "val_loss"] | None = Field(
+        default=None, description="the best so far is written at its evaluation, and kept"
+    )
+
+
+class Tracking(Section):
+    """Logging and MLflow."""
+
+    log_every_steps: Count = 50
+    experiment: str = "hornet"
+    uri: str | None = Field(default=None, description="MLflow tracking URI; null: SQLite file mlflow.db in output_root")
