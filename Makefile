@@ -74,7 +74,7 @@ review: $(STAMP) ## MLflow on the run database, at PORT=5000 of this host
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-chaos: $(STAMP) ## 25 short pretrainings killed at random (20 minutes), and the long walks between world sizes
+chaos: $(STAMP) ## 25 short pretrainings killed at random (half an hour), and long walks between world sizes
 	@$(BIN)/python tests/chaos.py $(ARGS)
 	@RESUME_STEPS=54 $(BIN)/python -m pytest -q tests/test_resume.py
 

@@ -348,3 +348,12 @@ def test_what_makes_it_another_run(config: Config, saved: Path) -> None:
         checkpoint.newest_of_run(config, "1" * 32, resume=True)
     assert checkpoint.newest_of_run(config.model_copy(update={"name": "none-yet"}), DATASET, True) == (None, None)
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}, "d": 3}) == {"a.c": (2, None), "d": (None, 3)}
+
+
+def test_a_checkpoint_whose_replacement_was_cut_short_is_put_back(config: Config) -> None:
+    folder = config.run_dir / "checkpoints"
+    (saved,) = save_steps(folder, config, 10)
+    saved.rename(folder / f".tmp-before-{saved.name}")  # a kill between two renames
+    (folder / f".tmp-{saved.name}").mkdir()
+    assert newest_of_run(config, DATASET, True, quarantine=True)[0] == saved
+    assert not verify(saved)

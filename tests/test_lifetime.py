@@ -84,6 +84,20 @@ def test_a_signal_asks_for_a_stop_where_there_is_something_to_save(name: str) ->
     assert armed.end() == (1, [asked(name), f"requested by {name}"])
 
 
+def test_nobody_has_to_read_what_is_said() -> None:
+    """`2>&1 | tee` dies of the same signal: the request is answered all the same, and a second one ends the rank."""
+    asked, hangs = Rank("armed"), Rank("armed", "in C")
+    for rank in (asked, hangs):
+        assert rank.process.stderr
+        rank.process.stderr.close()
+        rank.send(signal.SIGUSR1)
+    asked.process.wait(10)
+    assert asked.process.returncode == 1  # by its own last line, which is Python's
+    time.sleep(3.3)
+    hangs.send(signal.SIGTERM)
+    assert hangs.process.wait(10) == 143
+
+
 def test_a_second_signal_ends_a_rank_at_once_wherever_it_is() -> None:
     """What comes within 3 s is the same signal, passed on; and a rank that saves for longer is not cut off closing."""
     hangs, closes, starts, saves = Rank("armed", "in C"), Rank("closing", "deaf"), Rank("in C"), Rank("armed", "saves")

@@ -151,6 +151,7 @@ def runs(datasets: Datasets, small_disk: Path | None, tmp_path_factory: pytest.T
         found.job("rewind", 2, "guard.mode=rewind", *row, nan=[20, 21, 22], stop_at=26),
         found.job("hopeless", 0, *row, nan=[3, 4, 5], raises="GuardError"),
         found.job("damaged", 0, steps=STEPS[0], stop_at=10),
+        found.job("unmeasured", 0, steps=6, stop_at=6),  # in its last step: to be evaluated by the next try
     ]
     on_disk = [] if small_disk is None else [found.job("disk", 0, f"output_root={small_disk}", steps=STEPS[0])]
     launch_jobs(4, found.root, walk("shrunk", SHRUNK))
@@ -163,7 +164,9 @@ def runs(datasets: Datasets, small_disk: Path | None, tmp_path_factory: pytest.T
     if small_disk is not None:
         subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     second = walk("walk", ONE) + walk("shrunk", None) + ffcv("ffcv-cut", FFCV_STEPS)
-    said = launch_jobs(2, found.root, [*second, *on_disk, found.job("damaged", 0, steps=STEPS[0])])
+    said = launch_jobs(
+        2, found.root, [*second, *on_disk, found.job("damaged", 0, steps=STEPS[0]), found.job("unmeasured", 0, steps=6)]
+    )
     (found.root / "said-later.txt").write_text(said)
     launch_jobs(1, found.root, walk("walk", TWO))
     launch_jobs(2, found.root, walk("walk", None))
@@ -266,6 +269,15 @@ def test_a_run_beyond_help_ends(runs: Runs) -> None:
     client = mlflow.MlflowClient(f"sqlite:///{runs.root}/mlflow.db")
     (found,) = client.search_runs(["1"], "attributes.run_name = 'hopeless'")
     assert found.info.status == "FAILED"
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(runs: Runs) -> None:
+    """Once, in the log and in the checkpoint, although there was no step left to train."""
+    meta = read_meta(runs.folder("unmeasured", 6))
+    assert (meta.metrics_step, meta.metrics["val_samples"]) == (6, 28)
+    lines = [json.loads(line) for line in (runs.root / "unmeasured" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "top1" in line] == [6]
+    assert [line.step for line in runs.lines("unmeasured")] == list(range(6))
 
 
 def test_a_truncated_checkpoint_is_passed_over(runs: Runs) -> None:

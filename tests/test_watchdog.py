@@ -28,13 +28,16 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
         os.dup2(errors.fileno(), 2)
     store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=30), wait_for_workers=False)
     told = folder / f"{rank}.told"
-    with Watchdog(rank, ranks, SECONDS, folder / "stacks", lambda reason: (told.write_text(reason), None)[1]) as dog:
+    seconds = 10 * SECONDS if "fail" in habit else SECONDS
+    with Watchdog(rank, ranks, seconds, folder / "stacks", lambda reason: (told.write_text(reason), None)[1]) as dog:
         for step in range(100_000):
             dog.tick("waiting for data")
             if step == 2:
                 (folder / f"{rank}.ready").touch()
                 if habit == "hangs":
                     wait_for_a_batch()
+                if habit == "fails":
+                    raise ValueError("a label out of range")
                 if habit == "is slow":
                     for _ in range(40):
                         dog.tick("evaluating")
@@ -57,6 +60,16 @@ def collective(store: TCPStore, step: int, ranks: int) -> None:
     store.add(key, 1)
     while store.add(key, 0) < ranks:
         time.sleep(0.01)
+
+
+def test_a_rank_that_fails_takes_the_others_along(tmp_path: Path) -> None:
+    """They sit in a collective that tells nothing, as NCCL's: they leave, and say why, long before that is a stall."""
+    ranks = start(tmp_path, "meets a failure", "fails")
+    for rank in ranks:
+        rank.join(30)
+    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert (tmp_path / "0.told").read_text() == "rank 1 failed: ValueError"
+    assert "no progress" not in (tmp_path / "0.err").read_text()
 
 
 @pytest.fixture(autouse=True)
