@@ -8,6 +8,7 @@ given time, all ranks write their stacks and leave, and one of them says which r
 from __future__ import annotations
 
 import faulthandler
+import itertools
 import json
 import os
 import socket
@@ -25,11 +26,10 @@ from torch.distributed import TCPStore
 
 from pipeline.log_file import say_at_once
 
-_PREFIX = f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/"  # torchrun keeps its store when it restarts
-_VERDICT, _LEAVING, _FAILED = f"{_PREFIX}verdict", f"{_PREFIX}leaving", f"{_PREFIX}failed"
 _ANSWER_SECONDS = 5.0  # the store answers within milliseconds, or is taken for gone
 _FAREWELL_SECONDS = 5.0  # for a rank to notice by itself that another one has failed
 _LAST_SECONDS = 10.0  # for each of the last acts: a file system or a tracking server may be what hangs
+_runs = itertools.count()  # of this process: the same on all ranks
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,8 @@ class Watchdog:
     ) -> None:
         self.rank, self.ranks, self.seconds, self.folder, self.on_stall = rank, ranks, seconds, folder, on_stall
         self.interval = min(5.0, seconds / 10)
+        # torchrun keeps its store when it restarts ranks, and a process may hold one run after the other.
+        self._run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
         self._where, self._ticked = "starting", time.monotonic()
         self._silent_seconds = 0.0
         self._over = threading.Event()
@@ -76,6 +78,9 @@ class Watchdog:
         self._store_answered = time.monotonic()
         self._verdict: str | None = None  # that another rank has come to
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def _key(self, name: int | str) -> str:
+        return f"watchdog/{self._run}/{name}"
 
     def tick(self, where: str) -> None:
         """The loop is now `where`: a few words that go with "is", the same on all ranks ("training, step 9")."""
@@ -96,7 +101,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if kind is not None and self.ranks > 1:
             # NCCL tells nobody that a peer is gone: the others would sit in a collective until they are killed.
-            _at_most(_ANSWER_SECONDS, lambda: _client().set(_FAILED, f"rank {self.rank} failed: {kind.__name__}"))
+            _at_most(
+                _ANSWER_SECONDS, lambda: _client().set(self._key("failed"), f"rank {self.rank} failed: {kind.__name__}")
+            )
             if self.rank == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
                 time.sleep(self.interval + _FAREWELL_SECONDS + 1.0)  # it may hold the store that they read this from
 
@@ -144,14 +151,14 @@ class Watchdog:
             try:
                 store = store or _client()
                 number += 1
-                store.set(f"{_PREFIX}{self.rank}", json.dumps(asdict(self._beat(number))))
-                if store.check([_FAILED]):
+                store.set(self._key(self.rank), json.dumps(asdict(self._beat(number))))
+                if store.check([self._key("failed")]):
                     failed = failed or time.monotonic()
                     if time.monotonic() - failed >= _FAREWELL_SECONDS:
-                        self._follow(store.get(_FAILED).decode())
+                        self._follow(store.get(self._key("failed")).decode())
                 if self._silent_seconds > self.seconds / 2:  # time enough to see which of the others beat on
-                    if store.check([_VERDICT]):
-                        self._verdict = store.get(_VERDICT).decode()
+                    if store.check([self._key("verdict")]):
+                        self._verdict = store.get(self._key("verdict")).decode()
                     for rank, beat in self._read(store).items():
                         if rank not in changed or changed[rank][0].number != beat.number:
                             changed[rank] = beat, time.monotonic()
@@ -165,10 +172,10 @@ class Watchdog:
     def _read(self, store: TCPStore) -> dict[int, Beat]:
         """The newest beats of all other ranks."""
         others = [rank for rank in range(self.ranks) if rank != self.rank]
-        begun = [rank for rank in others if store.check([f"{_PREFIX}{rank}"])]
+        begun = [rank for rank in others if store.check([self._key(rank)])]
         beats = dict.fromkeys(others, Beat(0, 0.0, "starting", 0.0))
         if begun:
-            texts = store.multi_get([f"{_PREFIX}{rank}" for rank in begun])
+            texts = store.multi_get([self._key(rank) for rank in begun])
             beats |= {rank: Beat(**json.loads(text)) for rank, text in zip(begun, texts, strict=True)}
         return beats
 
@@ -190,12 +197,12 @@ class Watchdog:
 
         def agree() -> None:
             store = _client()
-            if store.add(_LEAVING, 1) == 1:
-                store.set(_VERDICT, reason)
+            if store.add(self._key("leaving"), 1) == 1:
+                store.set(self._key("verdict"), reason)
                 first.set()
-            agreed.append(store.get(_VERDICT).decode())
+            agreed.append(store.get(self._key("verdict")).decode())
             left.set()
-            while store.add(_LEAVING, 0) < self.ranks:
+            while store.add(self._key("leaving"), 0) < self.ranks:
                 time.sleep(0.1)
 
         thread = threading.Thread(target=agree, daemon=True)
