@@ -1,7 +1,7 @@
 """What a person needs to see of a step that was left out: which samples, which micro-batch, where in the network.
 
 Each rank looks again at the worst of its micro-batches and hands over a part; rank 0 makes of them one record for the
-ledger (guard.py) and one line for the console. Nothing here is a collective or changes the run.
+ledger and one line for the console. Nothing here is a collective or changes the run.
 """
 
 from __future__ import annotations

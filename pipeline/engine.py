@@ -96,7 +96,8 @@ def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.train.accumulation_steps(ranks),
         "gradient_clipping": clip,
-        "zero_optimization": {"stage": config.train.zero_stage},
+        # The bucket is allocated at once: DeepSpeed's default of 5e8 elements is 2 GB, more than HorNet-L's gradients.
+        "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": 50_000_000},
         "zero_allow_untested_optimizer": True,  # AdamWithEma is AdamW plus one state tensor
         # Autocast, not DeepSpeed's bf16 mode: that mode keeps bf16 weights, in which an EMA at 0.9999 does not move.
         # No "safe modules": their gradients would be summed over ranks in bf16.
@@ -187,6 +188,7 @@ class Engine:
 
         `state` is "model" for the weights or one of `state_names`. A collective: all ranks must call it.
         """
+        gathered = self._gather(state) if self.zero_stage in (1, 2) and state != "model" else {}
         full = {}
         for name, parameter in self._parameters.items():
             if state == "model":
@@ -194,12 +196,31 @@ class Engine:
                 value = safe_get_full_fp32_param(parameter) if self.zero_stage == 3 else parameter
             elif self.zero_stage == 0:
                 value = self._inner.state[parameter][state]
-            else:
+            elif self.zero_stage == 3:
                 value = safe_get_full_optimizer_state(parameter, state)
+            else:
+                value = gathered[name]
             if everywhere or self.ranks.rank == 0:
                 # DeepSpeed returns a buffer of its own or a view: a copy in any case.
                 full[name] = value.detach().to("cpu", copy=True)
         return full
+
+    def _gather(self, state: str) -> dict[str, torch.Tensor]:
+        """A state at stages 1 and 2, by parameter name, as views of one tensor a group.
+
+        DeepSpeed's own getter sums zero-filled tensors of full size, parameter by parameter: three times as slow.
+        """
+        found = {}
+        groups = zip(self.optimizer.bit16_groups_flat, self._flat_partitions(), strict=True)
+        for flat, partition in groups:
+            whole = torch.empty_like(flat)
+            dist.all_gather_into_tensor(whole, self._inner.state[partition][state])
+            begin, size = flat.data_ptr(), flat.element_size()
+            for name, parameter in self._parameters.items():
+                offset = (parameter.data_ptr() - begin) // size  # parameters are views of their group's flat tensor
+                if 0 <= offset < flat.numel():
+                    found[name] = whole.narrow(0, offset, parameter.numel()).view_as(parameter)
+        return found
 
     @torch.no_grad()
     def load_weights(self, tensors: Mapping[str, torch.Tensor]) -> None:

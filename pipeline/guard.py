@@ -1,4 +1,4 @@
-"""Which steps may change the weights, and what is written down about those that may not.
+"""Which steps may change the weights, and how a run ends that has too many which may not.
 
 A loss or gradient that is not finite, or a spike far above the steps before it, must not reach the weights: one such
 update can undo days. The verdict is a pure function of the numbers of accepted steps, the same on all ranks; they go
@@ -7,21 +7,16 @@ into each checkpoint, so that a resumed run judges as an uninterrupted one would
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from data_prep.manifest import atomic_write
 from pipeline.config import Guard as GuardConfig
-from pipeline.log_file import say
 
 _JUDGED_FROM_STEPS = 20  # config.Guard allows no shorter window; the MAD of fewer is a matter of chance
 _MAD_TO_SIGMA = 1.4826  # the standard deviation of a normal distribution, by its median absolute deviation
@@ -145,72 +140,6 @@ def explain_end(
         f"{' from the last good weights' * bool(start)} with a lower rate or another order of the data, for example "
         f"name=second {start}optimizer.lr_peak=... seed=..."
     )
-
-
-class GuardLedger:
-    """One JSON line, with its "step", for each step that was left out. For rank 0 alone.
-
-    A run that goes on from `first_step` drops the lines of the steps that it runs again, and what a kill left of a
-    line. A disk that is full does not end the run: it is told of on stderr once, and lines wait for the next `add`.
-    """
-
-    def __init__(self, path: Path, first_step: int) -> None:
-        self.path = path
-        self._drop_from: int | None = first_step
-        self._waiting: list[bytes] = []
-        self._whole_bytes = 0  # of the file: what lies behind is the rest of a write that failed
-        self._told = False
-        self._catch_up()
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Append `record`; it is on disk when this returns, or waits in memory."""
-        self._waiting.append(json.dumps(record).encode() + b"\n")
-        self._catch_up()
-
-    def _catch_up(self) -> None:
-        try:
-            if self._drop_from is not None:
-                self._whole_bytes = _drop_lines(self.path, self._drop_from)
-                self._drop_from = None
-            if self._waiting:
-                self._append(b"".join(self._waiting))
-                self._waiting.clear()
-            self._told = False
-        except OSError as error:
-            if not self._told:
-                say(f"warning: {self.path} cannot be written ({error.strerror}): its lines wait in memory", sys.stderr)
-            self._told = True
-
-    def _append(self, data: bytes) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            # min: somebody may have emptied the file.
-            file.truncate(file.seek(min(self._whole_bytes, file.seek(0, os.SEEK_END))))
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            self._whole_bytes = file.tell()
-
-
-def _drop_lines(path: Path, first_step: int) -> int:
-    """Keep of `path` the whole lines of steps before `first_step`; returns its bytes, 0 where there is no file."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return 0
-    kept = b"".join(line + b"\n" for line in content.split(b"\n") if _step_of(line) < first_step)
-    if kept != content:
-        with atomic_write(path) as file:
-            file.write(kept)
-    return len(kept)
-
-
-def _step_of(line: bytes) -> float:
-    """The step of a ledger's line, infinity where the line is not whole."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _not_finite(loss: float, grad_norm: float) -> str | None:

@@ -22,9 +22,9 @@ from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.diagnose import diagnose, incident, incident_line
 from pipeline.feed import Feed, placing
 from pipeline.flops import peak_flops, training_flops_per_image
-from pipeline.guard import Guard, GuardError, GuardLedger, GuardState, explain_end
+from pipeline.guard import Guard, GuardError, GuardState, explain_end
 from pipeline.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
-from pipeline.log_file import say
+from pipeline.log_file import LogFile, say
 from pipeline.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.report import Eta, Meter, evaluation_line, interrupted_line, print_plan, print_summary, step_line
 from pipeline.tracking import Tracker
@@ -180,7 +180,8 @@ class Run:
         manifest.save(config.run_dir)
         tags = {"stage": self.command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
         self.tracker = stack.enter_context(Tracker(config, tags, self.first_step))
-        self.ledger = GuardLedger(config.run_dir / GUARD_FILE, self.first_step + 1)
+        self.ledger = LogFile(config.run_dir / GUARD_FILE)
+        self.ledger.cut(lambda line: json.loads(line)["step"] <= self.first_step)
         where = f"{self.device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
         print_plan(self.command, config, manifest, self.steps, self.ranks.count, self.engine.parameters, where, origin)
 
@@ -253,7 +254,7 @@ class Run:
             record = incident(
                 *(step + 1, str(result.refused), result.loss, result.grad_norm, epoch, samples[0].tolist(), parts)
             )
-            self.ledger.add(record)
+            self.ledger.append(json.dumps(record))
             self.tracker.event(step + 1, incident_line(record))
 
     def _rewind(self, done: int, reason: str) -> None:

@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +23,7 @@ from pipeline.data.loader import Ranks, training_batches, training_order
 from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
 from pipeline.diagnose import diagnose, incident, incident_line, stage_statistics
-from pipeline.guard import Guard, GuardLedger, GuardState, explain_end
+from pipeline.guard import Guard, GuardState, explain_end
 from pipeline.models import HorNet
 from pipeline.recipe import build_model
 
@@ -162,71 +159,6 @@ def test_the_end_is_explained_in_one_line() -> None:
     assert "init.checkpoint=runs/a/checkpoints/step-00000800 init.weights=model optimizer.lr_peak=" in text
     fresh = explain_end(SETTINGS, GuardState(in_a_row=5), 4, "loss nan is not finite", ledger, None)
     assert not [part for part in ("z_max", "init.checkpoint", "rewinds", "last good") if part in fresh]
-
-
-def steps_in(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
-def test_ledger_drops_what_runs_again(tmp_path: Path) -> None:
-    path = tmp_path / "run" / "incidents.jsonl"
-    ledger = GuardLedger(path, 0)
-    assert not path.exists()
-    for step in (3, 4, 9, 12):
-        ledger.add({"step": step, "parts": [{"stages": {"a": step}}]})
-    whole = path.read_bytes()
-    assert steps_in(path) == [3, 4, 9, 12]
-    GuardLedger(path, 13)
-    assert path.read_bytes() == whole
-    last_line = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for cut in range(last_line, len(whole)):  # wherever a kill cut it: at some places "}" is its last byte
-        path.write_bytes(whole[:cut])
-        GuardLedger(path, 20).add({"step": 20})
-        assert steps_in(path) == [3, 4, 9] + [12] * (cut == len(whole) - 1) + [20]
-    path.write_bytes(whole + b"\x00\xff\n")
-    GuardLedger(path, 9).add({"step": 9})
-    assert steps_in(path) == [3, 4, 9]
-    assert list(path.parent.iterdir()) == [path]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"a tmpfs cannot be mounted here: {mounted.stderr.strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_does_not_end_the_run(small_disk: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path, ballast = small_disk / "incidents.jsonl", small_disk / "ballast"
-    ledger = GuardLedger(path, 0)
-    ledger.add({"step": 0})
-    ballast.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize - 4096))
-    for step in (1, 2, 3):  # a page is free: the beginning of the first line fits
-        ledger.add({"step": step, "text": "x" * 9000})
-    told = capfd.readouterr().err
-    assert told.count("warning") == 1
-    assert f"{path} cannot be written (No space left on device)" in told
-    ballast.unlink()
-    ledger.add({"step": 4})
-    assert steps_in(path) == [0, 1, 2, 3, 4]
-
-    content = path.read_bytes()
-    ballast.write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize))
-    again = GuardLedger(path, 3)
-    again.add({"step": 3, "again": True})
-    assert path.read_bytes() == content
-    ballast.unlink()
-    again.add({"step": 4})
-    assert steps_in(path) == [0, 1, 2, 3, 4]
-    assert '"again"' in path.read_text()
 
 
 def nano(**options: float) -> HorNet:

@@ -107,15 +107,16 @@ def memory(ranks: Any, device: torch.device, stage: int) -> dict[str, float]:
     batch = (torch.randn(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
     alive: list[float] = []
 
-    def count(*_: float) -> None:
-        """Called when the gradients are reduced and nothing is updated yet: the most that a step holds."""
+    def count() -> bool:
+        """Asked (whether to stop) when the gradients are reduced and nothing is updated yet."""
         tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
         tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         alive.append(sum(storages.values()) / 1e6)
+        return False
 
     for _ in range(3):
-        subject.train_step(iter([batch]), loss_of, count)
+        subject.train_step(iter([batch]), loss_of, stop=count)
     states = [s for state in subject._inner.state.values() for s in state.values()]
     master = [] if stage == 0 else subject._flat_partitions()
     held = sum(t.untyped_storage().nbytes() for t in [*states, *master])
