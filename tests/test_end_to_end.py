@@ -121,19 +121,17 @@ def test_equals_plain_pytorch(pretrained: Path, datasets: Datasets) -> None:
 
 
 def test_killed_at_random_same_command_same_weights(datasets: Datasets, tmp_path: Path) -> None:
-    """The bounded form of `make chaos`: each launcher once."""
+    """The bounded form of `make chaos`: one run, under either launcher."""
     chaos = Chaos(datasets, tmp_path)
     draw = random.Random(time.time_ns())
-    for launcher in ("deepspeed", "torchrun"):
-        outcome = chaos.run(launcher, launcher, draw, disturbances=1)
-        assert outcome.faults == [], outcome
+    outcome = chaos.run("disturbed", draw.choice(("deepspeed", "torchrun")), draw, disturbances=1)
+    assert outcome.faults == [], outcome
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    for launcher in ("deepspeed", "torchrun"):
-        (run,) = client.search_runs(["1"], f"attributes.run_name = '{launcher}'")
-        assert run.info.status == "FINISHED"
-        # However often a step was run, it stands in MLflow once.
-        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
-        assert sorted(steps) == list(range(1, STEPS + 1))
+    (run,) = client.search_runs(["1"], "attributes.run_name = 'disturbed'")
+    assert run.info.status == "FINISHED"
+    # However often a step was run, it stands in MLflow once.
+    steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+    assert sorted(steps) == list(range(1, STEPS + 1))
 
 
 def test_asked_to_stop(pretrained: Path, datasets: Datasets, root: Path) -> None:
