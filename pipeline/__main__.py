@@ -144,7 +144,7 @@ def _explain(error: Exception) -> str | None:
     if isinstance(error, DataPrepError | FloatingPointError) or type(error).__module__.startswith("pipeline."):
         return text
     if kind == "OutOfMemoryError":
-        return f"out of GPU memory: lower train.micro_batch, or set model.activation_checkpointing=block ({text[:200]})"
+        return f"out of GPU memory: lower train.micro_batch, or set model.checkpointing=block ({text[:200]})"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and "is killed by signal" in text:
         return f"a data worker was killed, for memory perhaps: lower data.workers_per_rank ({text[:200]})"
     if isinstance(error, RuntimeError) and any(mark in text for mark in _LOST_PEER):

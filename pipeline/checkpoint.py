@@ -54,7 +54,7 @@ _HEADER_BYTES = 512  # a tensor, at most, in the header of its file
 _FREE_KEYS = re.compile(
     r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
     r"|train\.(micro_batch|zero_stage|precision)"
-    r"|model\.activation_checkpointing|(evaluate|init|guard|checkpoint|tracking)\..*"
+    r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
 )
 
 Tensors = dict[str, torch.Tensor]

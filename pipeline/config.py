@@ -68,6 +68,11 @@ class Config(Section):
         late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
         if late:
             raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
+        if self.model.compile and train.zero_stage == 3:
+            raise ValueError(
+                "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "
+                "over the ranks; set one of model.compile=false and train.zero_stage=2"
+            )
         if optimizer.lr_final > optimizer.lr_peak:
             raise ValueError(
                 f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"

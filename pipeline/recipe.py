@@ -41,7 +41,7 @@ def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
         **filters,
     )
     assert isinstance(net, HorNet)
-    net.set_grad_checkpointing(model.activation_checkpointing == "block")
+    net.set_checkpointing(model.checkpointing)
     return net
 
 

@@ -205,7 +205,8 @@ def print_plan(
     table.add_row("length", f"{config.train.epochs} epochs, {steps:,} steps")
     table.add_row(
         "engine",
-        f"DeepSpeed ZeRO-{config.train.zero_stage}, {device}, checkpointing {config.model.activation_checkpointing}",
+        f"DeepSpeed ZeRO-{config.train.zero_stage}, {device}, checkpointing {_policy(config.model.checkpointing)}"
+        + (", compiled blocks" if config.model.compile else ""),
     )
     table.add_row("guard", _guard_row(config.guard))
     table.add_row("weights", origin)
@@ -219,6 +220,10 @@ def _show(table: Table, width: int) -> None:
     with console.capture() as captured:
         console.print(table)
     say(captured.get().rstrip("\n"), sys.stdout)
+
+
+def _policy(checkpointing: str | tuple[str, ...]) -> str:
+    return checkpointing if isinstance(checkpointing, str) else "/".join(checkpointing)
 
 
 def _guard_row(guard: Guard) -> str:

@@ -89,6 +89,8 @@ class Run:
             source = transfer.find_source(config.init)
             transfer.check_model(source, config.model.name)
             origin = transfer.load_into(model, source, manifest.synsets)
+        if config.model.compile:
+            model.compile_blocks()
         self.first_step = meta.step if meta else 0
         self.seconds_before = meta.seconds if meta else 0.0
         self.validation = Validation(config, manifest, self.steps, self.order.steps_per_epoch, meta)

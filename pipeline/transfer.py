@@ -12,7 +12,7 @@ from torch import nn
 from data_prep.labels import imagenet_1k_synsets, lemma, map_labels, published_hornet_22k_synsets
 from pipeline.checkpoint import META_FILE, CheckpointError, locate, read_meta, read_tensors
 from pipeline.config import Init
-from pipeline.ops.gnconv import resize_global_filters
+from pipeline.ops.global_filter import resize_global_filters
 
 HEAD = ("head.weight", "head.bias")
 

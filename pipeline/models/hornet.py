@@ -8,55 +8,37 @@ State-dict keys, shapes and registration order are those of the published checkp
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import LayerNorm2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.ops.gnconv import (
+from pipeline.models.block import KEEP_ALL, Block, Keep, Saving, draw_keeps
+from pipeline.ops import recompute
+from pipeline.ops.fourier import FourierBasis, fourier_basis
+from pipeline.ops.global_filter import GlobalLocalFilter, global_filter_size
+from pipeline.ops.layers import (
     NORM_EPS,
-    GlobalLocalFilter,
-    GnConv,
-    global_filter_size,
+    compute_dtype,
+    layer_norm,
+    linear,
+    no_autocast,
+    norm_of,
+    patch_weight,
+    patches,
 )
 
 STRIDES = (4, 8, 16, 32)
 LAYER_DECAY_LAYERS = 12  # depth scale of the published layer-wise learning-rate decay
 
 
-class Block(nn.Module):
-    """gnConv, then a two-layer MLP, each behind a LayerNorm, a layer scale and a residual.
-
-    (B, H, W, dim) -> (B, H, W, dim). Source: HorNet, section 3.3.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        order: int,
-        filter_size: tuple[int, int] | None,
-        drop_path: float,
-        layer_scale_init: float,
-    ) -> None:
-        super().__init__()
-        self.layer_scale_init = layer_scale_init
-        self.gamma1 = nn.Parameter(torch.full((dim,), layer_scale_init))
-        self.gamma2 = nn.Parameter(torch.full((dim,), layer_scale_init))
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.gnconv = GnConv(dim, order, filter_size)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.pwconv1 = nn.Linear(dim, 4 * dim)
-        self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.gamma1 * self.gnconv(self.norm1(x)))
-        hidden = F.gelu(self.pwconv1(self.norm2(x)))  # (B, H, W, 4 dim)
-        return x + self.drop_path(self.gamma2 * self.pwconv2(hidden))
+Policy = Literal["none", "selective", "selective_mlp", "block", "stage"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class HorNet(nn.Module):
@@ -113,7 +95,8 @@ class HorNet(nn.Module):
         self.global_pool = global_pool
         self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
-        self.grad_checkpointing = False
+        self.checkpointing: tuple[Policy, ...] = tuple("none" for _ in dims)
+        self.compiled = False
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
@@ -126,6 +109,7 @@ class HorNet(nn.Module):
                 nn.Sequential(LayerNorm2d(narrow, eps=NORM_EPS), nn.Conv2d(narrow, wide, 2, stride=2))
             )
 
+        self.filters = tuple(i in global_filter_stages for i in range(len(dims)))
         self.stages = nn.ModuleList()
         n_blocks = sum(depths)
         for i, (depth, dim, order) in enumerate(zip(depths, dims, orders, strict=True)):
@@ -151,21 +135,68 @@ class HorNet(nn.Module):
         Raises:
             ValueError: H or W is not a multiple of 32.
         """
+        return self._stage_maps(x, len(self.stages))[-1]
+
+    def _stage_maps(self, x: Tensor, stages: int) -> list[Tensor]:
+        """The maps after each of the first `stages` stages, (B, C, H, W) in channels_last memory."""
         _check_image_size(*x.shape[-2:])
-        for i in range(len(self.stages)):
-            x = self._forward_stage(i, x)
+        maps = []
+        dtype = compute_dtype(x)
+        with no_autocast(x.device.type):
+            x = x.permute(0, 2, 3, 1).to(dtype)
+            keeps = self._draw_keeps(x)
+            for i in range(stages):
+                x = self._forward_stage(i, x, keeps[i])
+                maps.append(x.permute(0, 3, 1, 2))
+        return maps
+
+    def _draw_keeps(self, x: Tensor) -> list[list[tuple[Keep, Keep]]]:
+        """For each block of each stage, what drop path leaves of its two branches."""
+        stages = [[cast(Block, block).drop_path_rate for block in stage.children()] for stage in self.stages]
+        if not self.training:
+            return [[(KEEP_ALL, KEEP_ALL)] * len(rates) for rates in stages]
+        both = [rate for rates in stages for rate in rates for _ in range(2)]
+        drawn = iter(draw_keeps(both, len(x), x, masks=self.compiled))
+        return [[(next(drawn), next(drawn)) for _ in rates] for rates in stages]
+
+    def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C')."""
+        policy: Policy = self.checkpointing[i] if torch.is_grad_enabled() else "none"
+        x = self._downsampled(i, x, policy)
+        basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if self.filters[i] else None
+        # Drop path is drawn outside: nothing random is recomputed. What is recomputed is kept as selective keeps it.
+        if policy == "stage":
+            run = partial(checkpoint, self._blocks, use_reentrant=False, preserve_rng_state=False)
+            return run(i, x, keeps, basis, "selective", False)
+        return self._blocks(i, x, keeps, basis, "selective" if policy == "block" else policy, policy == "block")
+
+    def _blocks(
+        self,
+        i: int,
+        x: Tensor,
+        keeps: list[tuple[Keep, Keep]],
+        basis: FourierBasis | None,
+        saving: Saving,
+        each: bool,
+    ) -> Tensor:
+        """The blocks of stage `i`; `each` is checkpointed or not."""
+        for block, keep in zip(self.stages[i].children(), keeps, strict=True):
+            if each:
+                x = checkpoint(block, x, keep, basis, saving, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, keep, basis, saving)
         return x
 
-    def _forward_stage(self, i: int, x: Tensor) -> Tensor:
-        x = self.downsample_layers[i](x).permute(0, 2, 3, 1)  # (B, H, W, C)
-        x = x.contiguous()  # a no-op when the convolution already wrote channels_last memory
-        for block in self.stages[i].children():
-            # Per block, keeping the RNG state, so that drop path draws the same mask when recomputed.
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x.permute(0, 3, 1, 2)  # (B, C, H, W)
+    def _downsampled(self, i: int, x: Tensor, policy: Policy) -> Tensor:
+        """What leads to stage `i`. A convolution whose stride is its size is a linear layer on patches."""
+        layers = list(self.downsample_layers[i].children())
+        conv, norm = cast(nn.Conv2d, layers[i > 0]), norm_of(cast(nn.LayerNorm, layers[i == 0]))
+        side, weight, bias = conv.stride[0], patch_weight(conv.weight), cast(Tensor, conv.bias)
+        if i == 0:
+            return layer_norm(linear(patches(x, side), weight, bias), norm)
+        if policy == "none":
+            return linear(patches(layer_norm(x, norm), side), weight, bias)
+        return recompute.norm_patch_linear(x, norm, weight.to(x.dtype), bias.to(x.dtype), side)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, LayerNorm, head: (B, C, H, W) -> (B, num_classes), or (B, C) with `pre_logits`.
@@ -206,14 +237,10 @@ class HorNet(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: HorNet returns NCHW maps only")
-        _check_image_size(*x.shape[-2:])
         take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        for i in range(last + 1 if stop_early else len(self.stages)):
-            x = self._forward_stage(i, x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        maps = self._stage_maps(x, last + 1 if stop_early else len(self.stages))
+        intermediates = [maps[i] for i in take]
+        return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -223,6 +250,7 @@ class HorNet(nn.Module):
         truncated = last < len(self.stages) - 1
         self.stages = self.stages[: last + 1]
         self.downsample_layers = self.downsample_layers[: last + 1]
+        self.checkpointing = self.checkpointing[: last + 1]
         self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
         if prune_norm or truncated:  # the norm is sized for the last stage
             self.norm = nn.Identity()
@@ -254,9 +282,41 @@ class HorNet(nn.Module):
 
         return layer_of
 
+    def set_checkpointing(self, policy: Policy | Sequence[Policy]) -> None:
+        """What is kept for the backward pass, for all stages or stage by stage. Values and gradients do not change.
+
+        - none: what plain autograd keeps (on a GPU with the Triton kernels, the same as selective).
+        - selective: outputs of matrix products and convolutions; LayerNorm, GELU and gating products are recomputed.
+        - selective_mlp: and the hidden layer of the MLP, the widest tensor there is, is recomputed by its product.
+        - block: the input of each block; a forward pass more.
+        - stage: the input of the stage; a forward pass more, and in backward the whole stage is held as selective.
+
+        Raises:
+            ValueError: an unknown policy, or a sequence that is not one a stage.
+        """
+        policies = (policy,) * len(self.stages) if isinstance(policy, str) else tuple(policy)
+        unknown = [each for each in policies if each not in POLICIES]
+        if unknown or len(policies) != len(self.stages):
+            raise ValueError(
+                f"checkpointing {policy!r}: one of {', '.join(POLICIES)}, or {len(self.stages)} of them, one a stage"
+            )
+        self.checkpointing = policies
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in backward instead of keeping its activations."""
-        self.grad_checkpointing = enable
+        """timm's switch: policy block, or none."""
+        self.set_checkpointing("block" if enable else "none")
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile each block, in place; names and shapes of the state stay. `options` are torch.compile's.
+
+        Blocks of a stage share their code. Drop path then masks instead of leaving samples out: shapes are fixed.
+        """
+        # A graph for each stage, with and without gradients, and drop path or none in the first block.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        self.compiled = True
+        for stage in self.stages:
+            for block in stage.children():
+                block.compile(**{"dynamic": False, **options})
 
     def get_classifier(self) -> nn.Module:
         """The head: a Linear, or Identity when `num_classes` is 0."""
@@ -289,8 +349,8 @@ def _init_module(module: nn.Module) -> None:
     elif isinstance(module, GlobalLocalFilter):
         nn.init.normal_(module.complex_weight, std=0.02)
     elif isinstance(module, Block):
-        nn.init.constant_(module.gamma1, module.layer_scale_init)
-        nn.init.constant_(module.gamma2, module.layer_scale_init)
+        for gamma in (module.gamma1, module.gamma2):
+            nn.init.constant_(cast(Tensor, gamma), module.layer_scale_init)
 
 
 def _check_global_pool(global_pool: str) -> None:

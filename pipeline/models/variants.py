@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from pipeline.models.hornet import HorNet
-from pipeline.ops.gnconv import resize_global_filters
+from pipeline.ops.global_filter import resize_global_filters
 
 TINY, SMALL, BASE, LARGE = 64, 96, 128, 192  # width of the first stage
 GF = (2, 3)  # stages with the global-local filter

@@ -1,4 +1,5 @@
-"""Two ranks, every ZeRO stage in turn: EMA, refused updates, setting the state back, and DeepSpeed's faults.
+"""Two ranks, every ZeRO stage in turn: EMA, refused updates, setting the state back, policies of checkpointing,
+compiled blocks, and DeepSpeed's faults.
 
 Run by tests/test_engine.py under torchrun; prints "agreed" on rank 0.
 """
@@ -20,16 +21,18 @@ ranks, device = engine.start_ranks()
 STAGES = (0, 1, 2, 3)
 
 
-def configured(stage: int, precision: str = "fp32") -> Config:
+def configured(stage: int, precision: str = "fp32", policy: str = "selective") -> Config:
     overrides = ["train.global_batch=8", "train.micro_batch=2", "data.resolution=32", f"train.zero_stage={stage}"]
-    overrides.append(f"train.precision={precision}")
+    overrides += [f"train.precision={precision}", f"model.checkpointing={policy}"]
     return load("configs/demo_pretrain.yaml", [*overrides, "optimizer.layer_decay=0.7", "optimizer.clip_grad_norm=0.5"])
 
 
-def fresh(stage: int, precision: str = "fp32") -> engine.Engine:
-    config = configured(stage, precision)
+def fresh(stage: int, precision: str = "fp32", policy: str = "selective", compiled: bool = False) -> engine.Engine:
+    config = configured(stage, precision, policy)
     torch.manual_seed(0)
     model = build_model(config.model, 5, 32)
+    if compiled:
+        model.compile_blocks(backend="aot_eager")  # inductor needs a C++ compiler
     return engine.Engine(config, model, optimizer(parameter_groups(model, config.optimizer), config), ranks, device)
 
 
@@ -40,6 +43,7 @@ def everything(subject: engine.Engine) -> dict[tuple[str, str], torch.Tensor]:
 
 def step(subject: engine.Engine, seed: int, factor: float = 1.0, **options: object) -> engine.StepResult:
     generator = torch.Generator().manual_seed(100 * seed + ranks.rank)
+    torch.manual_seed(seed)  # drop path
     batch = [(torch.randn(2, 3, 32, 32, generator=generator), torch.zeros(2)) for _ in range(2)]
     last = ranks.count - 1  # only one rank sees what is not finite
 
@@ -78,6 +82,13 @@ for stage in STAGES:
         assert value.dtype == torch.float32
         if state == "ema":
             assert (value - average[name]).norm() <= 0.05 * average[name].norm() + 1e-3, (stage, name)
+
+    variants = [(policy, False) for policy in ("none", "selective_mlp", "block", "stage", "[stage, block, none, none]")]
+    for policy, compiled in (*variants, *[("selective", True)] * (stage == 2)):
+        other = fresh(stage, policy=policy, compiled=compiled)
+        told = [step(other, seed) for seed in range(2)]
+        found, wanted = [(r.loss, r.grad_norm) for r in told], list(zip(losses[stage], norms[stage], strict=True))[:2]
+        assert torch.allclose(torch.tensor(found), torch.tensor(wanted), rtol=1e-4), (stage, policy, compiled)
 
     before = everything(subject)
     for refused in (step(subject, 3, float("inf")), step(subject, 3, float("nan"))):

@@ -1,0 +1,113 @@
+"""Depthwise convolution of NHWC maps, with the layout and precision of each pass chosen for the device.
+
+On a CPU the weight gradient costs 5 to 40 times the forward pass. Which memory layout is the cheaper one for it turns
+with the size of the map, and in bf16 it is 2 to 10 times as slow as in fp32: so it is always taken in fp32, which is
+also the more exact sum. Figures: tests/bench/RESULTS.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from pipeline.ops import kernels
+
+# Positions of a map up to which a CPU's weight gradient is cheaper in planes than in channels_last memory.
+SMALL_MAP = 12 * 12
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise convolution, stride 1, zeros around the map: (B, H, W, C) -> (B, H, W, C), contiguous.
+
+    Args:
+        x: any strides over positions; may be a slice of the channels of a wider map.
+        weight: (C, 1, K, K), K odd, of any floating dtype: it is used in that of `x`.
+        bias: (C,) or None.
+    """
+    return _Depthwise.apply(x, weight, bias)
+
+
+def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`depthwise` without autograd."""
+    return torch.ops.hornet.depthwise(x, weight, bias) if torch.compiler.is_compiling() else _forward(x, weight, bias)
+
+
+def depthwise_backward(dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(dx, dweight, dbias) of `depthwise`; the last two in float32, or in float64 where `x` is."""
+    spelled = torch.ops.hornet.depthwise_backward if torch.compiler.is_compiling() else _backward
+    dx, dweight, dbias = spelled(dy, x, weight)
+    return dx, dweight, dbias if has_bias else None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if kernels.usable(x):
+        from pipeline.ops import depthwise_triton
+
+        return depthwise_triton.depthwise(x, weight, bias, 1.0)
+    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    planes = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
+    return planes.permute(0, 2, 3, 1).contiguous()
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if kernels.usable(x):
+        from pipeline.ops import depthwise_triton
+
+        dx = depthwise_triton.depthwise_backward_input(dy, weight, 1.0, None)
+        return dx, *depthwise_triton.depthwise_backward_weight(dy, x, weight.shape[-1], 1.0)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    planes_dy, planes_x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    if x.device.type != "cpu":
+        dx, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, True, True])
+    else:
+        dx, _, _ = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, False, False])
+        small = x.shape[1] * x.shape[2] <= SMALL_MAP
+        layout = torch.contiguous_format if small else torch.channels_last
+        planes_dy, planes_x = (planes.to(wide, memory_format=layout) for planes in (planes_dy, planes_x))
+        _, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight.to(wide), [False, True, True])
+    return dx.permute(0, 2, 3, 1).contiguous(), dweight.to(wide), dbias.to(wide)
+
+
+def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:
+    channels, padding = x.shape[1], weight.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        *(dy, x, weight, [channels], [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, wanted)
+    )
+
+
+class _Depthwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        return depthwise_forward(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        return depthwise_backward(dy.contiguous(), x, weight, ctx.has_bias)
+
+
+# What torch.compile sees: one opaque operator each way, for it has no template of a depthwise convolution, and chooses
+# the layout of a library's on its own.
+_library = torch.library.Library("hornet", "DEF")
+_library.define("depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("depthwise_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
+_library.impl("depthwise", _forward, "CompositeExplicitAutograd")
+_library.impl("depthwise_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hornet::depthwise")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("hornet::depthwise_backward")
+def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=wide), x.new_empty(x.shape[-1:], dtype=wide)

@@ -1,0 +1,110 @@
+"""The two-dimensional real Fourier transform of small maps as products of real matrices.
+
+A map of 24x24 or fewer positions is transformed faster by two matrix products than by an FFT, whose strength is in
+large sizes: about 4 (H + W) multiply-accumulates an element there and back, in any dtype that has a matrix product,
+without a complex number. So it works under bf16 autocast, sharded parameters, torch.compile and export. `torch.fft`
+is what it is tested against.
+
+A spectrum is (B, 2, H, W // 2 + 1, C): real part, imaginary part.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LARGEST_SIDE = 32  # pixels: up to here products beat the FFT (384 px: 24 and 12 at strides 16 and 32)
+
+
+class FourierBasis(NamedTuple):
+    """Matrices of the 'ortho' transform of an (H, W) map with V = W // 2 + 1 columns of frequencies.
+
+    rows: (2 V, W), along W: V real, then V imaginary parts. columns: (2 H, 2 H), along H, from (position, part) to
+    (part, frequency); it is orthogonal, so its inverse is its transpose. rows_inverse: (W, 2 V); a frequency whose
+    conjugate was left out counts twice.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    rows_inverse: Tensor
+
+
+def fourier_basis(height: int, width: int, dtype: torch.dtype, device: torch.device) -> FourierBasis | None:
+    """The basis of maps of that size, or None for sizes that are left to the FFT. Made once a size and device."""
+    if max(height, width) > LARGEST_SIDE or device.type == "meta":  # meta: FLOPs are counted as published
+        return None
+    return _basis(height, width, dtype, device)
+
+
+@cache
+def _basis(height: int, width: int, dtype: torch.dtype, device: torch.device) -> FourierBasis:
+    with torch.inference_mode(False), torch.no_grad():
+        cos, sin = _waves(width)  # (W, W), by frequency and position
+        kept = width // 2 + 1
+        rows = torch.cat((cos[:kept], -sin[:kept]))
+        twice = torch.full((kept,), 2.0, dtype=torch.float64)
+        twice[0] = 1.0
+        if width % 2 == 0:
+            twice[-1] = 1.0
+        rows_inverse = torch.cat((cos[:kept] * twice[:, None], -sin[:kept] * twice[:, None])).t()
+        cos, sin = _waves(height)
+        real = torch.stack((cos, sin), -1).flatten(1)  # (H, 2 H): of position 0 its real, its imaginary part, ...
+        imaginary = torch.stack((-sin, cos), -1).flatten(1)
+        columns = torch.cat((real, imaginary))
+        return FourierBasis(*(m.to(dtype=dtype, device=device).contiguous() for m in (rows, columns, rows_inverse)))
+
+
+def _waves(size: int) -> tuple[Tensor, Tensor]:
+    n = torch.arange(size)
+    angle = 2 * math.pi / size * (n[:, None] * n % size).double()
+    return angle.cos() / math.sqrt(size), angle.sin() / math.sqrt(size)
+
+
+def transform(x: Tensor, basis: FourierBasis) -> Tensor:
+    """(B, H, W, C) -> spectrum (B, 2, H, V, C)."""
+    batch, height, _, channels = x.shape
+    half = _each(basis.rows, x.flatten(0, 1))  # (B H, 2 V, C)
+    spectrum = _each(basis.columns, half.view(batch, 2 * height, -1))
+    return spectrum.view(batch, 2, height, -1, channels)
+
+
+def inverse(spectrum: Tensor, basis: FourierBasis) -> Tensor:
+    """Spectrum (B, 2, H, V, C) -> (B, H, W, C), as `torch.fft.irfft2`."""
+    batch, _, height, _, channels = spectrum.shape
+    half = _each(basis.columns.t(), spectrum.reshape(batch, 2 * height, -1))
+    x = _each(basis.rows_inverse, half.view(batch * height, -1, channels))
+    return x.view(batch, height, -1, channels)
+
+
+def filter_forward(x: Tensor, filt: Tensor, basis: FourierBasis) -> tuple[Tensor, Tensor]:
+    """(circular convolution of x (B, H, W, C) with the filter (2, H, V, C) of frequencies, spectrum of x)."""
+    spectrum = transform(x, basis)
+    return inverse(_product(spectrum, filt), basis), spectrum
+
+
+def filter_backward(dy: Tensor, spectrum: Tensor, filt: Tensor, basis: FourierBasis) -> tuple[Tensor, Tensor]:
+    """(dx, gradient of the filter) of `filter_forward`: the same four products, transposed."""
+    adjoint = FourierBasis(basis.rows_inverse.t(), basis.columns, basis.rows.t())
+    dproduct = transform(dy, adjoint)
+    conjugate = torch.stack((filt[0], -filt[1]))
+    dx = inverse(_product(dproduct, conjugate), adjoint)
+    (re, im), (dre, dim) = spectrum.unbind(1), dproduct.unbind(1)
+    accumulate = torch.promote_types(filt.dtype, torch.float32)
+    dfilter = torch.stack(
+        ((dre * re + dim * im).sum(0, dtype=accumulate), (dim * re - dre * im).sum(0, dtype=accumulate))
+    )
+    return dx, dfilter.to(filt.dtype)
+
+
+def _product(spectrum: Tensor, filt: Tensor) -> Tensor:
+    re, im = spectrum.unbind(1)
+    return torch.stack((re * filt[0] - im * filt[1], re * filt[1] + im * filt[0]), 1)
+
+
+def _each(matrix: Tensor, x: Tensor) -> Tensor:
+    """`matrix` (M, K) times every one of (N, K, C). Not `matmul`, which may lay C and N out anew for one product."""
+    return torch.bmm(matrix.expand(len(x), -1, -1), x)

@@ -1,0 +1,82 @@
+"""Linear layers and norms in the dtype of their input, whatever that of their parameters.
+
+The model chooses one dtype for its activations (that of autocast, where it is on) and switches autocast off inside:
+so a GPU and a CPU, whose autocast rules differ, compute alike, and nothing is promoted on the way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+
+
+class Norm(NamedTuple):
+    """Affine parameters (C,) and epsilon of a LayerNorm; None where they are folded into the layer behind it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+
+def norm_of(module: nn.LayerNorm, scale: float = 1.0) -> Norm:
+    """The parameters of `module`, its output times `scale`."""
+    if scale == 1.0 or module.weight is None:
+        return Norm(module.weight, module.bias, module.eps)
+    return Norm(module.weight * scale, module.bias * scale, module.eps)
+
+
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm over the last dimension; the statistics are those of float32 or better."""
+    weight = norm.weight
+    if x.is_cuda and weight is not None and weight.dtype != x.dtype:  # CUDA's takes one dtype alone
+        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias, norm.eps).to(x.dtype)
+    return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., in) -> (..., out). `weight` is (out, in), or a 1x1 convolution's (out, in, 1, 1)."""
+    return F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def patches(x: Tensor, side: int) -> Tensor:
+    """(B, H, W, C) -> (B, H / side, W / side, side * side * C): what a convolution of that size and stride sees."""
+    if side == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // side, side, width // side, side * channels).transpose(2, 3)
+    return x.reshape(batch, height // side, width // side, side * side * channels)
+
+
+def unpatched(x: Tensor, side: int) -> Tensor:
+    """The inverse of `patches`."""
+    if side == 1:
+        return x
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height, width, side, channels // side).transpose(2, 3)
+    return x.reshape(batch, height * side, width * side, channels // side**2)
+
+
+def patch_weight(weight: Tensor) -> Tensor:
+    """A convolution's weight (out, in, side, side) as that of a linear layer on `patches`: (out, side * side * in)."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Autocast off inside the block, on any device."""
+    if not torch.amp.is_autocast_available(device_type):  # the meta device has no autocast to switch off
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that activations should have: autocast's where it is on for the device of `x`, else that of `x`."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

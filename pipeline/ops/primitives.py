@@ -1,0 +1,134 @@
+"""The block's operations without autograd: one readable spelling in plain PyTorch, and the Triton one where it works.
+
+What `recompute.py` puts together into differentiable operators. Activations are NHWC in one dtype; statistics and the
+gradients of affine parameters are float32 (float64 in a float64 model).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.ops import kernels
+
+NARROW = 192  # channels: a product of this width or less is bound by memory, and worth joining to what follows it
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """LayerNorm over the last dimension: (y, mean, rstd), the statistics one number a row."""
+    if kernels.usable(x):
+        from pipeline.ops import block_triton
+
+        y, mean, rstd = block_triton.layer_norm(_rows(x), weight, bias, eps)
+        return y.view(x.shape), mean, rstd
+    if x.is_cuda and weight is not None and weight.dtype != x.dtype:  # CUDA's takes one dtype alone
+        y, mean, rstd = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+        return y.to(x.dtype), mean, rstd
+    return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def layer_norm_apply(
+    x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """The `y` of `layer_norm` once more, for the backward pass."""
+    if kernels.usable(x):
+        from pipeline.ops import block_triton
+
+        return block_triton.layer_norm_apply(_rows(x), mean, rstd, weight, bias).view(x.shape)
+    # One fused pass over x: cheaper than applying the saved statistics in several.
+    return layer_norm(x, weight, bias, eps)[0]
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, add: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dx + add, dweight, dbias). `add` is the gradient that came along the residual, if any."""
+    if kernels.usable(x):
+        from pipeline.ops import block_triton
+
+        flat = None if add is None else _rows(add)
+        dx, dweight, dbias = block_triton.layer_norm_backward(_rows(dy), _rows(x), mean, rstd, weight, flat)
+        return dx.view(x.shape), dweight, dbias
+    dtype = x.dtype
+    if x.is_cuda and weight is not None and weight.dtype != dtype:
+        dy, x = dy.to(weight.dtype), x.to(weight.dtype)
+    affine = weight is not None
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, affine, affine]
+    )
+    dx = dx.to(dtype)
+    return (dx if add is None else dx + add), (dweight if affine else None), (dbias if affine else None)
+
+
+def multiply(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, of slices of wider tensors as well: (..., D) each -> (..., D) contiguous."""
+    if kernels.usable(a):
+        from pipeline.ops import gnconv_triton
+
+        return gnconv_triton.multiply(_rows(a), _rows(b)).view(a.shape)
+    return (a * b).contiguous()
+
+
+def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
+    """Write the gradients of a * b into `da` and `db` (views that may be slices), and return a * b once more."""
+    if kernels.usable(dx):
+        from pipeline.ops import gnconv_triton
+
+        return gnconv_triton.multiply_backward(_rows(dx), _rows(a), _rows(b), _rows(da), _rows(db)).view(dx.shape)
+    if torch.compiler.is_compiling():  # it takes no slice as `out`, and needs none
+        da.copy_(dx * b)
+        db.copy_(dx * a)
+    else:
+        torch.mul(dx, b, out=da)
+        torch.mul(dx, a, out=db)
+    return (a * b).contiguous()
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of the recursion: (p = x W^T + b, p * c), both (..., out). `c` may be a slice."""
+    if max(weight.shape) <= NARROW and kernels.usable(x):
+        from pipeline.ops import gnconv_triton
+
+        p, product = gnconv_triton.gated_linear(_rows(x), weight, bias, _rows(c))
+        return p.view(c.shape), product.view(c.shape)
+    p = F.linear(x, weight, bias)
+    return p, multiply(p, c)
+
+
+def gelu(h: Tensor) -> Tensor:
+    """GELU by the error function."""
+    if kernels.usable(h):
+        from pipeline.ops import block_triton
+
+        return block_triton.gelu(_rows(h)).view(h.shape)
+    return F.gelu(h)
+
+
+def gelu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(dh, gelu(h)): the gradient, and the activation once more for the weight gradient that follows."""
+    if kernels.usable(h):
+        from pipeline.ops import block_triton
+
+        dh, a = block_triton.gelu_backward(_rows(da), _rows(h))
+        return dh.view(h.shape), a.view(h.shape)
+    return torch.ops.aten.gelu_backward(da, h), F.gelu(h)
+
+
+def add_rows(x: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
+    """`x` plus `f` at the samples `rows` (int64, ascending) of the batch, the others as they are; None: at all."""
+    if kernels.usable(x):
+        from pipeline.ops import block_triton
+
+        position = None
+        if rows is not None:
+            position = torch.full((len(x),), -1, device=x.device)
+            position[rows] = torch.arange(len(rows), device=x.device)
+        flat = block_triton.residual(x.flatten(1, -2), f.flatten(1, -2), position, None, 1.0)
+        return flat.view(x.shape)
+    # Not index_add: on a CPU it goes element by element.
+    return x + f if rows is None else torch.index_copy(x, 0, rows, x[rows] + f)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
