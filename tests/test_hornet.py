@@ -257,6 +257,16 @@ def test_fused_for_inference(name: str):
         fuse_for_inference(fused)
 
 
+def test_exports_and_compiles_whole():
+    """Without a complex number on the way; and nothing that was traced stays behind in the model."""
+    model = small().eval()
+    x = torch.randn(2, 3, 64, 64)
+    exported = torch.export.export(model, (x,)).module()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(exported(x), model(x))
+    torch.testing.assert_close(compiled(x), model(x))
+
+
 def test_initial_values_also_after_meta():
     with torch.device("meta"):
         model = timm.create_model("hornet_nano_gf")

@@ -25,8 +25,8 @@ def model_of(gf: bool, dtype: torch.dtype = torch.float32, **options) -> HorNet:
     """All four orders, both kinds of context, odd widths; layer scale does not hide the blocks."""
     torch.manual_seed(0)
     name = "hornet_nano_gf" if gf else "hornet_tiny_7x7"
-    options = {"num_classes": 7, "layer_scale_init": 0.5, "drop_path_rate": 0.5, **options}
-    return timm.create_model(name, depths=(1, 2, 2, 1), dims=(12, 24, 48, 96), **options).to(dtype).train()
+    options = {"num_classes": 7, "layer_scale_init": 0.5, "drop_path_rate": 0.5, "depths": (1, 2, 2, 1), **options}
+    return timm.create_model(name, dims=(12, 24, 48, 96), **options).to(dtype).train()
 
 
 def gradients(model: HorNet, x: Tensor, policy: str | Sequence[str], autocast: bool = False) -> list[Tensor]:

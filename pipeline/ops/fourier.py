@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 LARGEST_SIDE = 32  # pixels: up to here products beat the FFT (384 px: 24 and 12 at strides 16 and 32)
 
@@ -37,10 +38,11 @@ def fourier_basis(height: int, width: int, dtype: torch.dtype, device: torch.dev
     """The basis of maps of that size, or None for sizes that are left to the FFT. Made once a size and device."""
     if max(height, width) > LARGEST_SIDE or device.type == "meta":  # meta: FLOPs are counted as published
         return None
-    return _basis(height, width, dtype, device)
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # what is traced must not stay behind
+        return _basis(height, width, dtype, device)
+    return _kept_basis(height, width, dtype, device)
 
 
-@cache
 def _basis(height: int, width: int, dtype: torch.dtype, device: torch.device) -> FourierBasis:
     with torch.inference_mode(False), torch.no_grad():
         cos, sin = _waves(width)  # (W, W), by frequency and position
@@ -56,6 +58,9 @@ def _basis(height: int, width: int, dtype: torch.dtype, device: torch.device) ->
         imaginary = torch.stack((-sin, cos), -1).flatten(1)
         columns = torch.cat((real, imaginary))
         return FourierBasis(*(m.to(dtype=dtype, device=device).contiguous() for m in (rows, columns, rows_inverse)))
+
+
+_kept_basis = cache(_basis)
 
 
 def _waves(size: int) -> tuple[Tensor, Tensor]:

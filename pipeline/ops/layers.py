@@ -32,9 +32,10 @@ def norm_of(module: nn.LayerNorm, scale: float = 1.0) -> Norm:
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    """LayerNorm over the last dimension; the statistics are those of float32 or better."""
+    """LayerNorm over the last dimension; statistics, and gradients of the affine parameters, in their dtype."""
     weight = norm.weight
-    if x.is_cuda and weight is not None and weight.dtype != x.dtype:  # CUDA's takes one dtype alone
+    # CUDA's takes one dtype alone. The CPU's takes bf16 with fp32 parameters, and sums their gradients up in bf16.
+    if weight is not None and weight.dtype != x.dtype and (x.is_cuda or torch.is_grad_enabled()):
         return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias, norm.eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
 
