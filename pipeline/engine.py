@@ -69,6 +69,8 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu:
+        # Drop path leaves out samples, so that sizes change from step to step: fixed segments would fragment.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
     else:
         # Otherwise DeepSpeed compiles its shared-memory collectives (100 s, a compiler) and leaks /dev/shm.

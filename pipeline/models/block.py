@@ -93,8 +93,6 @@ class Block(nn.Module):
 
         A sample that drop path drops is not computed: what is left is gathered, and added where it belongs.
         """
-        if saving == "none" and torch.is_grad_enabled() and kernels.usable(x):
-            saving = "selective"  # the kernels are spelled that way alone: what it recomputes is free there
         x, f = self._gnconv(x, keep[0], basis, saving)
         x = _add(x, f, keep[0])
         x, f = self._mlp(x, keep[1], saving)

@@ -6,35 +6,25 @@ State-dict keys, shapes and registration order are those of the published checkp
 """
 
 import itertools
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pipeline.models import layer_decay
 from pipeline.models.block import KEEP_ALL, Block, Keep, Saving, draw_keeps
-from pipeline.ops import recompute
+from pipeline.models.downsample import downsample, make_downsampling, make_stem
+from pipeline.ops import kernels
 from pipeline.ops.fourier import FourierBasis, fourier_basis
 from pipeline.ops.global_filter import GlobalLocalFilter, global_filter_size
-from pipeline.ops.layers import (
-    NORM_EPS,
-    compute_dtype,
-    layer_norm,
-    linear,
-    no_autocast,
-    norm_of,
-    patch_weight,
-    patches,
-)
+from pipeline.ops.layers import NORM_EPS, compute_dtype, no_autocast
 
 STRIDES = (4, 8, 16, 32)
-LAYER_DECAY_LAYERS = 12  # depth scale of the published layer-wise learning-rate decay
 
 
 Policy = Literal["none", "selective", "selective_mlp", "block", "stage"]
@@ -102,12 +92,8 @@ class HorNet(nn.Module):
             for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
         ]
 
-        stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, stride=4), LayerNorm2d(dims[0], eps=NORM_EPS))
-        self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in itertools.pairwise(dims):
-            self.downsample_layers.append(
-                nn.Sequential(LayerNorm2d(narrow, eps=NORM_EPS), nn.Conv2d(narrow, wide, 2, stride=2))
-            )
+        between = (make_downsampling(narrow, wide) for narrow, wide in itertools.pairwise(dims))
+        self.downsample_layers = nn.ModuleList([make_stem(in_chans, dims[0]), *between])
 
         self.filters = tuple(i in global_filter_stages for i in range(len(dims)))
         self.stages = nn.ModuleList()
@@ -135,10 +121,11 @@ class HorNet(nn.Module):
         Raises:
             ValueError: H or W is not a multiple of 32.
         """
-        return self._stage_maps(x, len(self.stages))[-1]
+        last = len(self.stages) - 1
+        return self._stage_maps(x, last + 1, [last])[0]
 
-    def _stage_maps(self, x: Tensor, stages: int) -> list[Tensor]:
-        """The maps after each of the first `stages` stages, (B, C, H, W) in channels_last memory."""
+    def _stage_maps(self, x: Tensor, stages: int, wanted: Collection[int]) -> list[Tensor]:
+        """The `wanted` ones of the maps after the first `stages` stages, (B, C, H, W) in channels_last memory."""
         _check_image_size(*x.shape[-2:])
         maps = []
         dtype = compute_dtype(x)
@@ -147,7 +134,8 @@ class HorNet(nn.Module):
             keeps = self._draw_keeps(x)
             for i in range(stages):
                 x = self._forward_stage(i, x, keeps[i])
-                maps.append(x.permute(0, 3, 1, 2))
+                if i in wanted:
+                    maps.append(x.permute(0, 3, 1, 2))
         return maps
 
     def _draw_keeps(self, x: Tensor) -> list[list[tuple[Keep, Keep]]]:
@@ -161,14 +149,18 @@ class HorNet(nn.Module):
 
     def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
-        policy: Policy = self.checkpointing[i] if torch.is_grad_enabled() else "none"
-        x = self._downsampled(i, x, policy)
+        policy: Policy = self.checkpointing[i]
+        if policy == "none" and kernels.usable(x):
+            policy = "selective"  # the kernels are spelled that way alone: what it recomputes is free there
+        x = downsample(self.downsample_layers[i], x, lean=policy != "none")
         basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if self.filters[i] else None
         # Drop path is drawn outside: nothing random is recomputed. What is recomputed is kept as selective keeps it.
-        if policy == "stage":
+        each = policy == "block"
+        saving: Saving = "selective" if policy == "block" or policy == "stage" else policy
+        if policy == "stage" and torch.is_grad_enabled():
             run = partial(checkpoint, self._blocks, use_reentrant=False, preserve_rng_state=False)
-            return run(i, x, keeps, basis, "selective", False)
-        return self._blocks(i, x, keeps, basis, "selective" if policy == "block" else policy, policy == "block")
+            return run(i, x, keeps, basis, saving, each)
+        return self._blocks(i, x, keeps, basis, saving, each)
 
     def _blocks(
         self,
@@ -181,22 +173,11 @@ class HorNet(nn.Module):
     ) -> Tensor:
         """The blocks of stage `i`; `each` is checkpointed or not."""
         for block, keep in zip(self.stages[i].children(), keeps, strict=True):
-            if each:
+            if each and torch.is_grad_enabled():
                 x = checkpoint(block, x, keep, basis, saving, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, keep, basis, saving)
         return x
-
-    def _downsampled(self, i: int, x: Tensor, policy: Policy) -> Tensor:
-        """What leads to stage `i`. A convolution whose stride is its size is a linear layer on patches."""
-        layers = list(self.downsample_layers[i].children())
-        conv, norm = cast(nn.Conv2d, layers[i > 0]), norm_of(cast(nn.LayerNorm, layers[i == 0]))
-        side, weight, bias = conv.stride[0], patch_weight(conv.weight), cast(Tensor, conv.bias)
-        if i == 0:
-            return layer_norm(linear(patches(x, side), weight, bias), norm)
-        if policy == "none":
-            return linear(patches(layer_norm(x, norm), side), weight, bias)
-        return recompute.norm_patch_linear(x, norm, weight.to(x.dtype), bias.to(x.dtype), side)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, LayerNorm, head: (B, C, H, W) -> (B, num_classes), or (B, C) with `pre_logits`.
@@ -238,8 +219,9 @@ class HorNet(nn.Module):
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: HorNet returns NCHW maps only")
         take, last = feature_take_indices(len(self.stages), indices)
-        maps = self._stage_maps(x, last + 1 if stop_early else len(self.stages))
-        intermediates = [maps[i] for i in take]
+        stages = last + 1 if stop_early else len(self.stages)
+        maps = self._stage_maps(x, stages, {*take, stages - 1})
+        intermediates = maps if stages - 1 in take else maps[:-1]
         return intermediates if intermediates_only else (maps[-1], intermediates)
 
     def prune_intermediate_layers(
@@ -259,28 +241,8 @@ class HorNet(nn.Module):
         return take
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
-        """Layer of each parameter name, for timm's layer-wise learning-rate decay.
-
-        Fine: the published 14 layers. Stem 0; stages 1 and 2 are one layer each; stage 3 goes up by one every two
-        blocks; stage 4 is 12; norm and head are 13. Each downsampling belongs to the stage it leads to, that of
-        stage 3 to its first layer. Coarse: stem, four stages, head.
-        """
-
-        def layer_of(name: str) -> int:
-            match = re.match(r"(downsample_layers|stages)\.(\d)\.(\d+)", name)
-            if match is None:
-                return 5 if coarse else LAYER_DECAY_LAYERS + 1
-            is_downsampling, stage = match[1] == "downsample_layers", int(match[2])
-            if is_downsampling and stage == 0:
-                return 0
-            if coarse or stage < 2:
-                return stage + 1
-            if stage == 3:
-                return LAYER_DECAY_LAYERS
-            block = 0 if is_downsampling else int(match[3])
-            return min(3 + block // 2, LAYER_DECAY_LAYERS - 1)
-
-        return layer_of
+        """Layer of each parameter name, for timm's layer-wise learning-rate decay; see `layer_decay`."""
+        return partial(layer_decay.layer_of, coarse=coarse)
 
     def set_checkpointing(self, policy: Policy | Sequence[Policy]) -> None:
         """What is kept for the backward pass, for all stages or stage by stage. Values and gradients do not change.

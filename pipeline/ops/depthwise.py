@@ -1,8 +1,8 @@
 """Depthwise convolution of NHWC maps, with the layout and precision of each pass chosen for the device.
 
-On a CPU the weight gradient costs 5 to 40 times the forward pass. Which memory layout is the cheaper one for it turns
-with the size of the map, and in bf16 it is 2 to 10 times as slow as in fp32: so it is always taken in fp32, which is
-also the more exact sum. Figures: tests/bench/RESULTS.md.
+On a CPU the weight gradient costs 5 to 40 times the forward pass. In channels_last memory it is up to 4 times as fast
+as in planes, but has a cost of its own, like that of a large batch, above 512 channels: so it goes by as many at a
+time. In bf16 it is 2 to 10 times as slow as in fp32: so it is taken in fp32. Figures: tests/bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.ops import kernels
 
-# Positions of a map up to which a CPU's weight gradient is cheaper in planes than in channels_last memory.
-SMALL_MAP = 12 * 12
+CHANNELS_AT_ONCE = 512  # of a CPU's weight gradient
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -65,11 +64,16 @@ def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Te
         dx, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, True, True])
     else:
         dx, _, _ = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, False, False])
-        small = x.shape[1] * x.shape[2] <= SMALL_MAP
-        layout = torch.contiguous_format if small else torch.channels_last
-        planes_dy, planes_x = (planes.to(wide, memory_format=layout) for planes in (planes_dy, planes_x))
-        _, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight.to(wide), [False, True, True])
+        parts = [planes.to(wide).split(CHANNELS_AT_ONCE, 1) for planes in (planes_dy, planes_x)]
+        sums = [_weight_gradient(dy_, x_, weight.shape[-1]) for dy_, x_ in zip(*parts, strict=True)]
+        dweight, dbias = (torch.cat(each) for each in zip(*sums, strict=True))
     return dx.permute(0, 2, 3, 1).contiguous(), dweight.to(wide), dbias.to(wide)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    dy, x = (planes.contiguous(memory_format=torch.channels_last) for planes in (dy, x))
+    _, dweight, dbias = _convolution_backward(dy, x, x.new_empty(x.shape[1], 1, side, side), [False, True, True])
+    return dweight, dbias
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:

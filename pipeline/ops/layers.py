@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.ops import primitives
+
 NORM_EPS = 1e-6
 
 
@@ -34,8 +36,10 @@ def norm_of(module: nn.LayerNorm, scale: float = 1.0) -> Norm:
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm over the last dimension; statistics, and gradients of the affine parameters, in their dtype."""
     weight = norm.weight
+    if not torch.is_grad_enabled():
+        return primitives.layer_norm(x, *norm)[0]
     # CUDA's takes one dtype alone. The CPU's takes bf16 with fp32 parameters, and sums their gradients up in bf16.
-    if weight is not None and weight.dtype != x.dtype and (x.is_cuda or torch.is_grad_enabled()):
+    if weight is not None and weight.dtype != x.dtype:
         return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias, norm.eps).to(x.dtype)
     return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
 

@@ -26,6 +26,11 @@ from pipeline.ops.fourier import FourierBasis, filter_backward, filter_forward
 from pipeline.ops.layers import Norm, patches, unpatched
 
 
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
+    """LayerNorm by itself."""
+    return _LayerNorm.apply(x, *norm)
+
+
 def norm_linear(
     x: Tensor,
     norm: Norm,
@@ -102,6 +107,20 @@ def _linear_backward(dout: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tens
     """(gradient of the inputs, of the weight, of the bias) of a linear layer."""
     flat = dout.flatten(0, -2)
     return dout @ weight, flat.t() @ inputs.flatten(0, -2), flat.sum(0)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        y, mean, rstd = primitives.layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        return *primitives.layer_norm_backward(dy, x, mean, rstd, weight, bias, None), None
 
 
 class _NormLinear(torch.autograd.Function):
