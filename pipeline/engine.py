@@ -34,6 +34,7 @@ from deepspeed.utils import (
 from pipeline.collectives import max_over_ranks, sum_over_ranks
 from pipeline.config import Config
 from pipeline.data.loader import Ranks
+from pipeline.ops import kernels
 from pipeline.recipe import AdamWithEma, Loss
 
 Judge = Callable[[float, float], str | None]
@@ -70,8 +71,10 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         # Drop path leaves out samples, so that sizes change from step to step: fixed segments would fragment.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
+        kernels.why_not(local_rank)  # tried before the run, not within its first step
     else:
         # Otherwise DeepSpeed compiles its shared-memory collectives (100 s, a compiler) and leaks /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -180,6 +180,8 @@ def test_mistakes_are_refused():
         timm.create_model("hornet_tiny_7x7", drop_path=0.2)
     with pytest.raises(ValueError, match="leave img_size out"):
         timm.create_model("hornet_tiny_7x7", img_size=384)
+    with pytest.raises(ValueError, match=r"images are torch.uint8 and weights torch.float32"):
+        small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"image of 200x200"):
         small(img_size=200)
     with pytest.raises(ValueError, match=r"image of 64x80.*multiples of 32"):
@@ -253,15 +255,24 @@ def test_fused_for_inference(name: str):
     assert sum(p.numel() for p in fused.parameters()) < before
     assert not any(n.endswith(("gamma1", "norm1.weight", "norm2.bias")) or n == "norm.bias" for n in fused.state_dict())
     assert not any(p.requires_grad for p in fused.parameters())
+    fused.train()(x)
     with pytest.raises(ValueError, match="fused already"):
         fuse_for_inference(fused)
 
 
-def test_exports_and_compiles_whole():
-    """Without a complex number on the way; and nothing that was traced stays behind in the model."""
+def test_exports_and_compiles_whole(tmp_path: Path):
+    """For any batch, without a complex number or an operator of ours; and nothing traced stays behind in the model."""
     model = small().eval()
     x = torch.randn(2, 3, 64, 64)
-    exported = torch.export.export(model, (x,)).module()
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    assert "hornet" not in str({node.target for node in program.graph.nodes if node.op == "call_function"})
+    exported = program.module()
+    torch.testing.assert_close(exported(x[:1]), model(x[:1]))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x)
+        torch.testing.assert_close(traced(x), model(x))
+    traced.save(tmp_path / "traced.pt")
+    assert model(x[:0]).shape == (0, 7)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(exported(x), model(x))
     torch.testing.assert_close(compiled(x), model(x))

@@ -6,16 +6,19 @@ Without a GPU in Triton's interpreter; tests/test_triton.py takes the kernels on
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="triton is not installed")
 from test_recompute import furthest, gradients, model_of
 from test_triton import DEVICE  # first: it imports the kernels for the interpreter where there is no GPU
 
-from pipeline.ops import block_triton, kernels, selfcheck
+from pipeline.ops import block_triton, kernels, recompute, selfcheck
 
 
 @pytest.mark.parametrize("gf", [False, True], ids=["7x7", "gf"])
@@ -31,23 +34,59 @@ def test_a_model_with_kernels(gf: bool):
 
 
 def test_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch):
-    for name, small in (("_BATCH", 3), ("_SIDE", 5), ("_DIM", 12)):
+    """In whatever state the first pass is, under autocast or in an evaluation; and a wrong one is named."""
+    for name, small in (("_SIDE", 4), ("_DIM", 12), ("_WIDE", 40)):
         monkeypatch.setattr(selfcheck, name, small)
-    assert selfcheck.disagreement(torch.device(DEVICE)) is None
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        real = selfcheck.disagreement
+        monkeypatch.setattr(selfcheck, "disagreement", lambda device: real(torch.device("cpu")))
+    monkeypatch.setattr(kernels, "_verdicts", {})
+    with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
+        assert kernels.why_not(0) is None
+
     right = block_triton.gelu_backward
     monkeypatch.setattr(block_triton, "gelu_backward", lambda da, h: (1.5 * right(da, h)[0], right(da, h)[1]))
-    monkeypatch.setattr(selfcheck, "_TOLERANCE", {torch.float32: 1e-4})
-    assert "GELU in torch.float32 is off by" in str(selfcheck.disagreement(torch.device(DEVICE)))
+    monkeypatch.setattr(kernels, "_verdicts", {})
+    with pytest.warns(UserWarning, match="Triton kernels are off.*GELU in torch.float32 is off by"):
+        assert kernels.why_not(0)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such instruction\nand more")
+
+    monkeypatch.setattr(block_triton, "layer_norm", broken)
+    monkeypatch.setattr(kernels, "_verdicts", {})
+    with pytest.warns(UserWarning, match="RuntimeError: no such instruction$"):
+        kernels.why_not(0)
 
 
-def test_the_environment_turns_them_off():
-    """And without them, nothing of them is imported."""
-    program = (
-        "import sys, torch, pipeline.models; from pipeline.ops import kernels; "
-        "print(kernels.usable(torch.zeros(1)), kernels._on, 'pipeline.ops.block_triton' in sys.modules)"
-    )
+def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch):
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device=SimpleNamespace(index=0))
+    monkeypatch.setattr(kernels, "_verdicts", {0: None})
+    assert kernels.usable(on_gpu)
+    assert not kernels.usable(torch.zeros(1))
+    assert not kernels.usable(SimpleNamespace(**{**vars(on_gpu), "dtype": torch.float64}))
+    with FakeTensorMode():
+        assert not kernels.usable(on_gpu)
+    with kernels.enabled(False):
+        assert not kernels.usable(on_gpu)
     environment = {**os.environ, "PIPELINE_KERNELS": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["False", "False", "False"]
+    program = "from pipeline.ops import kernels; print(kernels._on)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_gradients_do_not_depend_on_strides():
+    """Of what comes in: a slice of planes seen as NHWC, say."""
+    torch.manual_seed(0)
+    shapes = [(12, 6), (12,), (6, 12), (6,)]
+    tensors = [torch.randn(shape, device=DEVICE, requires_grad=True) for shape in shapes]
+    gate, context = (torch.randn(2, c, 3, 3, device=DEVICE).permute(0, 2, 3, 1).requires_grad_() for c in (6, 18))
+    results = []
+    for on in (False, True):
+        with kernels.forced(on):
+            out = recompute.gating(gate, context, None, [(tensors[0], tensors[1])], (tensors[2], tensors[3]))
+            results.append(torch.autograd.grad(out.square().sum(), [gate, context, *tensors]))
+    assert furthest(list(results[1]), list(results[0])) <= 1e-5

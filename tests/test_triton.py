@@ -1,7 +1,8 @@
 """The Triton kernels against plain float64 PyTorch: in the interpreter without a GPU, compiled on one.
 
 The interpreter is slow, so shapes are small; they are odd on purpose (widths that are no power of two, maps of one
-pixel, slices of wider tensors). That the kernels compile, and into what, is `programs/compile_kernels.py`'s to say.
+pixel, slices of wider tensors). Every function in float32, bfloat16 and float16. That the kernels compile,
+and into what, is `programs/compile_kernels.py`'s to say.
 """
 
 from __future__ import annotations
@@ -10,7 +11,10 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +53,7 @@ def import_kernels() -> None:
 import_kernels()
 from pipeline.ops import block_triton, depthwise_triton, gnconv_triton  # noqa: E402
 
-FLOATS = [torch.float32, torch.bfloat16]
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error of one rounding: half the distance of neighbours. The interpreter cuts bf16 off instead.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}
 
@@ -90,13 +94,19 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float) ->
     return scale * planes.permute(0, 2, 3, 1)
 
 
-MAPS = [(2, 1, 1, 12, 7), (1, 5, 7, 70, 7), (2, 12, 12, 6, 7), (1, 2, 9, 30, 7), (3, 5, 7, 12, 3)]
+MAPS = {
+    (2, 1, 1, 12, 7): torch.float32,
+    (1, 5, 7, 70, 7): torch.bfloat16,
+    (2, 12, 12, 6, 7): torch.float32,
+    (1, 2, 9, 30, 7): torch.float16,
+    (3, 5, 7, 12, 3): torch.float32,
+}
 
 
-@pytest.mark.parametrize(("batch", "height", "width", "channels", "kernel"), MAPS)
-def test_depthwise(batch: int, height: int, width: int, channels: int, kernel: int) -> None:
-    shape = (batch, height, width, channels)
-    dtype = torch.bfloat16 if (height, kernel) == (5, 7) else torch.float32
+@pytest.mark.parametrize(("size", "dtype"), MAPS.items())
+def test_depthwise(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    *shape, kernel = size
+    channels = shape[-1]
     torch.manual_seed(0)
     x, dy = strided(*shape, dtype=dtype), normal(*shape, dtype=dtype)
     weight, bias = normal(channels, 1, kernel, kernel), normal(channels)
@@ -119,7 +129,7 @@ def test_depthwise(batch: int, height: int, width: int, channels: int, kernel: i
 
 
 def test_depthwise_in_many_programs() -> None:
-    """Tiles as a sweep might choose them; shares of the samples that do not come out even; no bias; fp16."""
+    """Tiles as a sweep might choose them; shares of the samples that do not come out even; no bias."""
     torch.manual_seed(0)
     x, dy, weight = normal(3, 4, 5, 8), normal(3, 4, 5, 8), normal(8, 1, 3, 3, dtype=torch.bfloat16)
     inputs = [t.double().requires_grad_() for t in (x, weight)]
@@ -134,8 +144,6 @@ def test_depthwise_in_many_programs() -> None:
     for actual in sums:
         close(actual, dweight)
     assert torch.equal(sums[0], sums[1])
-    half = x.half()
-    close(depthwise_triton.depthwise(half, weight, None, 1.0), convolution(half.double(), weight.double(), None, 1.0))
 
 
 def test_depthwise_of_any_strides() -> None:
@@ -145,6 +153,9 @@ def test_depthwise_of_any_strides() -> None:
     close(depthwise_triton.depthwise(x, weight, None, 1.0), convolution(x.double(), weight.double(), None, 1.0))
     with pytest.raises(ValueError, match="slice of channels"):
         depthwise_triton.depthwise_backward_input(normal(2, 3, 4, 8), weight, 1.0, x)
+    overlapping = normal(100).as_strided((2, 3, 4, 8), (48, 16, 4, 1))
+    with pytest.raises(ValueError, match="slice of channels"):
+        depthwise_triton.depthwise_backward_input(normal(2, 3, 4, 8), weight, 1.0, overlapping)
     with pytest.raises(ValueError, match="got 5"):
         depthwise_triton.depthwise(x, normal(8, 1, 5, 5), None, 1.0)
 
@@ -198,7 +209,7 @@ def test_layer_norm_of_a_large_mean() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(3, 12), (45, 48), (2, 1536)])
-@pytest.mark.parametrize("dtype", [*FLOATS, torch.float16])
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_multiply(n: int, d: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     a, b, dx = strided(n, d, dtype=dtype), strided(n, d, dtype=dtype, offset=0), normal(n, d, dtype=dtype)
@@ -212,8 +223,19 @@ def test_multiply(n: int, d: int, dtype: torch.dtype) -> None:
     close(db.view, dx.double() * a64)
     assert da.intact()
     assert db.intact()
+
+
+# A transposed matrix, every other channel, one row for all, rows that overlap.
+@pytest.mark.parametrize("strides", [(1, 5), (24, 2), (0, 1), (11, 1)])
+def test_multiply_backward_refuses_to_write_where_rows_are_not(strides: tuple[int, int]) -> None:
+    a, good = normal(5, 12), torch.empty(5, 12, device=DEVICE)
+    bad = normal(200).as_strided((5, 12), strides)
+    before = bad.clone()
     with pytest.raises(ValueError, match="da is written in place"):
-        gnconv_triton.multiply_backward(dx, a, b, torch.empty(d, n).T, db.view)
+        gnconv_triton.multiply_backward(a, a, a, bad, good)
+    with pytest.raises(ValueError, match="db is written in place"):
+        gnconv_triton.multiply_backward(a, a, a, good, bad)
+    assert torch.equal(bad, before)
 
 
 @pytest.mark.parametrize(("n", "k", "d"), [(5, 12, 24), (130, 48, 96), (33, 96, 192), (1, 30, 15)])
@@ -247,15 +269,16 @@ def test_gelu(dtype: torch.dtype) -> None:
         assert (a.double() - expected).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize(("integers", "dtype"), [(torch.int64, torch.bfloat16), (torch.int32, torch.float16)])
 @pytest.mark.parametrize("kept", [None, [1, -1, 0], [-1, -1, -1]])
-def test_residual(kept: list[int] | None) -> None:
+def test_residual(kept: list[int] | None, integers: torch.dtype, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, gamma = normal(3, 35, 96, dtype=torch.bfloat16), normal(96)
+    x, gamma = normal(3, 35, 96, dtype=dtype), normal(96)
     f = normal(3 if kept is None else max(1, max(kept) + 1), 35, 96)
-    position = None if kept is None else torch.tensor(kept, device=DEVICE)
+    position = None if kept is None else torch.tensor(kept, dtype=integers, device=DEVICE)
     rows = range(3) if kept is None else kept
     y = block_triton.residual(x, f, position, gamma, 1.25)
-    assert y.dtype == torch.bfloat16
+    assert y.dtype == dtype
     for b, row in enumerate(rows):
         if row < 0:
             assert torch.equal(y[b], x[b])
@@ -263,6 +286,41 @@ def test_residual(kept: list[int] | None) -> None:
             close(y[b], x[b].double() + 1.25 * gamma.double() * f[row].double())
     plain = block_triton.residual(x.float(), f, position, None, 1.0)
     close(plain, torch.stack([x[b].double() + (f[row].double() if row >= 0 else 0) for b, row in enumerate(rows)]))
+
+
+def test_a_launch_is_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's own choice is the current GPU, which would take a model on cuda:1 for its own."""
+    current = ["cuda:0"]
+
+    @contextmanager
+    def device_of(like: SimpleNamespace) -> Iterator[None]:
+        before, current[0] = current[0], like.device
+        yield
+        current[0] = before
+
+    def kernel(*args: int, **options: int) -> None:
+        seen.append((current[0], args, options))
+
+    seen: list[tuple] = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for like in (SimpleNamespace(is_cuda=True, device="cuda:1"), torch.ones(1)):
+        gnconv_triton.launch({(3,): kernel}, (3,), like, 1, 2, num_warps=4)
+    options = {"num_warps": 4, **gnconv_triton.OPTIONS}
+    assert seen == [("cuda:1", (1, 2), options), ("cuda:0", (1, 2), options)]
+    for module in (block_triton, depthwise_triton, gnconv_triton):  # no launch goes round it
+        assert "_kernel[" not in Path(module.__file__).read_text()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_second_gpu() -> None:
+    x = torch.randn(5, 12, device="cuda:1")
+    assert torch.equal(gnconv_triton.multiply(x, x), x * x)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="70000 programs are too many for the interpreter")
+def test_more_samples_than_a_second_axis_takes() -> None:
+    x, f = normal(70_000, 1, 12), normal(70_000, 1, 12)
+    assert torch.equal(block_triton.residual(x, f, None, None, 1.0), x + f)
 
 
 def test_nothing_at_all() -> None:

@@ -41,17 +41,17 @@ def draw_keeps(rates: Sequence[float], batch: int, like: Tensor, masks: bool) ->
 
     Source: Deep Networks with Stochastic Depth, Huang et al. 2016.
     """
-    kept = [torch.empty(batch).bernoulli_(1 - rate).bool() for rate in rates if rate > 0]
+    kept = [torch.empty(batch, device="cpu").bernoulli_(1 - rate).bool() for rate in rates if rate > 0]
     if not kept:
         return [KEEP_ALL] * len(rates)
     if masks:
-        factors = torch.stack(kept) / (1 - torch.tensor([rate for rate in rates if rate > 0]))[:, None]
+        factors = torch.stack(kept) / (1 - torch.tensor([rate for rate in rates if rate > 0], device="cpu"))[:, None]
         drawn = [Keep(mask=mask) for mask in _sent(factors.view(-1, batch, 1, 1, 1), like).to(like.dtype)]
     else:
         # A branch that no sample takes is computed for one, and times 0: without a gradient for its parameters,
         # ranks would wait for each other for ever.
         left = [mask.nonzero().flatten() for mask in kept]
-        chosen = [rows if len(rows) else torch.zeros(1, dtype=torch.int64) for rows in left]
+        chosen = [rows if len(rows) else torch.zeros(1, dtype=torch.int64, device="cpu") for rows in left]
         on_device = _sent(torch.cat(chosen), like).split([len(rows) for rows in chosen])
         factors_ = [1 / (1 - rate) for rate in rates if rate > 0]
         drawn = [

@@ -19,7 +19,8 @@ def fuse_for_inference(model: HorNet) -> HorNet:
     Layer scales go into the projections before them, the affine parameters of norms into the linear layers behind them
     (those of the filter's norms stay: padding, and a product, lie between), and the depthwise scale into the depthwise
     weights or the filter's last norm. Outputs are equal up to rounding. The state dict is another afterwards, so copy
-    the model first (`copy.deepcopy`) where the original is still needed.
+    the model first (`copy.deepcopy`) where the original is still needed. A head that is
+    replaced afterwards has to bring its norm with it.
 
     Raises:
         ValueError: `model` was fused before.
@@ -35,6 +36,7 @@ def fuse_for_inference(model: HorNet) -> HorNet:
         _fold_scale(gnconv.proj_out, cast(Tensor, block.gamma1))
         _fold_scale(block.pwconv2, cast(Tensor, block.gamma2))
         block.gamma1 = block.gamma2 = None
+        block.drop_path_rate = 0.0  # its factor is part of the scale
         last = gnconv.dwconv.post_norm if isinstance(gnconv.dwconv, GlobalLocalFilter) else gnconv.dwconv
         _fold_scale(last, torch.tensor(gnconv.scale))
         gnconv.scale = 1.0

@@ -127,8 +127,10 @@ class HorNet(nn.Module):
     def _stage_maps(self, x: Tensor, stages: int, wanted: Collection[int]) -> list[Tensor]:
         """The `wanted` ones of the maps after the first `stages` stages, (B, C, H, W) in channels_last memory."""
         _check_image_size(*x.shape[-2:])
-        maps = []
-        dtype = compute_dtype(x)
+        maps: list[Tensor] = []
+        dtype, weights = compute_dtype(x), cast(nn.Conv2d, self.downsample_layers[0][0]).weight.dtype  # type: ignore[index]
+        if dtype == x.dtype != weights:
+            raise ValueError(f"images are {x.dtype} and weights {weights}: convert one of them, or use autocast")
         with no_autocast(x.device.type):
             x = x.permute(0, 2, 3, 1).to(dtype)
             keeps = self._draw_keeps(x)
@@ -144,13 +146,13 @@ class HorNet(nn.Module):
         if not self.training:
             return [[(KEEP_ALL, KEEP_ALL)] * len(rates) for rates in stages]
         both = [rate for rates in stages for rate in rates for _ in range(2)]
-        drawn = iter(draw_keeps(both, len(x), x, masks=self.compiled))
+        drawn = iter(draw_keeps(both, len(x), x, masks=self.compiled or torch.compiler.is_compiling()))
         return [[(next(drawn), next(drawn)) for _ in rates] for rates in stages]
 
     def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
         policy: Policy = self.checkpointing[i]
-        if policy == "none" and kernels.usable(x):
+        if policy == "none" and not self.compiled and kernels.usable(x):
             policy = "selective"  # the kernels are spelled that way alone: what it recomputes is free there
         x = downsample(self.downsample_layers[i], x, lean=policy != "none")
         basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if self.filters[i] else None
@@ -272,6 +274,7 @@ class HorNet(nn.Module):
         """torch.compile each block, in place; names and shapes of the state stay. `options` are torch.compile's.
 
         Blocks of a stage share their code. Drop path then masks instead of leaving samples out: shapes are fixed.
+        Raises torch._dynamo's recompile_limit to 64, for the process.
         """
         # A graph for each stage, with and without gradients, and drop path or none in the first block.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)

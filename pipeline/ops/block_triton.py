@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.ops.gnconv_triton import BLOCK, OPTIONS, positions, with_rows
+from pipeline.ops.gnconv_triton import BLOCK, launch, positions, with_rows
 
 NORM_WARPS = 16  # of LayerNorm's forward pass on a multiprocessor at a time
 ROW_TILE = 2048  # elements a program of its backward pass holds: 16 a thread of 4 warps, in up to 6 tensors
@@ -82,7 +82,7 @@ def _layer_norm(
     # Pointers that are not used still have to be of some tensor.
     affine = (mean, mean) if weight is None else (weight, bias)
     shape = (n, eps, c, x.stride(0), rows, block, weight is not None, bias is not None, known)
-    _layer_norm_kernel[(max(1, programs),)](x, *affine, y, mean, rstd, *shape, num_warps=warps, **OPTIONS)
+    launch(_layer_norm_kernel, (max(1, programs),), x, x, *affine, y, mean, rstd, *shape, num_warps=warps)
 
 
 def layer_norm_backward(
@@ -111,20 +111,8 @@ def layer_norm_backward(
         extra = dy if add is None else add
         strides = (dy.stride(0), x.stride(0), extra.stride(0))
         shape = (c, *strides, rows, block, weight is not None, add is not None)
-        _layer_norm_backward_kernel[(programs,)](
-            dy,
-            x,
-            mean,
-            rstd,
-            mean if weight is None else weight,
-            extra,
-            dx,
-            sums,
-            n,
-            *shape,
-            num_warps=warps,
-            **OPTIONS,
-        )
+        tensors = (dy, x, mean, rstd, mean if weight is None else weight, extra, dx, sums)
+        launch(_layer_norm_backward_kernel, (programs,), x, *tensors, n, *shape, num_warps=warps)
     if weight is None:
         return dx, None, None
     dweight, dbias = sums.sum(0)
@@ -136,7 +124,7 @@ def gelu(h: Tensor, *, block: int = BLOCK) -> Tensor:
     h = h.contiguous()
     out = torch.empty_like(h)
     if h.numel():
-        _gelu_kernel[(triton.cdiv(h.numel(), block),)](h, out, h.numel(), block, num_warps=4, **OPTIONS)
+        launch(_gelu_kernel, (triton.cdiv(h.numel(), block),), h, h, out, h.numel(), block, num_warps=4)
     return out
 
 
@@ -146,7 +134,7 @@ def gelu_backward(da: Tensor, h: Tensor, *, block: int = BLOCK) -> tuple[Tensor,
     dh, a = torch.empty_like(h), torch.empty_like(h)
     if h.numel():
         grid = (triton.cdiv(h.numel(), block),)
-        _gelu_backward_kernel[grid](da, h, dh, a, h.numel(), block, num_warps=4, **OPTIONS)
+        launch(_gelu_backward_kernel, grid, h, da, h, dh, a, h.numel(), block, num_warps=4)
     return dh, a
 
 
@@ -158,7 +146,7 @@ def residual(
     Args:
         x: (B, M, C).
         f: (B', M, C), of any floating dtype, the samples that were kept.
-        position: (B,) int64, the row of `f` for each sample or -1; None: all were kept, in order.
+        position: (B,) int64 or int32, the row of `f` for each sample or -1; None: all were kept, in order.
         gamma: (C,) or None for 1.
 
     Returns:
@@ -168,10 +156,10 @@ def residual(
     out = torch.empty_like(x)
     batch, m, c = x.shape
     if out.numel():
-        grid = (triton.cdiv(m * c, block), batch)  # at most 65535 samples
+        blocks = triton.cdiv(m * c, block)  # of a sample
         pointers = (x, f, x if position is None else position, x if gamma is None else gamma, out)
         shape = (c, block, position is not None, gamma is not None)
-        _residual_kernel[grid](*pointers, scale, m, *shape, num_warps=4, **OPTIONS)
+        launch(_residual_kernel, (batch * blocks,), x, *pointers, scale, m, blocks, *shape, num_warps=4)
     return out
 
 
@@ -279,17 +267,17 @@ def _gelu_backward_kernel(da_ptr, h_ptr, dh_ptr, a_ptr, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def _residual_kernel(
-    x_ptr, f_ptr, position_ptr, gamma_ptr, out_ptr, scale, m,
+    x_ptr, f_ptr, position_ptr, gamma_ptr, out_ptr, scale, m, blocks,
     C: tl.constexpr, BLOCK: tl.constexpr, HAS_POSITION: tl.constexpr, HAS_GAMMA: tl.constexpr,
 ):  # fmt: skip
-    sample = tl.program_id(1).to(tl.int64)
-    first, row, column = positions(C, BLOCK)
+    sample = (tl.program_id(0) // blocks).to(tl.int64)
+    first, row, column = positions(tl.program_id(0) % blocks, C, BLOCK)
     rows = (m - first).to(tl.int32)
     at = row * C + column
     y = tl.load(x_ptr + (sample * m + first) * C + at, mask=row < rows).to(tl.float32)
     source = sample
     if HAS_POSITION:
-        source = tl.load(position_ptr + sample)
+        source = tl.load(position_ptr + sample).to(tl.int64)
     # Nothing is read for a sample that was dropped: x + 0.
     kept = row < tl.where(source >= 0, rows, 0)
     f = tl.load(f_ptr + (source * m + first) * C + at, mask=kept, other=0.0).to(tl.float32) * scale

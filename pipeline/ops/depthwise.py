@@ -27,19 +27,26 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, K, K), K odd, of any floating dtype: it is used in that of `x`.
         bias: (C,) or None.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # what leaves this process knows PyTorch's alone
+        return _plain(x, weight, bias)
     return _Depthwise.apply(x, weight, bias)
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`depthwise` without autograd."""
-    return torch.ops.hornet.depthwise(x, weight, bias) if torch.compiler.is_compiling() else _forward(x, weight, bias)
+    return _operators.depthwise(x, weight, bias) if torch.compiler.is_compiling() else _forward(x, weight, bias)
 
 
-def depthwise_backward(dy: Tensor, x: Tensor, weight: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(dx, dweight, dbias) of `depthwise`; the last two in float32, or in float64 where `x` is."""
-    spelled = torch.ops.hornet.depthwise_backward if torch.compiler.is_compiling() else _backward
-    dx, dweight, dbias = spelled(dy, x, weight)
-    return dx, dweight, dbias if has_bias else None
+def depthwise_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dweight, dbias) of `depthwise`, or None where not `wanted`; the last two in float32, or in `x`'s float64."""
+    if torch.compiler.is_compiling():
+        found = _operators.depthwise_backward(dy, x, weight)
+        return tuple(each if want else None for each, want in zip(found, wanted, strict=True))  # type: ignore[return-value]
+    dx = _input_gradient(dy, weight) if wanted[0] else None
+    dweight, dbias = _weight_gradients(dy, x, weight.shape[-1]) if wanted[1] or wanted[2] else (None, None)
+    return dx, dweight, dbias if wanted[2] else None
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,27 +54,40 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         from pipeline.ops import depthwise_triton
 
         return depthwise_triton.depthwise(x, weight, bias, 1.0)
+    return _plain(x, weight, bias)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     planes = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
     return planes.permute(0, 2, 3, 1).contiguous()
 
 
-def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
+    if kernels.usable(dy):
+        from pipeline.ops import depthwise_triton
+
+        return depthwise_triton.depthwise_backward_input(dy, weight, 1.0, None)
+    planes = dy.permute(0, 3, 1, 2)
+    dx, _, _ = _convolution_backward(planes, planes, weight.to(dy.dtype), [True, False, False])  # of x the shape alone
+    return dx.permute(0, 2, 3, 1).contiguous()
+
+
+def _weight_gradients(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
     if kernels.usable(x):
         from pipeline.ops import depthwise_triton
 
-        dx = depthwise_triton.depthwise_backward_input(dy, weight, 1.0, None)
-        return dx, *depthwise_triton.depthwise_backward_weight(dy, x, weight.shape[-1], 1.0)
+        return depthwise_triton.depthwise_backward_weight(dy, x, side, 1.0)
     wide = torch.promote_types(x.dtype, torch.float32)
-    planes_dy, planes_x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
-    if x.device.type != "cpu":
-        dx, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, True, True])
-    else:
-        dx, _, _ = _convolution_backward(planes_dy, planes_x, weight.to(x.dtype), [True, False, False])
-        parts = [planes.to(wide).split(CHANNELS_AT_ONCE, 1) for planes in (planes_dy, planes_x)]
-        sums = [_weight_gradient(dy_, x_, weight.shape[-1]) for dy_, x_ in zip(*parts, strict=True)]
-        dweight, dbias = (torch.cat(each) for each in zip(*sums, strict=True))
-    return dx.permute(0, 2, 3, 1).contiguous(), dweight.to(wide), dbias.to(wide)
+    at_once, dtype = (CHANNELS_AT_ONCE, wide) if x.device.type == "cpu" else (x.shape[-1], x.dtype)
+    parts = [planes.permute(0, 3, 1, 2).to(dtype).split(at_once, 1) for planes in (dy, x)]
+    sums = [_weight_gradient(dy_, x_, side) for dy_, x_ in zip(*parts, strict=True)]
+    dweight, dbias = (torch.cat(each).to(wide) for each in zip(*sums, strict=True))
+    return dweight, dbias
+
+
+def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _input_gradient(dy, weight), *_weight_gradients(dy, x, weight.shape[-1])
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -86,7 +106,6 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bo
 class _Depthwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
-        ctx.has_bias = bias is not None
         ctx.save_for_backward(x, weight)
         return depthwise_forward(x, weight, bias)
 
@@ -94,24 +113,27 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        return depthwise_backward(dy.contiguous(), x, weight, ctx.has_bias)
+        return depthwise_backward(dy.contiguous(), x, weight, ctx.needs_input_grad)
 
 
 # What torch.compile sees: one opaque operator each way, for it has no template of a depthwise convolution, and chooses
 # the layout of a library's on its own.
-_library = torch.library.Library("hornet", "DEF")
+_library = torch.library.Library("hornet_pretraining", "FRAGMENT")
 _library.define("depthwise(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _library.define("depthwise_backward(Tensor dy, Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)")
 _library.impl("depthwise", _forward, "CompositeExplicitAutograd")
 _library.impl("depthwise_backward", _backward, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("hornet::depthwise")
+@torch.library.register_fake("hornet_pretraining::depthwise")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape)
 
 
-@torch.library.register_fake("hornet::depthwise_backward")
+@torch.library.register_fake("hornet_pretraining::depthwise_backward")
 def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=wide), x.new_empty(x.shape[-1:], dtype=wide)
+
+
+_operators = torch.ops.hornet_pretraining

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pipeline.ops.block_triton import multiprocessors
-from pipeline.ops.gnconv_triton import OPTIONS
+from pipeline.ops.gnconv_triton import launch
 
 KERNEL_SIZES = (3, 7)
 # Two channels a thread: a load of two bf16 is one instruction, converted by two; but two sets of taps and sums.
@@ -119,9 +119,8 @@ def depthwise_backward_weight(
     sums = torch.empty((parts, taps + 1, channels), dtype=torch.float32, device=x.device)
     if dy.numel():
         shape = (width, channels, x_stride, dy_stride, kernel_size, tile, block, unroll)
-        _weight_kernel[(parts, blocks)](
-            dy, x, sums, scale, batch, height, samples, *shape, num_warps=max(1, block // CHANNELS), **OPTIONS
-        )
+        counts, warps = (batch, height, samples), max(1, block // CHANNELS)
+        launch(_weight_kernel, (parts, blocks), x, dy, x, sums, scale, *counts, *shape, num_warps=warps)
     total = sums.sum(0)  # (K * K + 1, C)
     return total[:taps].t().contiguous().view(channels, 1, kernel_size, kernel_size), total[taps]
 
@@ -142,7 +141,8 @@ def _convolve(
     grid = (batch * triton.cdiv(width, tile), triton.cdiv(channels, block))
     shape = (width, channels, x_stride, _pixel_stride(out), kernel_size, tile, block, bias is not None, flip)
     extra = taps if bias is None else bias  # a pointer that is not used still has to be of some tensor
-    _convolve_kernel[grid](x, taps, extra, out, scale, height, *shape, num_warps=max(1, block // CHANNELS), **OPTIONS)
+    warps = max(1, block // CHANNELS)
+    launch(_convolve_kernel, grid, x, x, taps, extra, out, scale, height, *shape, num_warps=warps)
 
 
 def _pixel_stride(x: Tensor) -> int | None:

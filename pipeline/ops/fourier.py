@@ -48,7 +48,7 @@ def _basis(height: int, width: int, dtype: torch.dtype, device: torch.device) ->
         cos, sin = _waves(width)  # (W, W), by frequency and position
         kept = width // 2 + 1
         rows = torch.cat((cos[:kept], -sin[:kept]))
-        twice = torch.full((kept,), 2.0, dtype=torch.float64)
+        twice = torch.full((kept,), 2.0, dtype=torch.float64, device="cpu")
         twice[0] = 1.0
         if width % 2 == 0:
             twice[-1] = 1.0
@@ -64,25 +64,26 @@ _kept_basis = cache(_basis)
 
 
 def _waves(size: int) -> tuple[Tensor, Tensor]:
-    n = torch.arange(size)
+    n = torch.arange(size, device="cpu")  # whatever the default device
     angle = 2 * math.pi / size * (n[:, None] * n % size).double()
     return angle.cos() / math.sqrt(size), angle.sin() / math.sqrt(size)
 
 
 def transform(x: Tensor, basis: FourierBasis) -> Tensor:
     """(B, H, W, C) -> spectrum (B, 2, H, V, C)."""
-    batch, height, _, channels = x.shape
-    half = _each(basis.rows, x.flatten(0, 1))  # (B H, 2 V, C)
-    spectrum = _each(basis.columns, half.view(batch, 2 * height, -1))
-    return spectrum.view(batch, 2, height, -1, channels)
+    batch, height, width, channels = x.shape
+    frequencies = basis.rows.shape[0] // 2
+    half = _each(basis.rows, x.reshape(batch * height, width, channels))  # (B H, 2 V, C)
+    spectrum = _each(basis.columns, half.view(batch, 2 * height, frequencies * channels))
+    return spectrum.view(batch, 2, height, frequencies, channels)
 
 
 def inverse(spectrum: Tensor, basis: FourierBasis) -> Tensor:
     """Spectrum (B, 2, H, V, C) -> (B, H, W, C), as `torch.fft.irfft2`."""
-    batch, _, height, _, channels = spectrum.shape
-    half = _each(basis.columns.t(), spectrum.reshape(batch, 2 * height, -1))
-    x = _each(basis.rows_inverse, half.view(batch * height, -1, channels))
-    return x.view(batch, height, -1, channels)
+    batch, _, height, frequencies, channels = spectrum.shape
+    half = _each(basis.columns.t(), spectrum.reshape(batch, 2 * height, frequencies * channels))
+    x = _each(basis.rows_inverse, half.view(batch * height, 2 * frequencies, channels))
+    return x.view(batch, height, basis.rows_inverse.shape[0], channels)
 
 
 def filter_forward(x: Tensor, filt: Tensor, basis: FourierBasis) -> tuple[Tensor, Tensor]:
@@ -112,4 +113,4 @@ def _product(spectrum: Tensor, filt: Tensor) -> Tensor:
 
 def _each(matrix: Tensor, x: Tensor) -> Tensor:
     """`matrix` (M, K) times every one of (N, K, C). Not `matmul`, which may lay C and N out anew for one product."""
-    return torch.bmm(matrix.expand(len(x), -1, -1), x)
+    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)

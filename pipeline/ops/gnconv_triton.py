@@ -15,6 +15,8 @@ Widths and strides are compile-time constants (a few per model): they decide the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,18 @@ BLOCK = 2048  # elements a program: 16 a thread of 4 warps, so two accesses of 1
 OPTIONS = {"enable_fp_fusion": False}
 
 
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **options: Any) -> None:
+    """`kernel` on the GPU of `like` and its current stream. Triton alone takes the current GPU, wherever the data is.
+
+    Does not wait. Only axis 0 of a grid reaches beyond 65535: what grows with the batch goes there.
+    """
+    if like.is_cuda:
+        with torch.cuda.device_of(like):
+            kernel[grid](*args, **options, **OPTIONS)
+    else:  # the interpreter, and what takes note of launches
+        kernel[grid](*args, **options, **OPTIONS)
+
+
 def multiply(a: Tensor, b: Tensor, *, block: int = BLOCK) -> Tensor:
     """a * b of two row-strided (N, D) tensors -> (N, D) contiguous, in `a`'s dtype."""
     a, b = with_rows(a), with_rows(b)
@@ -32,7 +46,7 @@ def multiply(a: Tensor, b: Tensor, *, block: int = BLOCK) -> Tensor:
     n, width = a.shape
     if out.numel():
         grid = (triton.cdiv(n * width, block),)
-        _multiply_kernel[grid](a, b, out, n, width, a.stride(0), b.stride(0), block, num_warps=4, **OPTIONS)
+        launch(_multiply_kernel, grid, a, a, b, out, n, width, a.stride(0), b.stride(0), block, num_warps=4)
     return out
 
 
@@ -42,7 +56,7 @@ def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, 
     All are (N, D). The product is recomputed here because the weight gradient of the next 1x1 convolution needs it.
 
     Raises:
-        ValueError: the channels of `da` or `db` are not contiguous.
+        ValueError: a row of `da` or `db` is not contiguous, or overlaps the next.
     """
     dx, a, b = with_rows(dx), with_rows(a), with_rows(b)
     check_rows(da, "da")
@@ -52,7 +66,7 @@ def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor, 
     if x.numel():
         grid = (triton.cdiv(n * width, block),)
         strides = (dx.stride(0), a.stride(0), b.stride(0), da.stride(0), db.stride(0))
-        _multiply_backward_kernel[grid](dx, a, b, da, db, x, n, width, *strides, block, num_warps=4, **OPTIONS)
+        launch(_multiply_backward_kernel, grid, x, dx, a, b, da, db, x, n, width, *strides, block, num_warps=4)
     return x
 
 
@@ -68,21 +82,24 @@ def gated_linear(
         c: (N, D), row-strided.
 
     The second output is made of `p` as it is stored, so that `multiply(p, c)` gives it again to the last bit.
+
+    Pays for 16-bit types: float32 is multiplied as such, without tensor cores, and bound by that; whether to call it
+    there is the caller's choice.
     """
     x, c, weight = with_rows(x), with_rows(c), weight.to(x.dtype).contiguous()
     (n, k), d = x.shape, weight.shape[0]
     p, product = (torch.empty((n, d), dtype=x.dtype, device=x.device) for _ in range(2))
     if p.numel():
-        # 64 columns: 64 sums a thread. A wider D reads x once more for each further block, which L2 answers.
+        # 64 columns: 64 sums a thread. A wider D takes several blocks of columns, each of which reads its rows of x:
+        # they are next to each other in the grid and run at the same time, so all readings but one come from L2.
         block_d = min(64, max(16, triton.next_power_of_2(d)))
         # The largest power of two that divides K: no lane of the tensor cores is wasted on padding (96 = 3 x 32).
         block_k = min(64, max(16, k & -k))
-        grid = (triton.cdiv(n, block_rows), triton.cdiv(d, block_d))
+        grid = (triton.cdiv(n, block_rows) * triton.cdiv(d, block_d),)
         interpreted = not isinstance(_gated_linear_kernel, triton.JITFunction)
         shape = (k, d, x.stride(0), c.stride(0), block_rows, block_d, block_k, interpreted)
-        _gated_linear_kernel[grid](
-            x, weight, bias, c, p, product, n, *shape, num_warps=num_warps, num_stages=3, **OPTIONS
-        )
+        tensors = (x, weight, bias, c, p, product)
+        launch(_gated_linear_kernel, grid, x, *tensors, n, *shape, num_warps=num_warps, num_stages=3)
     return p, product
 
 
@@ -92,14 +109,16 @@ def with_rows(x: Tensor) -> Tensor:
 
 
 def check_rows(view: Tensor, name: str) -> None:
-    if view.stride(-1) != 1 and view.shape[-1] != 1:
-        raise ValueError(f"{name} is written in place and needs contiguous channels, got strides {view.stride()}")
+    """Raises ValueError if `view` (N, D) cannot be written row by row: gaps in a row, or rows that overlap."""
+    n, width = view.shape
+    if (width > 1 and view.stride(1) != 1) or (n > 1 and view.stride(0) < width):
+        raise ValueError(f"{name} is written in place and needs contiguous rows, got strides {view.stride()}")
 
 
 @triton.jit
-def positions(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's first row (64 bits), and of each of its elements the row after that one and the column."""
-    start = tl.program_id(0).to(tl.int64) * BLOCK
+def positions(block, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """The first row of a block of elements (64 bits), and of each element the row after that one and the column."""
+    start = block.to(tl.int64) * BLOCK
     flat = (start % WIDTH).to(tl.int32) + tl.arange(0, BLOCK)
     return start // WIDTH, flat // WIDTH, flat % WIDTH
 
@@ -108,7 +127,7 @@ def positions(WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 def _multiply_kernel(
     a_ptr, b_ptr, out_ptr, n, WIDTH: tl.constexpr, A: tl.constexpr, B: tl.constexpr, BLOCK: tl.constexpr
 ):
-    first, row, column = positions(WIDTH, BLOCK)
+    first, row, column = positions(tl.program_id(0), WIDTH, BLOCK)
     inside = row < (n - first).to(tl.int32)
     a = tl.load(a_ptr + first * A + (row * A + column), mask=inside).to(tl.float32)
     b = tl.load(b_ptr + first * B + (row * B + column), mask=inside).to(tl.float32)
@@ -122,7 +141,7 @@ def _multiply_backward_kernel(
     WIDTH: tl.constexpr, DX: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    first, row, column = positions(WIDTH, BLOCK)
+    first, row, column = positions(tl.program_id(0), WIDTH, BLOCK)
     inside = row < (n - first).to(tl.int32)
     dx = tl.load(dx_ptr + first * DX + (row * DX + column), mask=inside).to(tl.float32)
     a = tl.load(a_ptr + first * A + (row * A + column), mask=inside).to(tl.float32)
@@ -139,10 +158,11 @@ def _gated_linear_kernel(
     K: tl.constexpr, D: tl.constexpr, X: tl.constexpr, C: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * ROWS
+    column_blocks: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    first = (tl.program_id(0) // column_blocks).to(tl.int64) * ROWS
     row = tl.arange(0, ROWS)
     inside = (row < n - first)[:, None]
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    d = tl.program_id(0) % column_blocks * BLOCK_D + tl.arange(0, BLOCK_D)
     k = tl.arange(0, BLOCK_K)
     bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     acc = tl.zeros((ROWS, BLOCK_D), tl.float32) + bias[None, :]

@@ -34,14 +34,12 @@ def norm_of(module: nn.LayerNorm, scale: float = 1.0) -> Norm:
 
 
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    """LayerNorm over the last dimension; statistics, and gradients of the affine parameters, in their dtype."""
-    weight = norm.weight
+    """LayerNorm over the last dimension; statistics, and sums of gradients, in float32 or better."""
     if not torch.is_grad_enabled():
         return primitives.layer_norm(x, *norm)[0]
-    # CUDA's takes one dtype alone. The CPU's takes bf16 with fp32 parameters, and sums their gradients up in bf16.
-    if weight is not None and weight.dtype != x.dtype:
-        return F.layer_norm(x.to(weight.dtype), x.shape[-1:], weight, norm.bias, norm.eps).to(x.dtype)
-    return F.layer_norm(x, x.shape[-1:], weight, norm.bias, norm.eps)
+    wide = torch.promote_types(x.dtype, torch.float32)  # see `primitives`: neither device's is right in bf16
+    weight, bias = (None if each is None else each.to(wide) for each in (norm.weight, norm.bias))
+    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -22,8 +22,10 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
         y, mean, rstd = block_triton.layer_norm(_rows(x), weight, bias, eps)
         return y.view(x.shape), mean, rstd
-    if x.is_cuda and weight is not None and weight.dtype != x.dtype:  # CUDA's takes one dtype alone
-        y, mean, rstd = torch.native_layer_norm(x.to(weight.dtype), x.shape[-1:], weight, bias, eps)
+    if _takes_wide(x, weight):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
+        y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
         return y.to(x.dtype), mean, rstd
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -50,10 +52,11 @@ def layer_norm_backward(
         flat = None if add is None else _rows(add)
         dx, dweight, dbias = block_triton.layer_norm_backward(_rows(dy), _rows(x), mean, rstd, weight, flat)
         return dx.view(x.shape), dweight, dbias
-    dtype = x.dtype
-    if weight is not None and weight.dtype != dtype:  # in bf16 a CPU sums dweight and dbias up in bf16: 5 to 50 % off
-        dy, x = dy.to(weight.dtype), x.to(weight.dtype)
-    affine = weight is not None
+    dtype, affine = x.dtype, weight is not None
+    if _takes_wide(x, weight):
+        wide = torch.promote_types(dtype, torch.float32)
+        dy, x = dy.to(wide), x.to(wide)
+        weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, x, x.shape[-1:], mean, rstd, weight, bias, [True, affine, affine]
     )
@@ -75,7 +78,8 @@ def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) 
     if kernels.usable(dx):
         from pipeline.ops import gnconv_triton
 
-        return gnconv_triton.multiply_backward(_rows(dx), _rows(a), _rows(b), _rows(da), _rows(db)).view(dx.shape)
+        written = (each.view(-1, each.shape[-1]) for each in (da, db))  # raises where it would have to copy
+        return gnconv_triton.multiply_backward(_rows(dx), _rows(a), _rows(b), *written).view(dx.shape)
     if torch.compiler.is_compiling():  # it takes no slice as `out`, and needs none
         da.copy_(dx * b)
         db.copy_(dx * a)
@@ -87,7 +91,7 @@ def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) 
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the recursion: (p = x W^T + b, p * c), both (..., out). `c` may be a slice."""
-    if max(weight.shape) <= NARROW and kernels.usable(x):
+    if x.element_size() == 2 and max(weight.shape) <= NARROW and kernels.usable(x):  # fp32: no tensor cores
         from pipeline.ops import gnconv_triton
 
         p, product = gnconv_triton.gated_linear(_rows(x), weight, bias, _rows(c))
@@ -128,6 +132,13 @@ def add_rows(x: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
         return flat.view(x.shape)
     # Not index_add: on a CPU it goes element by element.
     return x + f if rows is None else torch.index_copy(x, 0, rows, x[rows] + f)
+
+
+def _takes_wide(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether a LayerNorm has to run in float32: CUDA's takes one dtype alone, and a CPU's on bf16 keeps statistics and
+    sums of the affine parameters' gradients in bf16, 5 to 50 % off.
+    """
+    return x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != x.dtype))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -103,10 +103,11 @@ def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else _TakeRows.apply(x, rows)
 
 
-def _linear_backward(dout: Tensor, inputs: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(gradient of the inputs, of the weight, of the bias) of a linear layer."""
+def _weight_gradients(dout: Tensor, inputs: Tensor | None, wanted: tuple[bool, ...]) -> list[Tensor | None]:
+    """[gradient of the weight, of the bias] of a linear layer, or None where it is not `wanted`: of frozen layers."""
     flat = dout.flatten(0, -2)
-    return dout @ weight, flat.t() @ inputs.flatten(0, -2), flat.sum(0)
+    weight = flat.t() @ inputs.flatten(0, -2) if wanted[0] and inputs is not None else None
+    return [weight, flat.sum(0) if wanted[1] else None]
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -137,13 +138,17 @@ class _NormLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dresidual: Tensor, *douts: Tensor) -> Any:
         inputs, mean, rstd, rows, weight, bias, *layers = ctx.saved_tensors
-        y = patches(primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps), ctx.patch)
-        dy, dlayers = None, []
-        for dout, layer in zip(douts, layers, strict=True):
-            part, *dlayer = _linear_backward(dout, y, layer)
-            dy = part if dy is None else dy.add_(part)
-            dlayers += dlayer
-        dy = unpatched(cast(Tensor, dy), ctx.patch)
+        wanted, y, dlayers = ctx.needs_input_grad[6:], None, []
+        if any(wanted[::2]):
+            y = patches(primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps), ctx.patch)
+        for i, dout in enumerate(douts):
+            dlayers += _weight_gradients(dout, y, wanted[2 * i : 2 * i + 2])
+        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+            return None, None, None, None, None, None, *dlayers
+        dy = douts[0] @ layers[0]
+        for dout, layer in zip(douts[1:], layers[1:], strict=True):
+            dy.add_(dout @ layer)
+        dy = unpatched(dy, ctx.patch)
         dx, dweight, dbias = _residual_norm_backward(dy, inputs, mean, rstd, weight, bias, dresidual, rows)
         return dx, None, dweight, dbias, None, None, *dlayers
 
@@ -159,8 +164,7 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:
         h, weight = ctx.saved_tensors
         dh, a = primitives.gelu_backward(dout @ weight, h)
-        flat = dout.flatten(0, -2)
-        return dh, flat.t() @ a.flatten(0, -2), flat.sum(0)
+        return dh, *_weight_gradients(dout, a, ctx.needs_input_grad[1:])
 
 
 class _NormMlp(torch.autograd.Function):
@@ -189,12 +193,12 @@ class _NormMlp(torch.autograd.Function):
         inputs, mean, rstd, rows, weight, bias, w1, b1, w2 = ctx.saved_tensors
         y = primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps)
         dh, a = primitives.gelu_backward(dout @ w2, F.linear(y, w1, b1))
-        flat = dout.flatten(0, -2)
-        dw2, db2 = flat.t() @ a.flatten(0, -2), flat.sum(0)
+        wanted = ctx.needs_input_grad[5:]
+        second = _weight_gradients(dout, a, wanted[2:])
         del a
-        dy, dw1, db1 = _linear_backward(dh, y, w1)
-        dx, dweight, dbias = _residual_norm_backward(dy, inputs, mean, rstd, weight, bias, dresidual, rows)
-        return dx, None, dweight, dbias, None, dw1, db1, dw2, db2
+        first = _weight_gradients(dh, y, wanted[:2])
+        dx, dweight, dbias = _residual_norm_backward(dh @ w1, inputs, mean, rstd, weight, bias, dresidual, rows)
+        return dx, None, dweight, dbias, None, *first, *second
 
 
 class _Gating(torch.autograd.Function):
@@ -220,15 +224,16 @@ class _Gating(torch.autograd.Function):
         gate, context, mean, rstd, weight, bias, *rest = ctx.saved_tensors
         kept, weights = [gate, *rest[: ctx.orders - 1]], rest[ctx.orders - 1 :]
         c = context if weight is None else primitives.layer_norm_apply(context, mean, rstd, weight, bias, ctx.eps)
-        dcontext = torch.empty_like(c)
+        dcontext = c.new_empty(c.shape)  # contiguous, whatever the strides of what came in
         dims = [p.shape[-1] for p in kept]
-        slices = zip(kept, c.split(dims, -1), dcontext.split(dims, -1), weights, strict=True)
-        dlayers: list[Tensor] = []
-        for p, c_k, dc_k, w in reversed(list(slices)):
-            dp = torch.empty_like(p)
+        wanted = ctx.needs_input_grad[5:]
+        pairs = [wanted[i : i + 2] for i in range(0, len(wanted), 2)]
+        slices = zip(kept, c.split(dims, -1), dcontext.split(dims, -1), weights, pairs, strict=True)
+        dlayers: list[Tensor | None] = []
+        for p, c_k, dc_k, w, pair in reversed(list(slices)):
+            dp = p.new_empty(p.shape)
             x = primitives.multiply_backward(dout @ w, p, c_k, dp, dc_k)
-            flat = dout.flatten(0, -2)
-            dlayers = [flat.t() @ x.flatten(0, -2), flat.sum(0), *dlayers]
+            dlayers = _weight_gradients(dout, x, pair) + dlayers
             dout = dp
         dweight = dbias = None
         if weight is not None:
@@ -255,11 +260,12 @@ class _LocalGlobal(torch.autograd.Function):
         context, mean, rstd, weight, bias, local, filt, spectrum, *basis = ctx.saved_tensors
         u = primitives.layer_norm_apply(context, mean, rstd, weight, bias, ctx.eps)
         dnear, dfar = dout.unflatten(-1, (-1, 2)).unbind(-1)
-        du = torch.empty_like(u)
-        near, dlocal, _ = depthwise_backward(dnear.contiguous(), u.chunk(2, -1)[0], local, False)
+        du = u.new_empty(u.shape)
+        wanted = (True, ctx.needs_input_grad[4], False)
+        near, dlocal, _ = depthwise_backward(dnear.contiguous(), u.chunk(2, -1)[0], local, wanted)
         far, dfilter = filter_backward(dfar.contiguous(), spectrum, filt, FourierBasis(*basis))
         halves = du.chunk(2, -1)
-        halves[0].copy_(near)
+        halves[0].copy_(cast(Tensor, near))
         halves[1].copy_(far)
         dcontext, dweight, dbias = primitives.layer_norm_backward(du, context, mean, rstd, weight, bias, None)
         return dcontext, dweight, dbias, None, dlocal, dfilter, *(None for _ in basis)
@@ -281,7 +287,7 @@ class _AddRows(torch.autograd.Function):
 class _TakeRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor) -> Tensor:
-        ctx.samples = len(x)
+        ctx.samples = x.shape[0]
         ctx.save_for_backward(rows)
         return x[rows]
 

@@ -1,9 +1,11 @@
-"""Compile every Triton kernel ahead of time, as training HorNet-L would launch it, and look at the machine code.
+"""Compile every Triton kernel ahead of time, as training HorNet-L launches it, and look at the machine code.
 
     python tests/programs/compile_kernels.py [--quick] [--arch 80 90] [--dtype float32 bfloat16] [--only NAME]
 
 Needs triton (with the ptxas and cuobjdump it brings), no GPU. The public functions are called on meta tensors, and what
-they would launch is compiled instead. A line a kernel: registers a thread, stack bytes and accesses to local memory
+they would launch is compiled instead; without --quick, of more shapes, and what the functions offer but training
+leaves out ("variant": scales and layer scale, which the model folds into weights, results written into slices). A
+line a kernel: registers a thread, stack bytes and accesses to local memory
 (spills), shared memory, instructions in all, and for its hottest loop how many instructions it has and which part
 of them are fp32 multiply-adds. Exit 1 if a kernel does not compile, if it spills, or if a 7x7 has too few of them.
 """
@@ -31,7 +33,8 @@ from triton.compiler import ASTSource
 from pipeline.ops import block_triton, depthwise_triton, gnconv_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+TYPES |= {torch.int32: "*i32", torch.int64: "*i64"}
 SPILLS = 0.01  # of a kernel's instructions: more than that in local memory is a spill that costs time
 LEAST = 0.7  # multiply-adds in the loop of a 7x7, which nothing but instruction slots bounds
 # A predicate, the opcode, its modifiers, and the target of a branch.
@@ -104,22 +107,38 @@ def cases(dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], Any]]:
         }
 
     def convolution(size: int, c: int, k: int) -> dict[str, Callable[[], Any]]:
-        x, dy = half(32, size, size, c), empty(32, size, size, c)
-        weight, bias = empty(c, 1, k, k, of=torch.float32), empty(c, of=torch.float32)
+        dy, weight = empty(32, size, size, c), empty(c, 1, k, k, of=torch.float32)
+        # The 3x3 is the global-local filter's: half of the channels, no bias.
+        x, bias = (half(32, size, size, c), None) if k == 3 else (dy, empty(c, of=torch.float32))
         name = f"{k}x{k} {size}x{size}x{c}"
         return {
-            f"depthwise {name}": lambda: depthwise_triton.depthwise(x, weight, bias, 1 / 3),
-            f"depthwise_backward_input {name}": lambda: depthwise_triton.depthwise_backward_input(dy, weight, 1 / 3, x),
-            f"depthwise_backward_weight {name}": lambda: depthwise_triton.depthwise_backward_weight(dy, x, k, 1 / 3),
+            f"depthwise {name}": lambda: depthwise_triton.depthwise(x, weight, bias, 1.0),
+            f"depthwise_backward_input {name}": lambda: depthwise_triton.depthwise_backward_input(
+                dy, weight, 1.0, None
+            ),
+            f"depthwise_backward_weight {name}": lambda: depthwise_triton.depthwise_backward_weight(dy, x, k, 1.0),
         }
 
     def gating(d: int) -> dict[str, Callable[[], Any]]:
         n = 32 * 24 * 24
-        x, a, b = empty(n, d), half(n, d), half(n, d)
+        a, b = empty(n, d), half(n, d)  # of the projections, of the depthwise output
         return {
             f"multiply {d}": lambda: gnconv_triton.multiply(a, b),
-            f"multiply_backward {d}": lambda: gnconv_triton.multiply_backward(x, a, b, a, b),
+            f"multiply_backward {d}": lambda: gnconv_triton.multiply_backward(a, a, b, a, b),
         }
+
+    def variants() -> dict[str, Callable[[], Any]]:
+        """What the functions offer and training does not use."""
+        maps, weight, bias = half(32, 24, 24, 1440), empty(1440, 1, 7, 7, of=torch.float32), affine(1440)[0]
+        small = empty(32, of=torch.int32)
+        found = {
+            "depthwise": lambda: depthwise_triton.depthwise(maps, weight, bias, 1 / 3),
+            "depthwise_backward_input": lambda: depthwise_triton.depthwise_backward_input(maps, weight, 1 / 3, maps),
+            "depthwise_backward_weight": lambda: depthwise_triton.depthwise_backward_weight(maps, maps, 7, 1 / 3),
+            "residual": lambda: block_triton.residual(x, x, small, affine(768)[0], 1.25),
+            "layer_norm": lambda: block_triton.layer_norm(h, None, None, 1e-6),
+        }
+        return {f"variant: {name}": call for name, call in found.items()}
 
     def linear(k: int, d: int) -> dict[str, Callable[[], Any]]:
         n = 32 * 24 * 24
@@ -127,7 +146,7 @@ def cases(dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], Any]]:
         return {f"gated_linear {k}->{d}": lambda: gnconv_triton.gated_linear(empty(n, k), weight, bias, half(n, d))}
 
     h, x = empty(32 * 24 * 24, 3072), empty(32, 24 * 24, 768)
-    position, gamma = empty(32, of=torch.int64), empty(768, of=torch.float32)
+    position = empty(32, of=torch.int64)
     found = {
         **convolution(24, 1440, 7),
         **norm(768),
@@ -135,13 +154,15 @@ def cases(dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], Any]]:
         **linear(96, 192),
         "gelu": lambda: block_triton.gelu(h),
         "gelu_backward": lambda: block_triton.gelu_backward(h, h),
-        "residual": lambda: block_triton.residual(x, x, position, gamma, 1.0),
+        "residual": lambda: block_triton.residual(x, x, position, None, 1.0),
     }
     if quick:
         return found
     # 224 pixels: maps of 14 and 7. Other widths of a strip; the filter's 3x3; widths that are no power of two.
     more = convolution(7, 2976, 7) | convolution(32, 128, 7) | convolution(24, 720, 3)
-    return found | more | norm(192) | norm(1536) | norm(2976) | gating(96) | gating(1536) | linear(48, 96)
+    more |= norm(192) | norm(1536) | norm(2976) | gating(96) | gating(1536) | linear(48, 96)
+    more["residual of all samples"] = lambda: block_triton.residual(x, x, None, None, 1.0)
+    return found | more | variants()
 
 
 def compile_one(launch: Launch, arch: int) -> tuple[str, bool]:
