@@ -39,8 +39,7 @@ def downsample(layers: nn.Module, x: Tensor, lean: bool) -> Tensor:
     side, weight, bias = conv.stride[0], patch_weight(conv.weight).to(x.dtype), cast(Tensor, conv.bias).to(x.dtype)
     lean = lean and torch.is_grad_enabled()
     if is_stem:
-        x = linear(patches(x, side), weight, bias)
-        return recompute.layer_norm(x, norm) if lean else layer_norm(x, norm)
+        return layer_norm(linear(patches(x, side), weight, bias), norm)
     if lean:
         return recompute.norm_patch_linear(x, norm, weight, bias, side)
     return linear(patches(layer_norm(x, norm), side), weight, bias)

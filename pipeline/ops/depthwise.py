@@ -1,8 +1,8 @@
 """Depthwise convolution of NHWC maps, with the layout and precision of each pass chosen for the device.
 
-On a CPU the weight gradient costs 5 to 40 times the forward pass. In channels_last memory it is up to 4 times as fast
-as in planes, but has a cost of its own, like that of a large batch, above 512 channels: so it goes by as many at a
-time. In bf16 it is 2 to 10 times as slow as in fp32: so it is taken in fp32. Figures: tests/bench/RESULTS.md.
+On a CPU, PyTorch's weight gradient of a 7x7 costs 5 to 40 times the forward pass. But it is a depthwise convolution
+itself, of the input with the output's gradient for a kernel as large as the map, and that forward pass is 2 to 6 times
+as fast; that of a 3x3 is fast as it is. Either is taken in fp32: in bf16 it is slower. Figures: tests/bench/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from pipeline.ops import kernels
-
-CHANNELS_AT_ONCE = 512  # of a CPU's weight gradient
 
 
 def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,21 +77,31 @@ def _weight_gradients(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]
 
         return depthwise_triton.depthwise_backward_weight(dy, x, side, 1.0)
     wide = torch.promote_types(x.dtype, torch.float32)
-    at_once, dtype = (CHANNELS_AT_ONCE, wide) if x.device.type == "cpu" else (x.shape[-1], x.dtype)
-    parts = [planes.permute(0, 3, 1, 2).to(dtype).split(at_once, 1) for planes in (dy, x)]
-    sums = [_weight_gradient(dy_, x_, side) for dy_, x_ in zip(*parts, strict=True)]
-    dweight, dbias = (torch.cat(each).to(wide) for each in zip(*sums, strict=True))
-    return dweight, dbias
+    planes_dy, planes_x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
+    dtype = x.dtype
+    if x.device.type == "cpu":
+        dtype = wide
+        if side > 3 and wide == torch.float32:
+            return _correlation(planes_dy.to(wide), planes_x.to(wide), side), dy.sum((0, 1, 2), dtype=wide)
+        planes_dy, planes_x = (
+            each.to(wide).contiguous(memory_format=torch.channels_last) for each in (planes_dy, planes_x)
+        )
+    weight = x.new_empty(x.shape[-1], 1, side, side, dtype=dtype)
+    _, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight, [False, True, True])
+    return dweight.to(wide), dbias.to(wide)
+
+
+def _correlation(dy: Tensor, x: Tensor, side: int) -> Tensor:
+    """The weight gradient (C, 1, side, side) of maps (B, C, H, W), every map of every sample a channel of one image."""
+    batch, channels, height, width = x.shape
+    maps = batch * channels
+    as_kernels = dy.reshape(maps, 1, height, width)
+    sums = F.conv2d(x.reshape(1, maps, height, width), as_kernels, padding=side // 2, groups=maps)
+    return sums.view(batch, channels, 1, side, side).sum(0)
 
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return _input_gradient(dy, weight), *_weight_gradients(dy, x, weight.shape[-1])
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    dy, x = (planes.contiguous(memory_format=torch.channels_last) for planes in (dy, x))
-    _, dweight, dbias = _convolution_backward(dy, x, x.new_empty(x.shape[1], 1, side, side), [False, True, True])
-    return dweight, dbias
 
 
 def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> Any:

@@ -40,8 +40,8 @@ class GlobalLocalFilter(nn.Module):
         self.pre_norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.post_norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, basis: FourierBasis | None = None) -> Tensor:
-        """`basis`: that of the map's size in the dtype of `x`, for a filter by matrix products; None: an FFT."""
+    def forward(self, x: Tensor, basis: FourierBasis | None = None, scale: float = 1.0) -> Tensor:
+        """`basis`: of the map's size in the dtype of `x`, for a filter by matrix products; None: an FFT."""
         near, far = layer_norm(x, norm_of(self.pre_norm)).chunk(2, -1)  # (B, H, W, dim / 2) each
         near = depthwise(near, self.dw.weight, None)
         if basis is None:
@@ -49,7 +49,7 @@ class GlobalLocalFilter(nn.Module):
         else:
             far, _ = filter_forward(far, self.spectrum_filter(x), basis)
         x = torch.stack((near, far), -1).flatten(-2)  # near 0, far 0, near 1, far 1, ...
-        return layer_norm(x, norm_of(self.post_norm))
+        return layer_norm(x, norm_of(self.post_norm, scale))
 
     def spectrum_filter(self, x: Tensor) -> Tensor:
         """The filter for a map like `x`, (B, H, W, C), as `fourier.filter_forward` takes it: (2, H, V, dim / 2)."""

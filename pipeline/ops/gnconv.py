@@ -91,7 +91,7 @@ class GnConv(nn.Module):
         x = linear(x, self.proj_in.weight, self.proj_in.bias)  # (B, H, W, dims[0] + total)
         gate, context = x.split([self.dims[0], sum(self.dims)], dim=-1)
         if isinstance(self.dwconv, GlobalLocalFilter):
-            context = self.dwconv(context, basis) * self.scale
+            context = self.dwconv(context, basis, self.scale)
         else:
             context = depthwise(context, *self._scaled_depthwise())
         pws = self._pws()
@@ -105,15 +105,14 @@ class GnConv(nn.Module):
 
         The `x` returned is for the residual, see `recompute.norm_linear`.
         """
-        dims, dtype = [self.dims[0], sum(self.dims)], x.dtype
-        weights = self.proj_in.weight.flatten(1).to(dtype).split(dims)
-        biases = cast(Tensor, self.proj_in.bias).to(dtype).split(dims)
-        x, gate, context = recompute.norm_linear(x, norm, *zip(weights, biases, strict=True), rows=rows)
+        dtype = x.dtype
+        layers = [(weight.to(dtype), bias.to(dtype)) for weight, bias in self._proj_in()]
+        x, gate, context = recompute.norm_linear(x, norm, *layers, rows=rows)
         post = None
         if not isinstance(self.dwconv, GlobalLocalFilter):
             context = depthwise(context, *self._scaled_depthwise())
         elif basis is None:
-            context = self.dwconv(context) * self.scale
+            context = self.dwconv(context, None, self.scale)
         else:
             filt, local = self.dwconv.spectrum_filter(context), self.dwconv.dw.weight
             context = recompute.local_global(context, norm_of(self.dwconv.pre_norm), local, filt, basis)
@@ -121,6 +120,12 @@ class GnConv(nn.Module):
         pws = [(weight.flatten(1).to(dtype), bias.to(dtype)) for weight, bias in self._pws()]
         weight, bias = self._proj_out(layer_scale)
         return x, recompute.gating(gate, context, post, pws, (weight.to(dtype), bias.to(dtype)))
+
+    def _proj_in(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight and bias of the part that gives the gate (dims[0] channels), and of that of the context (the rest)."""
+        dims = [self.dims[0], sum(self.dims)]
+        weights, biases = self.proj_in.weight.flatten(1).split(dims), cast(Tensor, self.proj_in.bias).split(dims)
+        return list(zip(weights, biases, strict=True))
 
     def _scaled_depthwise(self) -> tuple[Tensor, Tensor]:
         """`scale` goes into the weights: exact up to rounding, and no pass over the map."""

@@ -7,13 +7,14 @@ so a GPU and a CPU, whose autocast rules differ, compute alike, and nothing is p
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from pipeline.ops import primitives
+from pipeline.ops import kernels, primitives
 
 NORM_EPS = 1e-6
 
@@ -37,9 +38,9 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm over the last dimension; statistics, and sums of gradients, in float32 or better."""
     if not torch.is_grad_enabled():
         return primitives.layer_norm(x, *norm)[0]
-    wide = torch.promote_types(x.dtype, torch.float32)  # see `primitives`: neither device's is right in bf16
-    weight, bias = (None if each is None else each.to(wide) for each in (norm.weight, norm.bias))
-    return F.layer_norm(x.to(wide), x.shape[-1:], weight, bias, norm.eps).to(x.dtype)
+    if x.element_size() == 2 or kernels.usable(x):  # see `primitives`: neither device's own is right in bf16
+        return _LayerNorm.apply(x, *norm)
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -83,3 +84,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
+        y, mean, rstd = primitives.layer_norm(x, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        return *primitives.layer_norm_backward(dy, x, mean, rstd, weight, bias, None), None

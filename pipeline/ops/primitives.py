@@ -22,7 +22,9 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
         y, mean, rstd = block_triton.layer_norm(_rows(x), weight, bias, eps)
         return y.view(x.shape), mean, rstd
-    if _takes_wide(x, weight):
+    mixed = weight is not None and weight.dtype != x.dtype
+    # CUDA takes one dtype alone; a CPU keeps the statistics in float32 where the parameters are.
+    if x.element_size() == 2 and mixed == x.is_cuda:
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
@@ -53,7 +55,8 @@ def layer_norm_backward(
         dx, dweight, dbias = block_triton.layer_norm_backward(_rows(dy), _rows(x), mean, rstd, weight, flat)
         return dx.view(x.shape), dweight, dbias
     dtype, affine = x.dtype, weight is not None
-    if _takes_wide(x, weight):
+    if x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != dtype)):
+        # In bf16 a CPU sums the affine parameters' gradients up in bf16: 5 to 50 % off. CUDA takes one dtype alone.
         wide = torch.promote_types(dtype, torch.float32)
         dy, x = dy.to(wide), x.to(wide)
         weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
@@ -132,13 +135,6 @@ def add_rows(x: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
         return flat.view(x.shape)
     # Not index_add: on a CPU it goes element by element.
     return x + f if rows is None else torch.index_copy(x, 0, rows, x[rows] + f)
-
-
-def _takes_wide(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether a LayerNorm has to run in float32: CUDA's takes one dtype alone, and a CPU's on bf16 keeps statistics and
-    sums of the affine parameters' gradients in bf16, 5 to 50 % off.
-    """
-    return x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != x.dtype))
 
 
 def _rows(x: Tensor) -> Tensor:

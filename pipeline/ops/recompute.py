@@ -26,11 +26,6 @@ from pipeline.ops.fourier import FourierBasis, filter_backward, filter_forward
 from pipeline.ops.layers import Norm, patches, unpatched
 
 
-def layer_norm(x: Tensor, norm: Norm) -> Tensor:
-    """LayerNorm by itself."""
-    return _LayerNorm.apply(x, *norm)
-
-
 def norm_linear(
     x: Tensor,
     norm: Norm,
@@ -108,20 +103,6 @@ def _weight_gradients(dout: Tensor, inputs: Tensor | None, wanted: tuple[bool, .
     flat = dout.flatten(0, -2)
     weight = flat.t() @ inputs.flatten(0, -2) if wanted[0] and inputs is not None else None
     return [weight, flat.sum(0) if wanted[1] else None]
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Any, bias: Any, eps: float) -> Tensor:
-        y, mean, rstd = primitives.layer_norm(x, weight, bias, eps)
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        x, mean, rstd, weight, bias = ctx.saved_tensors
-        return *primitives.layer_norm_backward(dy, x, mean, rstd, weight, bias, None), None
 
 
 class _NormLinear(torch.autograd.Function):
