@@ -28,6 +28,17 @@ SYNSETS_1K = ("n02121620", "n02958343", "n03782006")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: sums have one order, and two cores serve two processes."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def has_ffcv() -> bool:
     return importlib.util.find_spec("ffcv") is not None
 

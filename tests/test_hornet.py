@@ -12,6 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models import HorNet, fuse_for_inference, resize_global_filters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # Image size, classes, parameters in millions and GMACs as published with the released models. The Large models are
@@ -27,14 +29,6 @@ PUBLISHED = [
     ("hornet_large_gf", 224, 10459, 211, 34.7),
     ("hornet_large_gf_img384", 384, 10459, 216, 101.8),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn_state(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -13,13 +13,7 @@ from test_hornet import GOLDEN, drawn_state
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 from published import PublishedHorNet, widths
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.glob("*_224x224.npz")), ids=lambda p: p.stem)

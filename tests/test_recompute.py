@@ -12,13 +12,7 @@ from pipeline.models import HorNet
 from pipeline.models.block import draw_keeps
 from pipeline.models.hornet import POLICIES
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model_of(gf: bool, dtype: torch.dtype = torch.float32, **options) -> HorNet:

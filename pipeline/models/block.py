@@ -21,8 +21,8 @@ class Keep(NamedTuple):
     """What drop path leaves of one branch of a block in one forward pass.
 
     rows: samples of the batch that are computed, ascending, or None for all. factor: what they are multiplied by.
-    mask: (B, 1, 1, 1), a factor for each sample where all are computed, those that are dropped with 0: the spelling for
-    torch.compile, which wants shapes that do not change.
+    mask: (B, 1, 1, 1), float32 or float64, a factor for each sample where all are computed, 0 for those dropped: the
+    spelling for torch.compile, which wants shapes that do not change.
     """
 
     rows: Tensor | None = None
@@ -46,7 +46,8 @@ def draw_keeps(rates: Sequence[float], batch: int, like: Tensor, masks: bool) ->
         return [KEEP_ALL] * len(rates)
     if masks:
         factors = torch.stack(kept) / (1 - torch.tensor([rate for rate in rates if rate > 0], device="cpu"))[:, None]
-        drawn = [Keep(mask=mask) for mask in _sent(factors.view(-1, batch, 1, 1, 1), like).to(like.dtype)]
+        wide = torch.promote_types(like.dtype, torch.float32)  # 1 / (1 - rate) is no number of bf16
+        drawn = [Keep(mask=mask) for mask in _sent(factors.view(-1, batch, 1, 1, 1), like).to(wide)]
     else:
         # A branch that no sample takes is computed for one, and times 0: without a gradient for its parameters,
         # ranks would wait for each other for ever.
@@ -133,7 +134,7 @@ class Block(nn.Module):
 
 def _add(x: Tensor, f: Tensor, keep: Keep) -> Tensor:
     if keep.mask is not None:
-        return x + f * keep.mask
+        return x + (f * keep.mask).to(x.dtype)
     return x + f if keep.rows is None and not kernels.usable(x) else recompute.add_rows(x, f, keep.rows)
 
 

@@ -19,8 +19,8 @@ def fuse_for_inference(model: HorNet) -> HorNet:
     Layer scales go into the projections before them, the affine parameters of norms into the linear layers behind them
     (those of the filter's norms stay: padding, and a product, lie between), and the depthwise scale into the depthwise
     weights or the filter's last norm. Outputs are equal up to rounding. The state dict is another afterwards, so copy
-    the model first (`copy.deepcopy`) where the original is still needed. A head that is
-    replaced afterwards has to bring its norm with it.
+    the model first (`copy.deepcopy`) where the original is still needed. The last norm goes into the head: one that is
+    put in its place afterwards has to bring its norm along.
 
     Raises:
         ValueError: `model` was fused before.
