@@ -3,12 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 import yaml
 
 from pipeline.config import Config, ConfigError, known_keys, load
+from pipeline.config_sections import Checkpointing
+from pipeline.models.hornet import POLICIES
 from pipeline.recipe import build_model
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +110,10 @@ def test_mistakes_in_the_file(tmp_path: Path) -> None:
         load(bad)
     with pytest.raises(ConfigError, match=r"no configuration file.*demo_pretrain\.yaml"):
         load(DEMO.with_name("nothing.yaml"))
+
+
+def test_policies_are_those_of_the_model() -> None:
+    assert get_args(Checkpointing) == POLICIES
 
 
 def test_overrides_speak_yaml_and_win() -> None:

@@ -119,7 +119,7 @@ class HorNet(nn.Module):
         """(B, in_chans, H, W) -> the last stage's map (B, dims[-1], H / 32, W / 32).
 
         Raises:
-            ValueError: H or W is not a multiple of 32.
+            ValueError: H or W is not a multiple of 32; without autocast, another dtype than that of the weights.
         """
         last = len(self.stages) - 1
         return self._stage_maps(x, last + 1, [last])[0]

@@ -1,6 +1,6 @@
 """The two-dimensional real Fourier transform of small maps as products of real matrices.
 
-A map of 24x24 or fewer positions is transformed faster by two matrix products than by an FFT, whose strength is in
+A map of some 24x24 positions is transformed faster by two matrix products than by an FFT, whose strength is in
 large sizes: about 4 (H + W) multiply-accumulates an element there and back, in any dtype that has a matrix product,
 without a complex number. So it works under bf16 autocast, sharded parameters, torch.compile and export. `torch.fft`
 is what it is tested against.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-LARGEST_SIDE = 32  # pixels: up to here products beat the FFT (384 px: 24 and 12 at strides 16 and 32)
+LARGEST_SIDE = 32  # of a map: holds those of 384 px images (24 and 12), with room; beyond, the cost grows with the side
 
 
 class FourierBasis(NamedTuple):

@@ -1,8 +1,8 @@
 """Which spelling of an operator runs: Triton kernels on a GPU, plain PyTorch everywhere else.
 
 `PIPELINE_KERNELS=0` in the environment turns the kernels off. Before a device's first use they are tried on it
-against the plain spellings, on small inputs; where one fails to compile or disagrees, all stay off there and a
-warning says why.
+against the plain spellings in float64, on small inputs; where one fails to compile or disagrees, all stay off there
+and a warning says why.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def usable(x: Tensor) -> bool:
 
 def why_not(device: int) -> str | None:
     """Why the kernels are off on this GPU, or None. Tries them, the first time: seconds, so a run asks at its start."""
+    if not _on:
+        return "PIPELINE_KERNELS is 0"
     with _lock:
         if device not in _verdicts:
             # In a thread of its own: there is no autocast, no inference mode and no checkpoint's hook around it.
