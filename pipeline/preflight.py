@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from contextlib import suppress
 
 import torch
 
@@ -14,7 +12,6 @@ from pipeline import transfer
 from pipeline.checkpoint import newest_of_run
 from pipeline.config import Config
 from pipeline.data.beton import beton_path
-from pipeline.data.crops import PREFETCHED_BATCHES
 from pipeline.data.decode import COMPILED
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.loader import training_order
@@ -43,22 +40,6 @@ def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
         )
 
 
-def _tell_of_shared_memory(config: Config, ranks_per_node: int) -> None:
-    if config.augment.where == "device" or not config.data.workers_per_rank:
-        return  # uint8 batches go through buffers of their own
-    processes = config.data.workers_per_rank if config.data.format == "webdataset" else 1
-    batch_gb = config.train.micro_batch * 12 * config.data.largest_resolution**2 / 1e9
-    held_gb = batch_gb * processes * (PREFETCHED_BATCHES + 1) * ranks_per_node
-    with suppress(OSError):
-        shared = os.statvfs("/dev/shm")
-        free_gb = shared.f_bavail * shared.f_frsize / 1e9
-        if held_gb > free_gb:
-            note(
-                f"data workers may hold {held_gb:.1f} GB of batches in shared memory, /dev/shm has {free_gb:.1f}: too "
-                f"little ends in a bus error. Set augment.where=device, fewer workers, or the container's --shm-size"
-            )
-
-
 def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> None:
     """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
 
@@ -72,7 +53,6 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     if ranks is not None:
         config.train.accumulation_steps(ranks)
     _tell_of_lanes(config, manifest, nodes)
-    _tell_of_shared_memory(config, (ranks or nodes) // nodes)
     if config.data.format == "webdataset" and not COMPILED:
         note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
     for split in ("train", "val"):

@@ -80,6 +80,8 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
     assert process.stdout.readline() == "reading\n"
     workers = psutil.Process(process.pid).children(recursive=True)
     assert workers
+    for pid in (process.pid, *(worker.pid for worker in workers)):  # what is made there may be left there
+        assert "/dev/shm/torch" not in Path(f"/proc/{pid}/maps").read_text()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     _, alive = psutil.wait_procs(workers, timeout=20)

@@ -24,12 +24,6 @@ def test_notes(datasets: Datasets, capsys: pytest.CaptureFixture[str], monkeypat
     assert "note: 6 nodes share 16 lanes" in lines[0]
     assert "what does not fit is read image by image" in lines[1]
     preflight._tell_of_lanes(configured(datasets, "data.shuffle_lanes=16"), manifest, 4)
-    preflight._tell_of_shared_memory(configured(datasets), 8)
-    assert capsys.readouterr().err == ""
-    host = configured(datasets, "data.workers_per_rank=100000", "data.resolution=384")
-    preflight._tell_of_shared_memory(host, 8)
-    assert "/dev/shm has" in capsys.readouterr().err
-    preflight._tell_of_shared_memory(configured(datasets, "data.workers_per_rank=100000", "augment.where=device"), 8)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(preflight, "COMPILED", False)
     preflight.preflight(configured(datasets), 2, 1, True)

@@ -13,39 +13,48 @@ from test_hygiene import Workers
 from test_loader import ON_DEVICE, configured, numbers, read
 
 from pipeline.data.loader import Ranks, training_batches, validation_batches
-from pipeline.data.ring import Ring, RingBatch, RingClosed
+from pipeline.data.ring import PREFETCHED_BATCHES, Ring, RingBatch, RingClosed
 
 pytestmark = pytest.mark.timeout(120)
 WORKER = (ON_DEVICE, "data.workers_per_rank=2")
 
 
-def test_slots_go_round() -> None:
-    """A worker waits for a slot until one is given back, or the ring is closed."""
-    ring, pipe = Ring(2, 12), get_context("fork").Pipe()
+@pytest.mark.parametrize(("dtype", "shape"), [("uint8", (1, 2, 2, 3)), ("float32", (1, 3, 2, 2))])
+def test_slots_go_round(dtype: str, shape: tuple[int, ...]) -> None:
+    """Workers wait for a slot until one is given back, or the ring is closed."""
+    workers = 3
+    ring, queue = Ring(12 * np.dtype(dtype).itemsize, workers=workers), get_context("fork").SimpleQueue()
 
-    def fill() -> None:
+    def fill(number: int) -> None:
         try:
-            for value in range(100):
-                slot, pixels = ring.take(1, 2, 2, 3)
-                pixels[:] = value
-                pipe[1].send(RingBatch(ring.number, slot, pixels.shape, np.full((3, 1), value), ()))
+            for value in range(number, 250, workers):
+                slot = ring.take()
+                ring.array(slot, shape, dtype)[:] = value
+                queue.put(RingBatch(ring.number, slot, shape, dtype, np.full((3, 1), value), ()))
         except RingClosed:
-            pipe[1].send("closed")
+            queue.put("closed")
 
-    worker = get_context("fork").Process(target=fill)
-    worker.start()
-    for value in range(5):
-        held = pipe[0].recv()
-        time.sleep(0.05)  # the worker fills the other slot meanwhile, and no more
-        batch = held.batch()
+    processes = [get_context("fork").Process(target=fill, args=(number,), daemon=True) for number in range(workers)]
+    for process in processes:
+        process.start()
+    slots = workers * PREFETCHED_BATCHES + 2
+    held = [queue.get() for _ in range(slots)]
+    time.sleep(0.2)
+    assert queue.empty()  # all slots are out
+    seen = set()
+    for _ in range(10 * slots):
+        batch = held.pop(0).batch()
         assert batch.images.shape == (1, 3, 2, 2)
-        assert batch.images.unique().tolist() == [value]
-        assert batch.labels.tolist() == [value]
+        assert batch.images.unique().tolist() == batch.labels.tolist()
+        seen.add(int(batch.labels))
+        held.append(queue.get())
+    assert len(seen) == 10 * slots
     ring.close()
-    while (last := pipe[0].recv()) != "closed":
-        assert isinstance(last, RingBatch)
-    worker.join(timeout=10)
-    assert worker.exitcode == 0
+    for process in processes:
+        process.join(timeout=10)
+        assert process.exitcode == 0
+    rest = [queue.get() for _ in range(workers)]
+    assert rest == ["closed"] * workers
 
 
 def test_leaving_early_is_quick_and_needs_no_signal(datasets: Datasets, data_workers: Workers) -> None:

@@ -15,17 +15,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import IterableDataset, default_collate
+from torch.utils.data import IterableDataset
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
 from pipeline.data.augment import seed_view, training_transform
-from pipeline.data.crops import BatchPlace, batch_ring
 from pipeline.data.keyed import view_keys
 from pipeline.data.order import MicroBatch, SampleOrder
-from pipeline.data.ring import RingBatch, RingClosed
+from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, check_file
-from pipeline.data.views import BadSample, Batch, assemble
+from pipeline.data.views import BadSample, Batch
 
 
 def beton_path(directory: str, manifest: Manifest, split: str) -> Path:
@@ -61,9 +60,9 @@ class TrainingBeton(IterableDataset[Any]):
     ) -> None:
         self.path, self.config, self.order = path, config, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step
-        on_device = config.augment.where == "device"
-        side = config.data.largest_resolution
-        self.ring = batch_ring(config, config.train.micro_batch, side, 1) if on_device else None
+        self.dtype = "uint8" if config.augment.where == "device" else "float32"
+        bytes_per_image = 3 * config.data.largest_resolution**2 * np.dtype(self.dtype).itemsize
+        self.ring = Ring(config.train.micro_batch * bytes_per_image)
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         from pipeline.data.ffcv_decoders import training_decoder
@@ -112,15 +111,14 @@ class TrainingBeton(IterableDataset[Any]):
             bad.append(BadSample(sample, micro.epoch, error, int(micro.samples[slots[slot]])))
         samples = micro.samples[slots]
         numbers = np.array([labels[samples], samples, micro.views], np.int64)
+        place = BatchPlace(self.ring, len(good), pixels.shape[1], self.dtype)
         if rest is None:
-            place = BatchPlace(self.ring, len(good), pixels.shape[1])
-            np.copyto(place.pixels, pixels if good.all() else pixels[slots])
+            np.copyto(place.images, pixels if good.all() else pixels[slots])
             return place.batch(numbers, tuple(bad))
-        drawn = []
-        for slot, key in zip(slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
+        for out, slot, key in zip(place.images, slots, view_keys(self.config.seed, micro.views).tolist(), strict=True):
             seed_view(key)
-            drawn.append(rest(Image.fromarray(pixels[slot])))
-        return assemble(default_collate(drawn), numbers, tuple(bad))
+            out[:] = rest(Image.fromarray(pixels[slot])).numpy()
+        return place.batch(numbers, tuple(bad))
 
 
 class EvaluationBeton(IterableDataset[Any]):
@@ -128,7 +126,7 @@ class EvaluationBeton(IterableDataset[Any]):
 
     def __init__(self, path: Path, config: Config, batches: Sequence[np.ndarray]) -> None:
         self.path, self.config, self.batches = path, config, batches
-        self.ring = batch_ring(config, config.evaluate.micro_batch, config.data.resolution, 1)
+        self.ring = Ring(config.evaluate.micro_batch * 3 * config.data.resolution**2)
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         from pipeline.data.ffcv_decoders import evaluation_decoder
@@ -143,8 +141,8 @@ class EvaluationBeton(IterableDataset[Any]):
                 if not good.all():
                     raise DataError(f"{self.path}: sample {samples[~good][0]} does not decode; rebuild the file")
                 place = BatchPlace(self.ring, len(samples), data.resolution)
-                np.copyto(place.pixels, pixels)
-                yield place.batch(np.array([loader.labels[samples], samples, samples], np.int64), ())
+                np.copyto(place.images, pixels)
+                yield place.batch(np.array([loader.labels[samples], samples, samples], np.int64))
         except DataError as error:
             yield error
         except RingClosed:

@@ -11,19 +11,16 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from pipeline.config import Config
 from pipeline.data.decode import crop_resize, image_size
 from pipeline.data.keyed import crop_box, flipped
 from pipeline.data.order import MicroBatch, SampleOrder
-from pipeline.data.ring import Ring, RingBatch, RingClosed
+from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError
-from pipeline.data.views import BadSample, Batch, Drawn, Views, assemble, numbers_of
+from pipeline.data.views import Batch, Drawn, Views, numbers_of
 
-PREFETCHED_BATCHES = 2  # made and not yet taken, of each data worker
 _TASK_IMAGES = 4  # images a task: enough work to hide what a task costs, small enough for threads to end together
 _REMOTE_IMAGES = 64  # at least so many are under way, of remote shards
 
@@ -43,7 +40,8 @@ class TrainingCrops(IterableDataset[Any]):
         self.threads = max(1, config.data.workers_per_rank)
         images = max(2 * self.threads * _TASK_IMAGES, _REMOTE_IMAGES if views.reader.remote else 0)
         self.ahead = 1 + -(-images // config.train.micro_batch)  # batches under way
-        self.ring = batch_ring(config, config.train.micro_batch, config.data.largest_resolution, self.ahead)
+        batch_bytes = config.train.micro_batch * 3 * config.data.largest_resolution**2
+        self.ring = Ring(batch_bytes, self.ahead) if config.data.workers_per_rank else None
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
@@ -97,7 +95,7 @@ class _Pending:
         return [self._draw(slot) for slot in range(start, stop)]
 
     def _draw(self, slot: int) -> Drawn:
-        sample, out = int(self.micro.samples[slot]), self.place.pixels[slot]
+        sample, out = int(self.micro.samples[slot]), self.place.images[slot]
         data = self.fetched.result()[slot] if self.fetched else self.views.reader.encoded_many([sample])[0]
 
         def render(data: bytes, key: int) -> None:
@@ -105,30 +103,3 @@ class _Pending:
             crop_resize(data, box, self.side, out, flipped(key, self.flip), self.filter)
 
         return self.views.draw(sample, self.micro.epoch, self.keys[slot], data, render)
-
-
-class BatchPlace:
-    """Where the pixels of a uint8 batch are written, (B, H, W, 3): a slot of the ring, or the rank's own memory."""
-
-    def __init__(self, ring: Ring | None, images: int, side: int) -> None:
-        self.ring = ring if get_worker_info() is not None else None
-        if self.ring is not None:
-            self.slot, self.pixels = self.ring.take(images, side, side, 3)
-        else:
-            self.pixels = np.empty((images, side, side, 3), np.uint8)
-
-    def batch(self, numbers: np.ndarray, bad: tuple[BadSample, ...]) -> Batch | RingBatch:
-        """The batch, now that the pixels are written. `numbers`: labels, samples, views, int64 (3, B)."""
-        if self.ring is not None:
-            return RingBatch(self.ring.number, self.slot, self.pixels.shape, numbers, bad)
-        return assemble(torch.from_numpy(self.pixels).permute(0, 3, 1, 2), numbers, bad)
-
-
-def batch_ring(config: Config, images: int, side: int, ahead: int) -> Ring | None:
-    """A ring for batches of uint8 `images`, `ahead` of which are made at a time; None where the rank reads itself.
-
-    The memory is taken page by page, as it is first written.
-    """
-    if config.data.workers_per_rank == 0 and config.data.format == "webdataset":
-        return None
-    return Ring(ahead + PREFETCHED_BATCHES + 2, images * side * side * 3)

@@ -16,9 +16,8 @@ from torch.utils.data import IterableDataset
 
 from pipeline.config import Config
 from pipeline.data.augment import evaluation_transform
-from pipeline.data.crops import BatchPlace, batch_ring
 from pipeline.data.decode import DecodeError, decode_rgb
-from pipeline.data.ring import RingBatch, RingClosed
+from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, ShardReader
 from pipeline.data.views import Batch
 
@@ -32,7 +31,8 @@ class EvaluationImages(IterableDataset[Any]):
         self.reader, self.batches = reader, batches
         self.threads, self.side = max(1, config.data.workers_per_rank), config.data.resolution
         self.transform = evaluation_transform(config.evaluate, self.side)
-        self.ring = batch_ring(config, config.evaluate.micro_batch, self.side, _AHEAD)
+        batch_bytes = config.evaluate.micro_batch * 3 * self.side**2
+        self.ring = Ring(batch_bytes, _AHEAD) if config.data.workers_per_rank else None
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
@@ -42,7 +42,7 @@ class EvaluationImages(IterableDataset[Any]):
         try:
             for samples in self.batches:
                 place = BatchPlace(self.ring, len(samples), self.side)
-                pending.append((samples, place, fetcher.submit(self._make, pool, samples, place.pixels)))
+                pending.append((samples, place, fetcher.submit(self._make, pool, samples, place.images)))
                 if len(pending) == _AHEAD:
                     yield self._finish(*pending.popleft())
             while pending:
@@ -70,4 +70,4 @@ class EvaluationImages(IterableDataset[Any]):
         return self.reader.label(sample)
 
     def _finish(self, samples: np.ndarray, place: BatchPlace, made: Future[list[int]]) -> Batch | RingBatch:
-        return place.batch(np.array([made.result(), samples, samples], np.int64), ())
+        return place.batch(np.array([made.result(), samples, samples], np.int64))

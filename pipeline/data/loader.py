@@ -23,18 +23,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from data_prep.manifest import Manifest
 from pipeline.config import Config
 from pipeline.data.augment import HostAugment
 from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
-from pipeline.data.crops import PREFETCHED_BATCHES, TrainingCrops
+from pipeline.data.crops import TrainingCrops
 from pipeline.data.evaluation import EvaluationImages
 from pipeline.data.order import MicroBatch, SampleOrder
-from pipeline.data.ring import RingBatch
+from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, ShardReader
-from pipeline.data.views import Batch, Drawn, Views, assemble, numbers_of
+from pipeline.data.views import Batch, Drawn, Views, numbers_of
 
 _DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
@@ -102,25 +102,30 @@ class _TrainingImages(Dataset[Any]):
         self.config, self.views, self.order, self.rank, self.ranks = config, views, order, rank, ranks
         self.reader = views.reader
         self.ahead_of = -1
+        workers, bytes_per_image = config.data.workers_per_rank, 4 * 3 * config.data.largest_resolution**2
+        self.ring = Ring(config.train.micro_batch * bytes_per_image, workers=workers) if workers else None
         self.augment = lru_cache(maxsize=2)(lambda side: HostAugment(config.augment, side))
 
-    def __getitems__(self, micro: MicroBatch) -> Batch | DataError:
+    def __getitems__(self, micro: MicroBatch) -> Batch | RingBatch | DataError | RingClosed:
         reader = self.reader
-        images: list[torch.Tensor] = []
         drawn: list[Drawn] = []
         if micro.step >= self.ahead_of:
             reader.ahead(self.order.shards_ahead(micro.step, self.rank, self.ranks))
             self.ahead_of = micro.step + 16
-        augment = self.augment(self.config.data.resolution_at(micro.epoch))
+        side = self.config.data.resolution_at(micro.epoch)
+        augment = self.augment(side)
+
+        def render(data: bytes, key: int) -> None:
+            place.images[len(drawn)] = augment(data, key).numpy()
+
         try:
+            place = BatchPlace(self.ring, len(micro.samples), side, "float32")
             columns = (micro.samples.tolist(), self.views.keys(micro), reader.encoded_many(micro.samples))
             for sample, key, data in zip(*columns, strict=True):
-                drawn.append(
-                    self.views.draw(sample, micro.epoch, key, data, lambda data, key: images.append(augment(data, key)))
-                )
-        except DataError as error:
+                drawn.append(self.views.draw(sample, micro.epoch, key, data, render))
+        except (DataError, RingClosed) as error:
             return error
-        return assemble(default_collate(images), *numbers_of(drawn, micro.views))  # stacks in shared memory
+        return place.batch(*numbers_of(drawn, micro.views))
 
 
 def _as_is(item: Any) -> Any:
