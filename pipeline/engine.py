@@ -31,7 +31,7 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from pipeline.collectives import max_over_ranks, sum_over_ranks
+from pipeline.collectives import gather, max_over_ranks, sum_over_ranks
 from pipeline.config import Config
 from pipeline.data.loader import Ranks
 from pipeline.ops import kernels
@@ -74,16 +74,27 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         if "PYTORCH_ALLOC_CONF" not in os.environ:
             os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(local_rank)
-        kernels.why_not(local_rank)  # tried before the run, not within its first step
     else:
         # Otherwise DeepSpeed compiles its shared-memory collectives (100 s, a compiler) and leaks /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(minutes=30))
+    if on_gpu:
+        agree_on_kernels(kernels.why_not(local_rank))  # tried before the run, not within its first step
     count = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else count))
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), count), device
+
+
+def agree_on_kernels(why_not: str | None) -> None:
+    """Turn the Triton kernels off on all ranks where `why_not` says on one of them why they cannot run there."""
+    reasons = {rank: reason for rank, reason in enumerate(gather(why_not)) if reason is not None}
+    if reasons:
+        rank, reason = next(iter(reasons.items()))
+        if dist.get_rank() == 0 and len(reasons) < dist.get_world_size():
+            logger.warning(f"Triton kernels are off on all ranks: on {len(reasons)}, first rank {rank}: {reason}")
+        kernels.turn_off(reason)
 
 
 def stop_ranks() -> None:

@@ -6,6 +6,7 @@ Without a GPU in Triton's interpreter; tests/test_triton.py takes the kernels on
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,12 +22,13 @@ from test_triton import DEVICE  # first: it imports the kernels for the interpre
 from pipeline.ops import block_triton, kernels, recompute, selfcheck
 
 
-def test_a_model_with_kernels():
+def test_a_model_with_kernels(monkeypatch: pytest.MonkeyPatch):
     """All of them at once, through every dispatch, with samples dropped; fp32 against plain autograd.
 
     The GF model has both kinds of block.
     """
     model = model_of(True, depths=(1, 1, 1, 1)).to(DEVICE)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # of what it is compared with
     x = torch.randn(3, 3, 32, 32, device=DEVICE)
     with kernels.forced(False):
         plain = gradients(model, x, "none")
@@ -71,13 +73,15 @@ def test_where_they_are_used(monkeypatch: pytest.MonkeyPatch):
     assert not kernels.usable(SimpleNamespace(**{**vars(on_gpu), "dtype": torch.float64}))
     with FakeTensorMode():
         assert not kernels.usable(on_gpu)
+        with ThreadPoolExecutor(1) as other:  # a mode is its thread's own
+            assert other.submit(kernels.usable, on_gpu).result()
     with kernels.enabled(False):
         assert not kernels.usable(on_gpu)
     environment = {**os.environ, "PIPELINE_KERNELS": "0"}
-    program = "from pipeline.ops import kernels; print(kernels._on)"
+    program = "from pipeline.ops import kernels; print(kernels._off)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+    assert done.stdout == "PIPELINE_KERNELS is 0\n"
 
 
 def test_gradients_do_not_depend_on_strides():

@@ -163,7 +163,7 @@ def residual(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # drop path changes it, and masks of whole rows are all that it makes
 def _layer_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, n, eps,
     C: tl.constexpr, X: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -196,7 +196,7 @@ def _layer_norm_kernel(
         tl.store(y_ptr + (row[:, None] * C + column[None, :]), y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _layer_norm_backward_kernel(
     dy_ptr, x_ptr, mean_ptr, rstd_ptr, weight_ptr, add_ptr, dx_ptr, sums_ptr, n,
     C: tl.constexpr, DY: tl.constexpr, X: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr,

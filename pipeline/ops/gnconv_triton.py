@@ -152,7 +152,7 @@ def _multiply_backward_kernel(
     tl.store(to, (a * b).to(x_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])  # as in LayerNorm
 def _gated_linear_kernel(
     x_ptr, weight_ptr, bias_ptr, c_ptr, p_ptr, product_ptr, n,
     K: tl.constexpr, D: tl.constexpr, X: tl.constexpr, C: tl.constexpr,

@@ -2,7 +2,8 @@
 
 `PIPELINE_KERNELS=0` in the environment turns the kernels off. Before a device's first use they are tried on it
 against the plain spellings in float64, on small inputs; where one fails to compile or disagrees, all stay off there
-and a warning says why.
+and a warning says why. The ranks of a run have to agree (`turn_off`): which spelling runs decides in which order
+gradients are ready, and so what ranks add up together.
 """
 
 from __future__ import annotations
@@ -17,10 +18,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _DTYPES = (torch.float32, torch.bfloat16)
-_on = os.environ.get("PIPELINE_KERNELS", "1") != "0"
+_off = "PIPELINE_KERNELS is 0" if os.environ.get("PIPELINE_KERNELS", "1") == "0" else None  # why
 _forced: bool | None = None
 _lock = threading.Lock()
 _verdicts: dict[int, str | None] = {}
@@ -29,12 +29,18 @@ _verdicts: dict[int, str | None] = {}
 @contextmanager
 def enabled(on: bool) -> Iterator[None]:
     """Kernels on (where they can be) or off, inside the block."""
-    global _on
-    before, _on = _on, on
+    global _off
+    before, _off = _off, None if on else "they are turned off here"
     try:
         yield
     finally:
-        _on = before
+        _off = before
+
+
+def turn_off(why: str) -> None:
+    """For good, on every device of this process."""
+    global _off
+    _off = why
 
 
 @contextmanager
@@ -48,28 +54,43 @@ def forced(on: bool) -> Iterator[None]:
         _forced = before
 
 
+def exported() -> bool:
+    """Whether the model is being written down by torch.export or torch.jit, for who has none of our operators."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def under_a_mode() -> bool:
+    """Whether a dispatch mode of this thread sees every operation: fake tensors, a counter of FLOPs."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def usable(x: Tensor) -> bool:
     """Whether the Triton kernels take `x`: float32 or bf16, on a GPU on which they work.
 
-    Not while torch.compile traces: its own kernels fuse what surrounds them, which ours would keep apart. Nor under a
-    dispatch mode, where tensors may be fakes, or products are counted.
+    Not while torch.compile traces: its own kernels fuse what surrounds them, which ours would keep apart; nor for
+    export; nor under a dispatch mode, where tensors may be fakes, or products are counted.
     """
-    if torch.compiler.is_compiling() or x.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or exported() or x.dtype not in _DTYPES:
         return False
     if _forced is not None:
         return _forced
-    return _on and x.is_cuda and not is_in_torch_dispatch_mode() and why_not(x.device.index) is None
+    return _off is None and x.is_cuda and not under_a_mode() and why_not(x.device.index) is None
 
 
 def why_not(device: int) -> str | None:
     """Why the kernels are off on this GPU, or None. Tries them, the first time: seconds, so a run asks at its start."""
-    if not _on:
-        return "PIPELINE_KERNELS is 0"
+    if _off is not None:
+        return _off
     with _lock:
         if device not in _verdicts:
+            if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+                return "they cannot be tried while a CUDA graph is captured"  # no verdict for later
             # In a thread of its own: there is no autocast, no inference mode and no checkpoint's hook around it.
-            with ThreadPoolExecutor(1) as pool:
-                _verdicts[device] = pool.submit(_try, device).result()
+            try:
+                with ThreadPoolExecutor(1) as pool:
+                    _verdicts[device] = pool.submit(_try, device).result()
+            except torch.OutOfMemoryError:
+                return "the GPU was too full to try them"  # as it may not be next time
             if _verdicts[device] is not None:
                 warnings.warn(
                     f"cuda:{device}: Triton kernels are off, plain PyTorch runs in their place (slower): "
@@ -89,5 +110,7 @@ def _try(device: int) -> str | None:
 
         with torch.cuda.device(device):
             return selfcheck.disagreement(torch.device("cuda", device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a compiler's or a driver's error, of any kind: training goes on without kernels
         return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"

@@ -90,7 +90,7 @@ def measure_step(bench: Bench, model: nn.Module, batch: int, px: int, quick: boo
 def search(bench: Bench, model: nn.Module, px: int) -> tuple[int, float, int] | None:
     """(largest batch in eights, images/s, peak bytes): a guess from two small ones by a line, then halving."""
     parameters = sum(p.numel() for p in model.parameters())
-    states = torch.empty(2 * parameters, device=bench.device)  # AdamW's, which the step does not make
+    states = torch.empty(3 * parameters, device=bench.device)  # AdamW's and an EMA, which the step does not make
     step = 2 if bench.tiny else 8
     best: tuple[int, float, int] | None = None
     peaks = []

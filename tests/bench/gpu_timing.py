@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+SLEEP_CYCLES = 500_000  # of the device, a repetition: a quarter of a millisecond, several launches of the host's
+
 
 class Bench:
     """Where rows go, how long a part may take, and what sizes there are.
@@ -67,6 +69,8 @@ class Bench:
         work()
         torch.cuda.synchronize()
         repeats = int(min(50, max(least, budget / (time.perf_counter() - start))))
+        # The host gets ahead meanwhile: else what is shorter than its launch would show the launch's time.
+        torch.cuda._sleep(repeats * SLEEP_CYCLES)
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(2 * repeats)]
         for before, after in zip(marks[::2], marks[1::2], strict=True):
             before.record()

@@ -53,13 +53,15 @@ class Launch:
     def source(self) -> ASTSource:
         """Specialised as Triton does at run time: whole multiples of 16 are known to be such, and pointers aligned."""
         constants = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        unspecialised = {p.name for p in self.kernel.params if p.do_not_specialize}
         signature, attributes = {}, {}
         for i, (name, value) in enumerate(self.arguments.items()):
             if name in constants:
                 signature[name] = "constexpr"
                 continue
             signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else type_of(value)
-            if isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+            known = isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0)
+            if known and name not in unspecialised:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         return ASTSource(self.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
@@ -159,7 +161,7 @@ def cases(dtype: torch.dtype, quick: bool) -> dict[str, Callable[[], Any]]:
     if quick:
         return found
     # 224 pixels: maps of 14 and 7. Other widths of a strip; the filter's 3x3; widths that are no power of two.
-    more = convolution(7, 2976, 7) | convolution(32, 128, 7) | convolution(24, 720, 3)
+    more = convolution(14, 1440, 7) | convolution(7, 2976, 7) | convolution(32, 128, 7) | convolution(24, 720, 3)
     more |= norm(192) | norm(1536) | norm(2976) | gating(96) | gating(1536) | linear(48, 96)
     more["residual of all samples"] = lambda: block_triton.residual(x, x, None, None, 1.0)
     return found | more | variants()

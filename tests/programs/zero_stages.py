@@ -15,6 +15,7 @@ from deepspeed.utils import safe_set_full_optimizer_state
 from pipeline import engine
 from pipeline.collectives import gather
 from pipeline.config import Config, load
+from pipeline.ops import kernels
 from pipeline.recipe import build_model, optimizer, parameter_groups
 
 ranks, device = engine.start_ranks()
@@ -159,6 +160,12 @@ mappings = [p._hp_mapping for p in bare.module.parameters() if p._hp_mapping is 
 unlinked = any("exp_avg" not in (mapping.optim_fragment or {}) for mapping in mappings)
 assert any(gather(unlinked)), "states are linked without our help: Engine need not make them before the first step"
 assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__, "no shm_comm: start_ranks need not turn it off"
+
+# What one rank cannot run, none does: ranks add up their gradients in the order in which they are ready.
+engine.agree_on_kernels(None)
+assert kernels._off is None
+engine.agree_on_kernels("no compiler" if ranks.rank == 1 else None)
+assert kernels.why_not(0) == "no compiler"
 if ranks.rank == 0:
     print("agreed")
 engine.stop_ranks()
