@@ -142,7 +142,7 @@ class Model(Section):
     """A model of timm's registry and what to build it with."""
 
     name: str
-    drop_path_rate: Fraction
+    drop_path_rate: Annotated[float, Field(ge=0, lt=1)]
     layer_scale_init: Positive
     checkpointing: Annotated[Checkpointing | tuple[Checkpointing, ...], BeforeValidator(_one_or_one_a_stage)] = Field(
         description="what is kept for the backward pass, of all stages or a list of four. selective: outputs of matrix "

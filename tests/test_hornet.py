@@ -1,5 +1,6 @@
 """The family against the published models: numbers, names, table 1, and what timm users expect of a model."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,8 @@ def test_features_only_gives_four_maps_of_any_size():
         (1, c, 96 // s, 160 // s) for c, s in zip(features.feature_info.channels(), [4, 8, 16, 32], strict=True)
     ]
     assert not any(name.startswith(("model.head", "model.norm")) for name in features.state_dict())
+    with pytest.raises(ValueError, match="feature_cls='hook': maps inside are NHWC"):
+        timm.create_model("hornet_nano_gf", features_only=True, feature_cls="hook")
     two = timm.create_model("hornet_nano_gf", features_only=True, out_indices=(1, 2))
     assert [m.shape[1] for m in two(x)] == two.feature_info.channels() == features.feature_info.channels()[1:3]
     assert not any(name.startswith("model.stages.3") for name in two.state_dict())
@@ -174,8 +177,14 @@ def test_mistakes_are_refused():
         timm.create_model("hornet_tiny_7x7", drop_path=0.2)
     with pytest.raises(ValueError, match="leave img_size out"):
         timm.create_model("hornet_tiny_7x7", img_size=384)
-    with pytest.raises(ValueError, match=r"images are torch.uint8 and weights torch.float32"):
-        small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    for autocast in (False, True):
+        with (
+            pytest.raises(ValueError, match=r"images are torch.uint8 and weights torch.float32"),
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        ):
+            small()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="drop_path_rate=1"):
+        small(drop_path_rate=1.0)
     with pytest.raises(ValueError, match=r"image of 200x200"):
         small(img_size=200)
     with pytest.raises(ValueError, match=r"image of 64x80.*multiples of 32"):
@@ -227,6 +236,7 @@ def test_bf16_autocast_trains():
     model.eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         in_bf16 = model(x).float()
+        torch.testing.assert_close(model(x.bfloat16()).float(), in_bf16)  # patches are cast anyway
     in_fp32 = model(x)
     assert (in_bf16 - in_fp32).norm() < 0.03 * in_fp32.norm()
 
@@ -242,16 +252,21 @@ def test_fused_for_inference(name: str):
             torch.nn.init.normal_(norm.bias)
     x = torch.randn(2, 3, 96, 64, dtype=torch.float64)
     expected, before = model.eval()(x), sum(p.numel() for p in model.parameters())
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
     fused = fuse_for_inference(model)
-    torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+    assert_close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+    assert_close(fused(x), expected)
     with torch.inference_mode():
-        torch.testing.assert_close(fused(x), expected, rtol=1e-10, atol=1e-10)
+        assert_close(fused(x), expected)
+    assert_close(fused.forward_head(fused.forward_features(x), pre_logits=True), features)
     assert sum(p.numel() for p in fused.parameters()) < before
-    assert not any(n.endswith(("gamma1", "norm1.weight", "norm2.bias")) or n == "norm.bias" for n in fused.state_dict())
+    assert not any(n.endswith(("gamma1", "norm1.weight", "norm2.bias")) for n in fused.state_dict())
     assert not any(p.requires_grad for p in fused.parameters())
     fused.train()(x)
     with pytest.raises(ValueError, match="fused already"):
         fuse_for_inference(fused)
+    with pytest.raises(ValueError, match=r"got FeatureGetterNet; .*pass its `.model`"):
+        fuse_for_inference(timm.create_model("hornet_nano_gf", features_only=True))
 
 
 def test_exports_and_compiles_whole(tmp_path: Path):
@@ -262,10 +277,12 @@ def test_exports_and_compiles_whole(tmp_path: Path):
     assert "hornet" not in str({node.target for node in program.graph.nodes if node.op == "call_function"})
     exported = program.module()
     torch.testing.assert_close(exported(x[:1]), model(x[:1]))
-    with torch.no_grad():
-        traced = torch.jit.trace(model, x)
-        torch.testing.assert_close(traced(x), model(x))
-    traced.save(tmp_path / "traced.pt")
+    model.set_checkpointing("selective")
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            traced = torch.jit.trace(model, x)
+            torch.testing.assert_close(traced(x), model(x))
+        traced.save(tmp_path / "traced.pt")
     assert model(x[:0]).shape == (0, 7)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(exported(x), model(x))

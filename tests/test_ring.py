@@ -92,7 +92,7 @@ from conftest import ROOT, Datasets
 from test_loader import configured
 from pipeline.__main__ import _explain
 from pipeline.data.loader import Ranks, training_batches
-config, manifest, order = configured(Datasets(Path(sys.argv[1]), Path()), sys.argv[2], "data.workers_per_rank=1")
+config, manifest, order = configured(Datasets(Path(sys.argv[1]), Path()), *sys.argv[2:])
 try:
     batches = training_batches(config, manifest, order, Ranks(), 0, 6000)
     next(batches)
@@ -105,11 +105,12 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("where", ["host", "device"])
-def test_a_killed_worker_is_one_line(datasets: Datasets, where: str) -> None:
+@pytest.mark.parametrize(("where", "workers"), [("host", 1), ("host", 3), ("device", 1)])
+def test_a_killed_worker_is_one_line(datasets: Datasets, where: str, workers: int) -> None:
     """Whether the rank waits for it, or computes: torch raises it in the main thread wherever that is, so that the rank
-    is a process of its own here."""
+    is a process of its own here. The others, which share its ring, do not wait for ever either."""
     command = [sys.executable, "-c", SCRIPT, str(datasets.in22k), f"augment.where={where}"]
+    command.append(f"data.workers_per_rank={workers}")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert "a data worker was killed" in done.stdout, done.stderr
     assert done.stdout.count("\n") == 1

@@ -1,6 +1,6 @@
 """Evaluation images by threads, as uint8: the resize and crop of timm's transform; the device normalises.
 
-As floats, a batch of 64 images at 384 px has 113 MB, more than the 64 MB of shared memory that containers get.
+As floats they would be four times as large: 113 MB for a batch of 64 images at 384 px.
 """
 
 from __future__ import annotations

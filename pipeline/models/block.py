@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.ops import kernels, recompute
 from pipeline.ops.fourier import FourierBasis
 from pipeline.ops.gnconv import GnConv
-from pipeline.ops.layers import NORM_EPS, layer_norm, linear, norm_of
+from pipeline.ops.layers import NORM_EPS, layer_norm, linear, norm_of, scaled
 
 Saving = Literal["none", "selective", "selective_mlp"]
 
@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def _gnconv(self, x: Tensor, keep: Keep, basis: FourierBasis | None, saving: Saving) -> tuple[Tensor, Tensor]:
         norm = norm_of(self.norm1)
-        if not torch.is_grad_enabled():
+        if _infers():
             f = self.gnconv(layer_norm(recompute.take_rows(x, keep.rows), norm), basis)
             return x, f if self.gamma1 is None else f * (self.gamma1 * keep.factor).to(f.dtype)
         # In training the scale goes into the weight, and not over the map.
@@ -115,14 +115,15 @@ class Block(nn.Module):
         first = (self.pwconv1.weight.to(dtype), self.pwconv1.bias.to(dtype))
         weight: Tensor = self.pwconv2.weight
         bias: Tensor = self.pwconv2.bias
-        if not torch.is_grad_enabled():
+        if _infers():
             h = linear(layer_norm(recompute.take_rows(x, keep.rows), norm), *first)
             f = linear(F.gelu(h), weight, bias)
             return x, f if self.gamma2 is None else f * (self.gamma2 * keep.factor).to(dtype)
-        if self.gamma2 is not None:
+        if self.gamma2 is None:
+            second = (weight.to(dtype), bias.to(dtype))
+        else:
             scale = self.gamma2 * keep.factor
-            weight, bias = weight * scale[:, None], bias * scale
-        second = (weight.to(dtype), bias.to(dtype))
+            second = (scaled(weight, scale, dtype), scaled(bias, scale, dtype))
         if saving == "none":
             h = linear(layer_norm(recompute.take_rows(x, keep.rows), norm), *first)  # (B, H, W, 4 dim)
             return x, linear(F.gelu(h), *second)
@@ -130,6 +131,11 @@ class Block(nn.Module):
             return recompute.norm_mlp(x, norm, first, second, keep.rows)
         x, h = recompute.norm_linear(x, norm, first, rows=keep.rows)
         return x, recompute.gelu_linear(h, *second)
+
+
+def _infers() -> bool:
+    """Exports too, whether gradients are on or not: the one graph."""
+    return not torch.is_grad_enabled() or kernels.exported()
 
 
 def _add(x: Tensor, f: Tensor, keep: Keep) -> Tensor:

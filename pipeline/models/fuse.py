@@ -18,13 +18,15 @@ def fuse_for_inference(model: HorNet) -> HorNet:
 
     Layer scales go into the projections before them, the affine parameters of norms into the linear layers behind them
     (those of the filter's norms stay: padding, and a product, lie between), and the depthwise scale into the depthwise
-    weights or the filter's last norm. Outputs are equal up to rounding. The state dict is another afterwards, so copy
-    the model first (`copy.deepcopy`) where the original is still needed. The last norm goes into the head: one that is
-    put in its place afterwards has to bring its norm along.
+    weights or the filter's last norm. Outputs, those without a head too, are equal up to rounding. The state dict is
+    another afterwards, so copy the model first (`copy.deepcopy`) where the original is still needed.
 
     Raises:
-        ValueError: `model` was fused before.
+        ValueError: `model` was fused before, or is no HorNet: of a model made with `features_only`, fuse its `.model`.
     """
+    if not isinstance(model, HorNet):
+        hint = "; of a model made with features_only, pass its `.model`" if hasattr(model, "model") else ""
+        raise ValueError(f"fuse_for_inference takes a HorNet, got {type(model).__name__}{hint}")
     blocks = [cast(Block, block) for stage in model.stages for block in stage.children()]
     if any(block.gamma1 is None for block in blocks):
         raise ValueError("this model is fused already: fuse_for_inference changes it in place, once is enough")
@@ -43,8 +45,6 @@ def fuse_for_inference(model: HorNet) -> HorNet:
     for layer in list(model.downsample_layers)[1:]:
         norm, conv = cast(nn.Sequential, layer)
         _fold_norm(norm, conv)
-    if isinstance(model.head, nn.Linear) and isinstance(model.norm, nn.LayerNorm):
-        _fold_norm(model.norm, model.head)
     return model
 
 

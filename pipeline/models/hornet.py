@@ -3,32 +3,31 @@
 Source: HorNet: Efficient High-Order Spatial Interactions with Recursive Gated Convolutions, Rao et al. 2022.
 State-dict keys, shapes and registration order are those of the published checkpoints, which load with
 `strict=True`. Inside, activations are NHWC; images come in and feature maps go out as NCHW.
+
+Below a block, modules hold parameters and are not called: what wraps or hooks a layer (LoRA adapters, pruning, forward
+hooks) acts on stages, blocks and the head alone. Gradients cannot be differentiated again.
 """
 
 import itertools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.models import layer_decay
-from pipeline.models.block import KEEP_ALL, Block, Keep, Saving, draw_keeps
+from pipeline.models.block import KEEP_ALL, Block, Keep, draw_keeps
 from pipeline.models.downsample import downsample, make_downsampling, make_stem
+from pipeline.models.stage import POLICIES, Policy, Stage
 from pipeline.ops import kernels
-from pipeline.ops.fourier import FourierBasis, fourier_basis
+from pipeline.ops.fourier import fourier_basis
 from pipeline.ops.global_filter import GlobalLocalFilter, global_filter_size
 from pipeline.ops.layers import NORM_EPS, compute_dtype, no_autocast
 
 STRIDES = (4, 8, 16, 32)
-
-
-Policy = Literal["none", "selective", "selective_mlp", "block", "stage"]
-POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
 class HorNet(nn.Module):
@@ -49,8 +48,8 @@ class HorNet(nn.Module):
         layer_scale_init: initial value of both layer scales of every block.
 
     Raises:
-        ValueError: a width does not suit its order, an unknown `global_pool`, an `img_size` that is not a multiple
-            of 32, or one given to a model without global filters.
+        ValueError: a width does not suit its order, an unknown `global_pool`, a `drop_path_rate` of 1, an `img_size`
+            that is not a multiple of 32, or one given to a model without global filters.
 
     `forward`: (B, in_chans, H, W) with H and W multiples of 32 -> (B, num_classes); with `global_pool=""`
     (B, num_classes, H / 32, W / 32); with `num_classes=0` the normalised features.
@@ -77,6 +76,8 @@ class HorNet(nn.Module):
                 "leave img_size out, or use a _gf model"
             )
         _check_global_pool(global_pool)
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate={drop_path_rate}: a share of the samples, at least 0 and below 1")
         img_size = img_size or 224
         image_hw = (img_size, img_size) if isinstance(img_size, int) else img_size
         _check_image_size(*image_hw)
@@ -86,7 +87,6 @@ class HorNet(nn.Module):
         self.drop_rate = drop_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.checkpointing: tuple[Policy, ...] = tuple("none" for _ in dims)
-        self.compiled = False
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
@@ -103,9 +103,7 @@ class HorNet(nn.Module):
             before = sum(depths[:i])
             # Plain arithmetic, not linspace().item(): the model must build on the meta device.
             rates = [drop_path_rate * (before + j) / max(n_blocks - 1, 1) for j in range(depth)]
-            self.stages.append(
-                nn.Sequential(*(Block(dim, order, filter_size, rate, layer_scale_init) for rate in rates))
-            )
+            self.stages.append(Stage(*(Block(dim, order, filter_size, rate, layer_scale_init) for rate in rates)))
 
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=NORM_EPS)
         self.head: nn.Module = nn.Linear(dims[-1], num_classes) if num_classes > 0 else nn.Identity()
@@ -119,7 +117,7 @@ class HorNet(nn.Module):
         """(B, in_chans, H, W) -> the last stage's map (B, dims[-1], H / 32, W / 32).
 
         Raises:
-            ValueError: H or W is not a multiple of 32; without autocast, another dtype than that of the weights.
+            ValueError: H or W is not a multiple of 32; integers; without autocast, another dtype than the weights'.
         """
         last = len(self.stages) - 1
         return self._stage_maps(x, last + 1, [last])[0]
@@ -129,10 +127,10 @@ class HorNet(nn.Module):
         _check_image_size(*x.shape[-2:])
         maps: list[Tensor] = []
         dtype, weights = compute_dtype(x), cast(nn.Conv2d, self.downsample_layers[0][0]).weight.dtype  # type: ignore[index]
-        if dtype == x.dtype != weights:
+        if not x.is_floating_point() or (dtype is None and x.dtype != weights):
             raise ValueError(f"images are {x.dtype} and weights {weights}: convert one of them, or use autocast")
         with no_autocast(x.device.type):
-            x = x.permute(0, 2, 3, 1).to(dtype)
+            x = x.permute(0, 2, 3, 1).to(dtype or x.dtype)
             keeps = self._draw_keeps(x)
             for i in range(stages):
                 x = self._forward_stage(i, x, keeps[i])
@@ -146,40 +144,16 @@ class HorNet(nn.Module):
         if not self.training:
             return [[(KEEP_ALL, KEEP_ALL)] * len(rates) for rates in stages]
         both = [rate for rates in stages for rate in rates for _ in range(2)]
-        drawn = iter(draw_keeps(both, len(x), x, masks=self.compiled or torch.compiler.is_compiling()))
+        masks = torch.compiler.is_compiling() or any(cast(Stage, stage).compiled for stage in self.stages)
+        drawn = iter(draw_keeps(both, len(x), x, masks=masks))
         return [[(next(drawn), next(drawn)) for _ in rates] for rates in stages]
 
     def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
-        policy: Policy = self.checkpointing[i]
-        if policy == "none" and not self.compiled and kernels.usable(x):
-            policy = "selective"  # the kernels are spelled that way alone: what it recomputes is free there
-        x = downsample(self.downsample_layers[i], x, lean=policy != "none")
+        policy: Policy = "none" if kernels.exported() else self.checkpointing[i]
+        x = downsample(self.downsample_layers[i], x, lean=policy != "none" or kernels.usable(x))
         basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if self.filters[i] else None
-        # Drop path is drawn outside: nothing random is recomputed. What is recomputed is kept as selective keeps it.
-        each = policy == "block"
-        saving: Saving = "selective" if policy == "block" or policy == "stage" else policy
-        if policy == "stage" and torch.is_grad_enabled():
-            run = partial(checkpoint, self._blocks, use_reentrant=False, preserve_rng_state=False)
-            return run(i, x, keeps, basis, saving, each)
-        return self._blocks(i, x, keeps, basis, saving, each)
-
-    def _blocks(
-        self,
-        i: int,
-        x: Tensor,
-        keeps: list[tuple[Keep, Keep]],
-        basis: FourierBasis | None,
-        saving: Saving,
-        each: bool,
-    ) -> Tensor:
-        """The blocks of stage `i`; `each` is checkpointed or not."""
-        for block, keep in zip(self.stages[i].children(), keeps, strict=True):
-            if each and torch.is_grad_enabled():
-                x = checkpoint(block, x, keep, basis, saving, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, keep, basis, saving)
-        return x
+        return self.stages[i](x, keeps, basis, policy)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, LayerNorm, head: (B, C, H, W) -> (B, num_classes), or (B, C) with `pre_logits`.
@@ -278,7 +252,6 @@ class HorNet(nn.Module):
         """
         # A graph for each stage, with and without gradients, and drop path or none in the first block.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        self.compiled = True
         for stage in self.stages:
             for block in stage.children():
                 block.compile(**{"dynamic": False, **options})

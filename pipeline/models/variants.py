@@ -25,6 +25,11 @@ def _widths(first: int) -> tuple[int, ...]:
 def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: Any) -> HorNet:
     """Build `variant` from its `defaults`; `kwargs`, what the caller gave, wins."""
     _refuse_unknown_options(variant, kwargs)
+    if kwargs.get("feature_cls", "getter") != "getter":
+        raise ValueError(
+            f"{variant}: feature_cls={kwargs['feature_cls']!r}: maps inside are NHWC, so features come from "
+            "forward_intermediates alone; leave feature_cls out"
+        )
     return build_model_with_cfg(
         HorNet,
         variant,

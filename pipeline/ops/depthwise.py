@@ -25,7 +25,7 @@ def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: (C, 1, K, K), K odd, of any floating dtype: it is used in that of `x`.
         bias: (C,) or None.
     """
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # what leaves this process knows PyTorch's alone
+    if kernels.exported():
         return _plain(x, weight, bias)
     return _Depthwise.apply(x, weight, bias)
 
@@ -81,11 +81,11 @@ def _weight_gradients(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]
     dtype = x.dtype
     if x.device.type == "cpu":
         dtype = wide
-        if side > 3 and wide == torch.float32:
-            return _correlation(planes_dy.to(wide), planes_x.to(wide), side), dy.sum((0, 1, 2), dtype=wide)
-        planes_dy, planes_x = (
-            each.to(wide).contiguous(memory_format=torch.channels_last) for each in (planes_dy, planes_x)
-        )
+        correlate = side > 3 and wide == torch.float32
+        layout = torch.contiguous_format if correlate else torch.channels_last
+        planes_dy, planes_x = (each.to(wide, memory_format=layout) for each in (planes_dy, planes_x))
+        if correlate:
+            return _correlation(planes_dy, planes_x, side), dy.sum((0, 1, 2), dtype=wide)
     weight = x.new_empty(x.shape[-1], 1, side, side, dtype=dtype)
     _, dweight, dbias = _convolution_backward(planes_dy, planes_x, weight, [False, True, True])
     return dweight.to(wide), dbias.to(wide)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from pipeline.ops import kernels
 
 LARGEST_SIDE = 32  # of a map: holds those of 384 px images (24 and 12), with room; beyond, the cost grows with the side
 
@@ -38,7 +39,7 @@ def fourier_basis(height: int, width: int, dtype: torch.dtype, device: torch.dev
     """The basis of maps of that size, or None for sizes that are left to the FFT. Made once a size and device."""
     if max(height, width) > LARGEST_SIDE or device.type == "meta":  # meta: FLOPs are counted as published
         return None
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():  # what is traced must not stay behind
+    if torch.compiler.is_compiling() or kernels.exported() or kernels.under_a_mode():  # a traced one must not stay
         return _basis(height, width, dtype, device)
     return _kept_basis(height, width, dtype, device)
 
@@ -100,15 +101,15 @@ def filter_backward(dy: Tensor, spectrum: Tensor, filt: Tensor, basis: FourierBa
     dx = inverse(_product(dproduct, conjugate), adjoint)
     (re, im), (dre, dim) = spectrum.unbind(1), dproduct.unbind(1)
     accumulate = torch.promote_types(filt.dtype, torch.float32)
-    dfilter = torch.stack(
-        ((dre * re + dim * im).sum(0, dtype=accumulate), (dim * re - dre * im).sum(0, dtype=accumulate))
-    )
-    return dx, dfilter.to(filt.dtype)
+    parts = torch.addcmul(dre * re, dim, im), torch.addcmul(dim * re, dre, im, value=-1)
+    return dx, torch.stack([part.sum(0, dtype=accumulate) for part in parts]).to(filt.dtype)
 
 
 def _product(spectrum: Tensor, filt: Tensor) -> Tensor:
     re, im = spectrum.unbind(1)
-    return torch.stack((re * filt[0] - im * filt[1], re * filt[1] + im * filt[0]), 1)
+    return torch.stack(
+        (torch.addcmul(re * filt[0], im, filt[1], value=-1), torch.addcmul(re * filt[1], im, filt[0])), 1
+    )
 
 
 def _each(matrix: Tensor, x: Tensor) -> Tensor:

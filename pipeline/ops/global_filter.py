@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.ops.depthwise import depthwise
 from pipeline.ops.fourier import FourierBasis, filter_forward
-from pipeline.ops.layers import NORM_EPS, layer_norm, no_autocast, norm_of
+from pipeline.ops.layers import NORM_EPS, interleave, layer_norm, no_autocast, norm_of
 
 
 class GlobalLocalFilter(nn.Module):
@@ -48,8 +48,7 @@ class GlobalLocalFilter(nn.Module):
             far = global_filter(far.permute(0, 3, 1, 2), self.complex_weight).permute(0, 2, 3, 1).to(x.dtype)
         else:
             far, _ = filter_forward(far, self.spectrum_filter(x), basis)
-        x = torch.stack((near, far), -1).flatten(-2)  # near 0, far 0, near 1, far 1, ...
-        return layer_norm(x, norm_of(self.post_norm, scale))
+        return layer_norm(interleave(near, far), norm_of(self.post_norm, scale))
 
     def spectrum_filter(self, x: Tensor) -> Tensor:
         """The filter for a map like `x`, (B, H, W, C), as `fourier.filter_forward` takes it: (2, H, V, dim / 2)."""

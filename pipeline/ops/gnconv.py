@@ -10,13 +10,14 @@ import itertools
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.ops import recompute
 from pipeline.ops.depthwise import depthwise
 from pipeline.ops.fourier import FourierBasis
 from pipeline.ops.global_filter import GlobalLocalFilter
-from pipeline.ops.layers import Norm, linear, norm_of
+from pipeline.ops.layers import Norm, linear, norm_of, scaled
 
 
 def gnconv_dims(dim: int, order: int) -> list[int]:
@@ -96,7 +97,7 @@ class GnConv(nn.Module):
             context = depthwise(context, *self._scaled_depthwise())
         pws = self._pws()
         x = recursive_gating(gate, context, [weight for weight, _ in pws], [bias for _, bias in pws])
-        return linear(x, *self._proj_out(layer_scale))
+        return linear(x, *self._proj_out(layer_scale, x.dtype))
 
     def normed(
         self, x: Tensor, norm: Norm, layer_scale: Tensor | None, rows: Tensor | None, basis: FourierBasis | None
@@ -118,8 +119,7 @@ class GnConv(nn.Module):
             context = recompute.local_global(context, norm_of(self.dwconv.pre_norm), local, filt, basis)
             post = norm_of(self.dwconv.post_norm, self.scale)
         pws = [(weight.flatten(1).to(dtype), bias.to(dtype)) for weight, bias in self._pws()]
-        weight, bias = self._proj_out(layer_scale)
-        return x, recompute.gating(gate, context, post, pws, (weight.to(dtype), bias.to(dtype)))
+        return x, recompute.gating(gate, context, post, pws, self._proj_out(layer_scale, dtype))
 
     def _proj_in(self) -> list[tuple[Tensor, Tensor]]:
         """Weight and bias of the part that gives the gate (dims[0] channels), and of that of the context (the rest)."""
@@ -136,6 +136,8 @@ class GnConv(nn.Module):
     def _pws(self) -> list[tuple[Tensor, Tensor]]:
         return [(pw.weight, cast(Tensor, pw.bias)) for pw in cast(list[nn.Conv2d], list(self.pws))]
 
-    def _proj_out(self, layer_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _proj_out(self, layer_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         weight, bias = self.proj_out.weight.flatten(1), cast(Tensor, self.proj_out.bias)
-        return (weight, bias) if layer_scale is None else (weight * layer_scale[:, None], bias * layer_scale)
+        if layer_scale is None:
+            return weight.to(dtype), bias.to(dtype)
+        return scaled(weight, layer_scale, dtype), scaled(bias, layer_scale, dtype)

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.ops import primitives
 from pipeline.ops.depthwise import depthwise_backward, depthwise_forward
 from pipeline.ops.fourier import FourierBasis, filter_backward, filter_forward
-from pipeline.ops.layers import Norm, patches, unpatched
+from pipeline.ops.layers import Norm, interleave, patches, unpatched
 
 
 def norm_linear(
@@ -124,7 +124,7 @@ class _NormLinear(torch.autograd.Function):
             y = patches(primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps), ctx.patch)
         for i, dout in enumerate(douts):
             dlayers += _weight_gradients(dout, y, wanted[2 * i : 2 * i + 2])
-        if not (ctx.needs_input_grad[0] or ctx.needs_input_grad[2]):
+        if not any(ctx.needs_input_grad[i] for i in (0, 2, 3)):  # x, and the norm's parameters
             return None, None, None, None, None, None, *dlayers
         dy = douts[0] @ layers[0]
         for dout, layer in zip(douts[1:], layers[1:], strict=True):
@@ -233,7 +233,7 @@ class _LocalGlobal(torch.autograd.Function):
         far, spectrum = filter_forward(far, filt, FourierBasis(*basis))
         ctx.eps = eps
         ctx.save_for_backward(context, mean, rstd, weight, bias, local, filt, spectrum, *basis)
-        return torch.stack((near, far), -1).flatten(-2)
+        return interleave(near, far)
 
     @staticmethod
     @once_differentiable
