@@ -72,7 +72,7 @@ review: $(STAMP) ## MLflow on the run database, at PORT=5000 of this host
 	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --artifacts-destination $(CURDIR)/runs/mlartifacts
 
 test: $(STAMP) ## the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(STAMP) ## 25 short pretrainings killed at random (half an hour), and long walks between world sizes
 	@$(BIN)/python tests/chaos.py $(ARGS)

@@ -27,6 +27,26 @@ SYNSETS_1K = ("n02121620", "n02958343", "n03782006")
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Tests that start several ranks, or measure how long processes take to notice something. The longest come first.
+RANKS = ("test_resume", "test_end_to_end", "test_engine", "test_launchers", "test_watchdog", "test_lifetime")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: RANKS.index(item.path.stem) if item.path.stem in RANKS else len(RANKS))
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """For the two workers of `make test`: tests of ranks in a row on one, the other files one by one on the other."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "ranks" if Path(file).stem in RANKS else file
+
+    return Scheduling(config, log)
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
@@ -106,7 +126,8 @@ def launch(*arguments: str, ranks: int = 2, launcher: str = "deepspeed") -> subp
 
 
 def launch_environment(ranks: int = 2) -> dict[str, str]:
-    return {**os.environ, "RANKS": str(ranks), "VENV": sys.prefix}
+    # As wide as paths are long: a table wraps nothing that a test looks for.
+    return {**os.environ, "RANKS": str(ranks), "VENV": sys.prefix, "COLUMNS": "400"}
 
 
 @dataclass(frozen=True)

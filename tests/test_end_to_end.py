@@ -211,7 +211,7 @@ def test_finetune_and_evaluate(pretrained: Path, datasets: Datasets, root: Path)
     )
     done = launch(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 of 3" in done.stdout  # the table wraps the rest
+    assert "2 of 3" in done.stdout
     run = root / "demo-finetune"
     summary = json.loads((run / "summary.json").read_text())
     assert summary["val_samples"] == 21
