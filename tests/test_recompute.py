@@ -91,6 +91,16 @@ def test_compiled_blocks_are_one_graph_each():
         assert graphs == (0 if policy in ("block", "stage") else len(model.stages)), policy
 
 
+def test_compiled_blocks_keep_what_the_policy_says():
+    """By the partitioner that inductor uses too."""
+    eager, model = (model_of(True, depths=(1, 1, 1, 1), drop_path_rate=0.0) for _ in range(2))
+    model.compile_blocks(backend="aot_eager_decomp_partition")
+    torch._dynamo.reset()
+    for policy in ("selective", "selective_mlp"):
+        each = [saved_bytes(m, policy, 64, 2) - saved_bytes(m, policy, 64, 1) for m in (model, eager)]
+        assert each[0] <= 1.01 * each[1], policy
+
+
 def saved_bytes(model: HorNet, policy: str, px: int, count: int) -> int:
     """Bytes of the storages that a forward pass of `count` images saves for backward."""
     model.set_checkpointing(policy)

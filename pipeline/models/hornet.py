@@ -248,10 +248,12 @@ class HorNet(nn.Module):
         """torch.compile each block, in place; names and shapes of the state stay. `options` are torch.compile's.
 
         Blocks of a stage share their code. Drop path then masks instead of leaving samples out: shapes are fixed.
-        Raises torch._dynamo's recompile_limit to 64, for the process.
+        For the process, torch._dynamo's recompile_limit is raised to 64, and torch._functorch's common-subexpression
+        elimination turned off: what backward is to recompute would be found in forward, and kept.
         """
         # A graph for each stage, with and without gradients, and drop path or none in the first block.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        torch._functorch.config.cse = False
         for stage in self.stages:
             for block in stage.children():
                 block.compile(**{"dynamic": False, **options})
