@@ -129,7 +129,8 @@ class _Interleave(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
-        return dout.unflatten(-1, (-1, 2)).unbind(-1)
+        # Contiguous: of channels with gaps, a product in float32 copies matrix by matrix.
+        return tuple(part.contiguous() for part in dout.unflatten(-1, (-1, 2)).unbind(-1))
 
 
 class _LayerNorm(torch.autograd.Function):
