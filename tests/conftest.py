@@ -37,7 +37,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For the two workers of `make test`: tests of ranks in a row on one, the other files one by one on the other."""
+    """For the two workers of `make test`: tests of ranks in a row on one, the other files one by one on the other.
+
+    Not by the mark xdist_group, which does nothing under pytest 9.2: pytest-xdist 3.8 renames tests for it.
+    """
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):

@@ -99,7 +99,7 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
 
 
 class _Scaled(torch.autograd.Function):
-    """What autograd would do in five passes over the weight and three copies of it, in three and one."""
+    """What autograd would do in four passes over the weight and three copies of it, in three and one."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
