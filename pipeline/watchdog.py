@@ -61,6 +61,9 @@ class Watchdog:
     (it evaluates, or saves) waits on. Time in which the process as a whole was stopped, by a scheduler that suspends
     jobs or by a debugger, does not count.
 
+    A process that does not run Python any more at all writes its stacks on stderr, from a thread in C. That thread
+    cannot tell a process that was stopped: one that goes on says that such stacks are of no error.
+
     Where there are several ranks, MASTER_ADDR and MASTER_PORT have to be in the environment.
     """
 
@@ -69,6 +72,7 @@ class Watchdog:
     ) -> None:
         self.rank, self.ranks, self.seconds, self.folder, self.on_stall = rank, ranks, seconds, folder, on_stall
         self.interval = min(5.0, seconds / 10)
+        self.lock_seconds = seconds + 20 * self.interval  # without Python's lock: stacks then come from C
         # torchrun keeps its store when it restarts ranks, and a process may hold one run after the other.
         self._run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
         self._where, self._ticked = "starting", time.monotonic()
@@ -89,6 +93,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._ticked = self._store_answered = time.monotonic()
+        faulthandler.dump_traceback_later(self.lock_seconds, file=2)
         self._watcher.start()
         if self.ranks > 1:
             # Apart from the watcher: a store whose host is stopped does not even time out.
@@ -113,15 +118,22 @@ class Watchdog:
             now = time.monotonic()
             if ticked != self._ticked:
                 ticked, stopped_seconds = self._ticked, 0.0
-            if now - checked > 3 * self.interval:
+            unchecked_seconds = now - checked
+            if unchecked_seconds > 3 * self.interval:
                 stopped_seconds += now - max(checked, ticked)
             checked = now
             self._silent_seconds = max(0.0, now - ticked - stopped_seconds)
             reason = self._verdict or (self._stalled() if self._silent_seconds >= self.seconds else None)
             if reason is not None:
                 self._end(reason)
-            # A thread may hang with Python's lock held, and this one with it: then stacks come on stderr, from C.
-            faulthandler.dump_traceback_later(self.seconds + 20 * self.interval, file=2)
+            # A thread may hang with Python's lock held, and this one with it.
+            faulthandler.dump_traceback_later(self.lock_seconds, file=2)  # waits for stacks that are being written
+            if unchecked_seconds > self.lock_seconds:
+                say_at_once(
+                    f"note: rank {self.rank} goes on after {unchecked_seconds:.0f} s in which it was stopped (a "
+                    "suspended job, a debugger) or a thread held Python's lock; stacks just above are of that, and of "
+                    "no error"
+                )
 
     def _stalled(self) -> str | None:
         """Why the run stands still, or None where another rank still makes progress."""

@@ -1,5 +1,6 @@
 """Ranks that hang, in real processes with a real store: who is blamed, what is left behind, and what is no stall."""
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from torch.distributed import TCPStore
 from pipeline.watchdog import Beat, Sight, Watchdog, blame
 
 SECONDS = 2.0
+LOCK_SECONDS = 3 * SECONDS  # after which stacks come from C
 # One process imports torch, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pipeline.watchdog", "test_watchdog"])
@@ -38,6 +40,8 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
                     wait_for_a_batch()
                 if habit == "fails":
                     raise ValueError("a label out of range")
+                if habit == "holds Python's lock, a slow one":
+                    hold_the_lock()
                 if habit == "is slow":
                     for _ in range(40):
                         dog.tick("evaluating")
@@ -53,6 +57,10 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
 
 def wait_for_a_batch() -> None:
     time.sleep(1000)
+
+
+def hold_the_lock() -> None:
+    ctypes.PyDLL(None).sleep(int(1.5 * LOCK_SECONDS))
 
 
 def collective(store: TCPStore, step: int, ranks: int) -> None:
@@ -111,9 +119,9 @@ def codes(*ranks: BaseProcess) -> list[int | None]:
     return [process.exitcode for process in ranks]
 
 
-def errors(folder: Path) -> list[str]:
-    """The lines that all ranks wrote on stderr; torch's own warnings of a store that is gone aside."""
-    lines = [line for path in sorted(folder.glob("*.err")) for line in path.read_text().splitlines()]
+def errors(folder: Path, files: str = "*.err") -> list[str]:
+    """The lines that ranks, all if nothing is said, wrote on stderr; torch's warnings of a store that is gone aside."""
+    lines = [line for path in sorted(folder.glob(files)) for line in path.read_text().splitlines()]
     return [line for line in lines if "[c10d]" not in line]
 
 
@@ -146,15 +154,29 @@ def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_
     send(halved[0], signal.SIGSTOP)
     for process in resumed:
         send(process, signal.SIGSTOP)
+    stopped_at = time.monotonic()
     assert codes(halved[1]) == [1]
     (line,) = errors(tmp_path / "halved")
     assert "rank 0, which holds the job's store, has not answered for " in line
     assert line.endswith(f"; rank 1 is training; stacks are in {tmp_path}/halved/stacks")
-    # That took more than SECONDS.
+    time.sleep(max(0.0, stopped_at + LOCK_SECONDS + SECONDS - time.monotonic()))
     for process in resumed:
         send(process, signal.SIGCONT)
     assert codes(*resumed) == [0, 0]  # and rank 1 has waited for rank 0, which ticked, for twice SECONDS
-    assert errors(tmp_path / "resumed") == []
+    # Stacks may be there or not: C's timer and Python's watcher wake up together.
+    for rank in (0, 1):
+        lines = errors(tmp_path / "resumed", f"{rank}.err")
+        assert lines[-1].startswith(f"note: rank {rank} goes on after ")
+        assert not any(line.startswith("error") for line in lines)
+    assert not (tmp_path / "resumed" / "stacks").exists()
+
+
+def test_a_rank_that_holds_the_lock_of_python_shows_where_and_may_go_on(tmp_path: Path) -> None:
+    assert codes(*start(tmp_path, "holds Python's lock, a slow one")) == [0]
+    lines = errors(tmp_path)
+    assert lines[0] == "Timeout (0:00:06)!"
+    assert any("in hold_the_lock" in line for line in lines)
+    assert lines[-1].startswith("note: rank 0 goes on after 9 s in which it was stopped ")
 
 
 def test_one_rank_alone(tmp_path: Path) -> None:
