@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops import kernels, primitives
+from pipeline.ops import kernels, primitives, products
 
 NORM_EPS = 1e-6
 
@@ -45,7 +45,13 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) -> (..., out). `weight` is (out, in), or a 1x1 convolution's (out, in, 1, 1)."""
-    return F.linear(x, weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype))
+    weight, bias = weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if torch.is_grad_enabled() and not kernels.exported():
+        # Whatever the CPU, of which ranks may have several: the order of gradients must not depend on it.
+        eager = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if eager or products.by_onednn(x):
+            return _Linear.apply(x, weight, bias)
+    return products.linear(x, weight, bias)
 
 
 def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -114,6 +120,21 @@ class _Scaled(torch.autograd.Function):
         dscale = torch.linalg.vecdot(wide, weight) if weight.ndim == 2 else wide * weight
         scale = scale[:, None] if weight.ndim == 2 else scale
         return (wide * scale if wide is dout else wide.mul_(scale)), dscale, None
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return products.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        dout = dout.contiguous()
+        dx = products.input_gradient(dout, weight) if ctx.needs_input_grad[0] else None
+        return dx, *products.weight_gradients(dout, x, ctx.needs_input_grad[1:])
 
 
 class _Interleave(torch.autograd.Function):

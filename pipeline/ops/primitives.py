@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.ops import kernels
+from pipeline.ops import kernels, products
 
 NARROW = 192  # channels: a product of this width or less is bound by memory, and worth joining to what follows it
 
@@ -99,7 +99,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, c: Tensor) -> tuple[Te
 
         p, product = gnconv_triton.gated_linear(_rows(x), weight, bias, _rows(c))
         return p.view(c.shape), product.view(c.shape)
-    p = F.linear(x, weight, bias)
+    p = products.linear(x, weight, bias)
     return p, multiply(p, c)
 
 

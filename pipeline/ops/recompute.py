@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -24,6 +23,7 @@ from pipeline.ops import primitives
 from pipeline.ops.depthwise import depthwise_backward, depthwise_forward
 from pipeline.ops.fourier import FourierBasis, filter_backward, filter_forward
 from pipeline.ops.layers import Norm, interleave, patches, unpatched
+from pipeline.ops.products import input_gradient, linear, weight_gradients
 
 
 def norm_linear(
@@ -98,13 +98,6 @@ def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else _TakeRows.apply(x, rows)
 
 
-def _weight_gradients(dout: Tensor, inputs: Tensor | None, wanted: tuple[bool, ...]) -> list[Tensor | None]:
-    """[gradient of the weight, of the bias] of a linear layer, or None where it is not `wanted`: of frozen layers."""
-    flat = dout.flatten(0, -2)
-    weight = flat.t() @ inputs.flatten(0, -2) if wanted[0] and inputs is not None else None
-    return [weight, flat.sum(0) if wanted[1] else None]
-
-
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Any, weight: Any, bias: Any, eps: float, patch: int, *layers: Tensor) -> Any:
@@ -113,7 +106,7 @@ class _NormLinear(torch.autograd.Function):
         y = patches(y, patch)
         ctx.eps, ctx.patch = eps, patch
         ctx.save_for_backward(inputs, mean, rstd, rows, weight, bias, *layers[::2])
-        return x.view_as(x), *(F.linear(y, w, b) for w, b in zip(layers[::2], layers[1::2], strict=True))
+        return x.view_as(x), *(linear(y, w, b) for w, b in zip(layers[::2], layers[1::2], strict=True))
 
     @staticmethod
     @once_differentiable
@@ -123,12 +116,12 @@ class _NormLinear(torch.autograd.Function):
         if any(wanted[::2]):
             y = patches(primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps), ctx.patch)
         for i, dout in enumerate(douts):
-            dlayers += _weight_gradients(dout, y, wanted[2 * i : 2 * i + 2])
+            dlayers += weight_gradients(dout, y, wanted[2 * i : 2 * i + 2])
         if not any(ctx.needs_input_grad[i] for i in (0, 2, 3)):  # x, and the norm's parameters
             return None, None, None, None, None, None, *dlayers
-        dy = douts[0] @ layers[0]
+        dy = input_gradient(douts[0], layers[0])
         for dout, layer in zip(douts[1:], layers[1:], strict=True):
-            dy.add_(dout @ layer)
+            dy.add_(input_gradient(dout, layer))
         dy = unpatched(dy, ctx.patch)
         dx, dweight, dbias = _residual_norm_backward(dy, inputs, mean, rstd, weight, bias, dresidual, rows)
         return dx, None, dweight, dbias, None, None, *dlayers
@@ -138,14 +131,14 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(h, weight)
-        return F.linear(primitives.gelu(h), weight, bias)
+        return linear(primitives.gelu(h), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         h, weight = ctx.saved_tensors
-        dh, a = primitives.gelu_backward(dout @ weight, h)
-        return dh, *_weight_gradients(dout, a, ctx.needs_input_grad[1:])
+        dh, a = primitives.gelu_backward(input_gradient(dout, weight), h)
+        return dh, *weight_gradients(dout, a, ctx.needs_input_grad[1:])
 
 
 class _NormMlp(torch.autograd.Function):
@@ -166,19 +159,21 @@ class _NormMlp(torch.autograd.Function):
         y, mean, rstd = primitives.layer_norm(inputs, weight, bias, eps)
         ctx.eps = eps
         ctx.save_for_backward(inputs, mean, rstd, rows, weight, bias, w1, b1, w2)
-        return x.view_as(x), F.linear(primitives.gelu(F.linear(y, w1, b1)), w2, b2)
+        return x.view_as(x), linear(primitives.gelu(linear(y, w1, b1)), w2, b2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dresidual: Tensor, dout: Tensor) -> Any:
         inputs, mean, rstd, rows, weight, bias, w1, b1, w2 = ctx.saved_tensors
         y = primitives.layer_norm_apply(inputs, mean, rstd, weight, bias, ctx.eps)
-        dh, a = primitives.gelu_backward(dout @ w2, F.linear(y, w1, b1))
+        dh, a = primitives.gelu_backward(input_gradient(dout, w2), linear(y, w1, b1))
         wanted = ctx.needs_input_grad[5:]
-        second = _weight_gradients(dout, a, wanted[2:])
+        second = weight_gradients(dout, a, wanted[2:])
         del a
-        first = _weight_gradients(dh, y, wanted[:2])
-        dx, dweight, dbias = _residual_norm_backward(dh @ w1, inputs, mean, rstd, weight, bias, dresidual, rows)
+        first = weight_gradients(dh, y, wanted[:2])
+        dx, dweight, dbias = _residual_norm_backward(
+            input_gradient(dh, w1), inputs, mean, rstd, weight, bias, dresidual, rows
+        )
         return dx, None, dweight, dbias, None, *first, *second
 
 
@@ -197,7 +192,7 @@ class _Gating(torch.autograd.Function):
             kept.append(p)
         ctx.eps, ctx.orders = eps, len(weights)
         ctx.save_for_backward(gate, context, mean, rstd, weight, bias, *kept, *weights)
-        return F.linear(x, weights[-1], biases[-1])
+        return linear(x, weights[-1], biases[-1])
 
     @staticmethod
     @once_differentiable
@@ -213,8 +208,8 @@ class _Gating(torch.autograd.Function):
         dlayers: list[Tensor | None] = []
         for p, c_k, dc_k, w, pair in reversed(list(slices)):
             dp = p.new_empty(p.shape)
-            x = primitives.multiply_backward(dout @ w, p, c_k, dp, dc_k)
-            dlayers = _weight_gradients(dout, x, pair) + dlayers
+            x = primitives.multiply_backward(input_gradient(dout, w), p, c_k, dp, dc_k)
+            dlayers = weight_gradients(dout, x, pair) + dlayers
             dout = dp
         dweight = dbias = None
         if weight is not None:

@@ -12,6 +12,9 @@ of published / subject, with its quartiles; GMAC/s are images/s times GMACs, whi
 - train: forward, cross-entropy, backward, gradients from None; drop path 0.2 in all. The masks are drawn anew in every
   round and are not the same for all: ours skips what is dropped, so its times are those of an average over many masks.
 - infer: eval and inference_mode; "fused" after `fuse_for_inference(model)`.
+- Freed memory stays with the process, and two rounds warm up: with the C library's defaults, large tensors go back to
+  the system and their pages come anew, which made single steps of the published structure and of ConvNeXt, never ours,
+  up to 1.6 times as long. `faults` are what is left of it, thousands of pages a step.
 - saved: MB that autograd keeps for backward, per image (batch 2 less batch 1), drop path off.
 - blocks: one block of every stage of T and L, train step without drop path: no map size may be slower than published.
 - --compiled: minutes of a C++ compiler more. `model.compile_blocks()` for ours, torch.compile(model) for the others.
@@ -21,6 +24,8 @@ bf16 is autocast. About a quarter of an hour on two quiet cores.
 
 import argparse
 import copy
+import ctypes
+import resource
 import shutil
 import statistics
 import time
@@ -40,6 +45,7 @@ from pipeline.ops.fourier import fourier_basis
 
 DROP_PATH = 0.2
 MIN_ROUNDS = 3
+WARM_UP_ROUNDS = 2
 BATCH_384 = 0.5  # of the batch at 224, whose maps are a third as large
 
 
@@ -73,19 +79,37 @@ def autocast(dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def take_turns(subjects: Sequence[Subject], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each step, a list per subject with one entry a round; one round warms up."""
-    times: dict[str, list[float]] = {subject.name: [] for subject in subjects}
+def keep_freed_memory() -> None:
+    """Tell the C library to give no memory back to the system; what is not glibc does as it does."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-4, 0)  # M_MMAP_MAX: no tensor is a mapping of its own
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
+class Turns(NamedTuple):
+    """Of one subject, one entry a round."""
+
+    seconds: list[float]
+    faults: list[int]
+
+
+def take_turns(subjects: Sequence[Subject], rounds: int, seconds: float) -> dict[str, Turns]:
+    """Time and page faults of each subject's steps."""
+    turns = {subject.name: Turns([], []) for subject in subjects}
     start = time.perf_counter()
-    for number in range(-1, rounds):
+    for number in range(-WARM_UP_ROUNDS, rounds):
+        if number == 0:
+            start = time.perf_counter()
         if number >= MIN_ROUNDS and time.perf_counter() - start > seconds:
             break
         for subject in subjects if number % 2 else reversed(subjects):
-            before = time.perf_counter()
+            faults, before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
             subject.step()
             if number >= 0:
-                times[subject.name].append(time.perf_counter() - before)
-    return times
+                turns[subject.name].seconds.append(time.perf_counter() - before)
+                turns[subject.name].faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+    return turns
 
 
 def ratio(baseline: Sequence[float], subject: Sequence[float]) -> tuple[float, float, float]:
@@ -190,8 +214,8 @@ def subjects(
 
 def bench_models(args: argparse.Namespace) -> dict[tuple[str, int, str], float]:
     """Print the table of whole models; returns ratios of ours (the first policy) in the training cases."""
-    print("| model | px | dtype | case | subject | ms/image | images/s | GMAC/s | ratio (quartiles) | saved MB/image |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    columns = "model | px | dtype | case | subject | ms/image | images/s | GMAC/s | ratio (quartiles) | faults | saved"
+    print(f"| {columns} |\n|{'---|' * 11}")
     found: dict[tuple[str, int, str], float] = {}
     for name in args.models:
         for px in args.px:
@@ -200,15 +224,16 @@ def bench_models(args: argparse.Namespace) -> dict[tuple[str, int, str], float]:
                 for mode in args.modes:
                     case = subjects(name, px, DTYPES[dtype_name], mode, batch, args)
                     seconds = args.seconds if mode == "train" else args.seconds / 2
-                    times = take_turns(case, args.rounds, seconds)
+                    turns = take_turns(case, args.rounds, seconds)
                     for subject in case:
-                        middle, low, high = ratio(times["published"], times[subject.name])
-                        per_image = statistics.median(times[subject.name]) / batch
+                        middle, low, high = ratio(turns["published"].seconds, turns[subject.name].seconds)
+                        per_image = statistics.median(turns[subject.name].seconds) / batch
                         saved = "" if subject.saved_mb is None else f"{subject.saved_mb:.1f}"
                         print(
                             f"| {name} | {px} | {dtype_name} | {mode} | {subject.name} | {per_image * 1e3:.1f} "
                             f"| {1 / per_image:.2f} | {subject.gmacs / per_image:.0f} "
-                            f"| {middle:.2f} ({low:.2f}-{high:.2f}) | {saved} |",
+                            f"| {middle:.2f} ({low:.2f}-{high:.2f}) "
+                            f"| {statistics.median(turns[subject.name].faults) / 1000:.0f} | {saved} |",
                             flush=True,
                         )
                         if mode == "train" and subject.name.startswith("ours"):
@@ -268,11 +293,11 @@ def bench_blocks(args: argparse.Namespace) -> list[str]:
                 for stage in range(4):
                     for gf in (False, True) if stage in GF_STAGES else (False,):
                         pair = block_pair(width, stage, gf, px, DTYPES[dtype_name], batch, saving)
-                        times = take_turns(pair, args.rounds, args.seconds / 10)
-                        middle, low, high = ratio(times["published"], times["ours"])
+                        turns = take_turns(pair, args.rounds, args.seconds / 10)
+                        middle, low, high = ratio(turns["published"].seconds, turns["ours"].seconds)
                         side = px // STRIDES[stage]
                         what = f"{letter} stage {stage + 1}{' gf' if gf else ''} | {px} | {side}x{side}"
-                        published, ours = (statistics.median(times[key]) * 1e3 for key in ("published", "ours"))
+                        published, ours = (statistics.median(turns[key].seconds) * 1e3 for key in ("published", "ours"))
                         print(
                             f"| {what}x{widths(width)[stage]} | {dtype_name} | {published:.1f} | {ours:.1f} "
                             f"| {middle:.2f} ({low:.2f}-{high:.2f}) |",
@@ -306,6 +331,7 @@ def main() -> None:
         print("no g++: torch.compile has no compiler on this CPU, compiled rows are left out")
         args.compiled = False
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     print(f"torch {torch.__version__}, {args.threads} threads, batch {args.batch} at 224 px, drop path {DROP_PATH}\n")
     start = time.perf_counter()
     found = bench_models(args)
