@@ -37,6 +37,8 @@ def norm_of(module: nn.LayerNorm, scale: float = 1.0) -> Norm:
 def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """LayerNorm over the last dimension; statistics, and sums of gradients, in float32 or better."""
     if not torch.is_grad_enabled() or kernels.exported():
+        if norm.weight is None and not kernels.usable(x):  # folded away: what is left is exact as it comes
+            return F.layer_norm(x, x.shape[-1:], eps=norm.eps)
         return primitives.layer_norm(x, *norm)[0]
     if x.element_size() == 2 or kernels.usable(x):  # see `primitives`: neither device's own is right in bf16
         return _LayerNorm.apply(x, *norm)
