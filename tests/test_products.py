@@ -18,7 +18,7 @@ def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def error(found: Tensor, truth: Tensor) -> float:
     assert found.shape == truth.shape
-    return float((found.detach().double() - truth).norm() / truth.norm())
+    return float((found.detach().double() - truth.detach()).norm() / truth.detach().norm())
 
 
 @pytest.mark.parametrize(
