@@ -49,7 +49,7 @@ def test_linear_layers(shape: tuple[int, ...], out: int, gaps: bool) -> None:
         assert [error(*pair) < 1e-6 for pair in zip(found, truths, strict=True)] == [True] * 4
 
 
-def test_each_way_of_a_weight_gradient_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_way_of_a_weight_gradient_is_taken() -> None:
     """Or the test above would be one of fewer ways than it lists."""
     taken: list[str] = []
     counted = torch.profiler.ProfilerActivity.CPU

@@ -13,8 +13,8 @@ of published / subject, with its quartiles; GMAC/s are images/s times GMACs, whi
   round and are not the same for all: ours skips what is dropped, so its times are those of an average over many masks.
 - infer: eval and inference_mode; "fused" after `fuse_for_inference(model)`.
 - Freed memory stays with the process, and two rounds warm up: with the C library's defaults, large tensors go back to
-  the system and their pages come anew, which made single steps of the published structure and of ConvNeXt, never ours,
-  up to 1.6 times as long. `faults` are what is left of it, thousands of pages a step.
+  the system and their pages come anew, which made single steps of the published structure and of ConvNeXt, hardly
+  of ours, up to 1.6 times as long. `faults` are what is left of it, thousands of pages a step.
 - saved: MB that autograd keeps for backward, per image (batch 2 less batch 1), drop path off.
 - blocks: one block of every stage of T and L, train step without drop path: no map size may be slower than published.
 - --compiled: minutes of a C++ compiler more. `model.compile_blocks()` for ours, torch.compile(model) for the others.
