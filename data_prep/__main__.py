@@ -22,13 +22,13 @@ the usual order:
 
 # command: (module with add_arguments and run, line of help)
 COMMANDS = {
-    "demo": ("data_prep.demo", "build two small ImageNet-shaped archives of real images"),
-    "plan": ("data_prep.plan", "sample an archive; predict images, shards, disk and hours"),
-    "shard": ("data_prep.build", "archive -> shuffled shards, ledger, manifest, FFCV file"),
-    "index": ("data_prep.foreign", "WebDataset tars of others -> their indexes and manifest, in place"),
-    "labels": ("data_prep.label_report", "compare two label spaces"),
+    "demo": ("data_prep.demo.command", "build two small ImageNet-shaped archives of real images"),
+    "plan": ("data_prep.build.plan", "sample an archive; predict images, shards, disk and hours"),
+    "shard": ("data_prep.build.command", "archive -> shuffled shards, ledger, manifest, FFCV file"),
+    "index": ("data_prep.foreign.index", "WebDataset tars of others -> their indexes and manifest, in place"),
+    "labels": ("data_prep.labels.report", "compare two label spaces"),
     "duplicates": ("data_prep.duplicates.search", "near-duplicates, and evaluation images hidden in train"),
-    "verify": ("data_prep.verify", "check every sample of a data set against its manifest"),
+    "verify": ("data_prep.verify.command", "check every sample of a data set against its manifest"),
 }
 
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from data_prep.storage import Folder
 
 if TYPE_CHECKING:
-    from data_prep.assign import Assignment, Rows
+    from data_prep.build.assign import Assignment, Rows
 
 LEDGER_NAME = "ledger.parquet"
 

@@ -21,7 +21,7 @@ import psutil
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from pipeline.lifetime import EXIT_REQUEUE
+from pipeline.ranks.lifetime import EXIT_REQUEUE
 
 
 def main() -> int:

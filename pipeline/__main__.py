@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 from data_prep.manifest import DataPrepError
-from pipeline import bench_data, inspect_checkpoint
-from pipeline import config as configuration
-from pipeline.lifetime import EXIT_REQUEUE, Terminated
+from pipeline.checkpoints import inspect as inspect_checkpoint
+from pipeline.config.load import load
+from pipeline.data import bench as bench_data
+from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _EPILOG = """\
@@ -62,24 +63,24 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = configuration.load(options.config, options.overrides)
+    config = load(options.config, options.overrides)
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
     resume = options.resume == "auto"
     # Imported here: they take seconds, which a wrong key need not wait for.
     if options.check:
-        from pipeline.preflight import preflight
+        from pipeline.training.preflight import preflight
 
         preflight(config, options.ranks, options.nodes, resume)
         return 0
-    from pipeline import train
+    from pipeline.training import run
 
-    return train.main(options.command, config, resume)
+    return run.main(options.command, config, resume)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from pipeline.evaluate import evaluate_checkpoint
+    from pipeline.evaluation.accuracy import evaluate_checkpoint
 
     evaluate_checkpoint(options.checkpoint, options.data, options.weights)
     return 0

@@ -12,7 +12,7 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.sources import Source
+from data_prep.sources.chunking import Source
 from data_prep.sources.reading import Chunk, Item, Record
 from data_prep.storage import Folder
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import Datasets, needs_ffcv, run_module, small_run
 
 from pipeline.__main__ import main
-from pipeline.bench_data import HostSpeed, RankSpeed, advice
-from pipeline.config import load
+from pipeline.config.load import load
+from pipeline.data.bench import HostSpeed, RankSpeed, advice
 
 pytestmark = pytest.mark.timeout(300)
 FFCV = ("data.format=ffcv", "augment.where=device")

@@ -15,7 +15,9 @@ from conftest import has_ffcv, needs_ffcv
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.beton import BetonError, BetonSettings, add_betons, write_beton
+from data_prep.beton.file import BetonError
+from data_prep.beton.sample import BetonSettings
+from data_prep.beton.write import add_betons, write_beton
 from data_prep.cluster import open_cluster
 from data_prep.manifest import BetonEntry, Manifest, ShardEntry, file_sha256
 
@@ -168,8 +170,8 @@ def test_the_files_are_those_of_ffcvs_own_writer(built, tmp_path):
 
 @needs_ffcv
 def test_workers_change_nothing_and_their_errors_arrive(built, tmp_path, monkeypatch):
-    monkeypatch.setattr("data_prep.beton.RANGE_SAMPLES", 3)  # several ranges a shard
-    monkeypatch.setattr("data_prep.beton.RANGES_PER_SLOT", 2)  # and several groups
+    monkeypatch.setattr("data_prep.beton.write.RANGE_SAMPLES", 3)  # several ranges a shard
+    monkeypatch.setattr("data_prep.beton.write.RANGES_PER_SLOT", 2)  # and several groups
     settings = BetonSettings("proportion", max_side_px=40)
     alone = copy_of(built, tmp_path / "alone", settings)
     for path in tmp_path.joinpath("alone").iterdir():

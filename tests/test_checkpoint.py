@@ -16,23 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from data_prep.labels import imagenet_1k_synsets, published_hornet_22k_synsets
-from pipeline import checkpoint, transfer
-from pipeline.checkpoint import (
+from data_prep.labels.spaces import imagenet_1k_synsets, published_hornet_22k_synsets
+from pipeline.checkpoints import state as checkpoint
+from pipeline.checkpoints import transfer
+from pipeline.checkpoints.files import (
     CheckpointError,
-    CheckpointWriter,
     Meta,
-    differing_keys,
+    best_of,
     find_rewind,
     locate,
-    newest_of_run,
     read_meta,
-    read_tensors,
+    reasons_to_keep,
+    record,
+    to_keep,
+    verify,
 )
-from pipeline.checkpoint_files import best_of, reasons_to_keep, record, to_keep, verify
-from pipeline.config import Checkpoint, Config, load
+from pipeline.checkpoints.state import CheckpointWriter, differing_keys, newest_of_run, read_tensors
+from pipeline.config.load import Config, load
+from pipeline.config.sections import Checkpoint
 from pipeline.data.loader import Ranks
-from pipeline.recipe import build_model
+from pipeline.training.recipe import build_model
 
 SYNSETS = ["n02084071", "n02121620", "n02958343"]
 DATASET = "0" * 32

@@ -18,10 +18,10 @@ from conftest import ROOT
 from safetensors.torch import save_file
 from test_checkpoint import SYNSETS, TinyEngine, meta_at
 
-from pipeline import checkpoint
-from pipeline.checkpoint import CheckpointWriter, locate, read_meta, read_optimizer, read_tensors
-from pipeline.checkpoint_files import verify
-from pipeline.config import Checkpoint
+from pipeline.checkpoints import state as checkpoint
+from pipeline.checkpoints.files import locate, read_meta, verify
+from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
+from pipeline.config.sections import Checkpoint
 
 MB = 2**20
 
@@ -244,9 +244,9 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from test_checkpoint import TinyEngine, meta_at
-from pipeline.checkpoint import CheckpointWriter
-from pipeline.checkpoint_files import step_folders, step_of, verify
-from pipeline.config import Checkpoint
+from pipeline.checkpoints.state import CheckpointWriter
+from pipeline.checkpoints.files import step_folders, step_of, verify
+from pipeline.config.sections import Checkpoint
 
 folder, interrupted, attempts, newest = Path(sys.argv[1]), 0, 0, 0
 while (attempts < 10 or interrupted < 4) and attempts < 100:

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from pipeline.config import Config, ConfigError, known_keys, load
-from pipeline.config_sections import Checkpointing
-from pipeline.models.hornet import POLICIES
-from pipeline.recipe import build_model
+from pipeline.config.load import Config, known_keys, load
+from pipeline.config.sections import Checkpointing, ConfigError
+from pipeline.models.stage import POLICIES
+from pipeline.training.recipe import build_model
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

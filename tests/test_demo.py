@@ -14,9 +14,12 @@ import pytest
 from PIL import Image, ImageDraw, ImageOps
 from timm.data import ImageNetInfo
 
-from data_prep import demo, demo_archive, demo_clipart, demo_icons
-from data_prep.demo import DemoError, load_rules
-from data_prep.demo_archive import Picture, write_archive
+from data_prep.demo import archive as demo_archive
+from data_prep.demo import clipart as demo_clipart
+from data_prep.demo import command as demo
+from data_prep.demo import icons as demo_icons
+from data_prep.demo.archive import DemoError, Picture, write_archive
+from data_prep.demo.command import load_rules
 
 RULES = load_rules()
 CAR = '<path fill="currentColor" d="M2 12h2l2-5h10l3 5h3v5H2zM6 17a2 2 0 1 0 .1 0zM17 17a2 2 0 1 0 .1 0z"/>'

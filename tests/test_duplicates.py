@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageOps
 
 from data_prep.duplicates import hamming, hashing, search
-from data_prep.duplicates.exclusions import ExclusionError, exclusion_text
+from data_prep.duplicates.exclusions import ExclusionError, exclusion_text, read_exclusions
 from data_prep.duplicates.hamming import TooManyPairs, near_pairs, near_pairs_within
-from data_prep.duplicates.search import DuplicateError, find_within, read_exclusions
+from data_prep.duplicates.hashing import DuplicateError
+from data_prep.duplicates.search import find_within
 from data_prep.ledger import LEDGER_NAME, SCHEMA
 from data_prep.manifest import Manifest, ShardEntry, ShardIndex, Split, file_sha256, index_path
 

@@ -24,11 +24,11 @@ from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
 from pipeline.__main__ import main as pipeline_main
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.data.loader import Ranks, training_batches, training_order, validation_batches
-from pipeline.evaluate import evaluate
-from pipeline.lifetime import EXIT_REQUEUE
-from pipeline.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
+from pipeline.evaluation.accuracy import evaluate
+from pipeline.ranks.lifetime import EXIT_REQUEUE
+from pipeline.training.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
 
 NAME = "demo-pretrain"
 

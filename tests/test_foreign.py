@@ -16,8 +16,8 @@ import webdataset
 from PIL import Image
 
 from data_prep.__main__ import main
-from data_prep.foreign import ensure_indexed
-from data_prep.foreign_tar import ForeignError, scan_tar
+from data_prep.foreign.index import ensure_indexed
+from data_prep.foreign.tar import ForeignError, scan_tar
 from data_prep.manifest import Manifest, ShardIndex, file_sha256
 from data_prep.storage import Folder
 from tests.conftest import SYNSETS_22K, ObjectStore, drawing, run_module
@@ -226,7 +226,7 @@ def test_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.Monke
         read.append(name)
         return scan_tar(folder, name, *rest)
 
-    monkeypatch.setattr("data_prep.foreign.scan_tar", watched)
+    monkeypatch.setattr("data_prep.foreign.index.scan_tar", watched)
     assert index(tmp_path) == 0
     assert sorted(read) == [f"train-{i}.tar" for i in range(3) if f"train-{i}.index.npz" not in done]
     first = (tmp_path / "dataset.json").read_bytes()

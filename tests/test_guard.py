@@ -15,17 +15,17 @@ from scipy.stats import median_abs_deviation
 
 import pipeline.models  # noqa: F401  registers the models
 from data_prep.manifest import Manifest
-from pipeline.config import Config, load
-from pipeline.config import Guard as GuardConfig
+from pipeline.config.load import Config, load
+from pipeline.config.sections import Guard as GuardConfig
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
 from pipeline.data.loader import Ranks, training_batches, training_order
 from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
-from pipeline.diagnose import diagnose, incident, incident_line, stage_statistics
-from pipeline.guard import Guard, GuardState, explain_end
-from pipeline.models import HorNet
-from pipeline.recipe import build_model
+from pipeline.models.hornet import HorNet
+from pipeline.training.diagnose import diagnose, incident, incident_line, stage_statistics
+from pipeline.training.guard import Guard, GuardState, explain_end
+from pipeline.training.recipe import build_model
 
 SETTINGS = GuardConfig(mode="skip", window_steps=50, z_max=8.0, steps_in_a_row=5, rewinds_max=2, stall_seconds=600)
 

@@ -11,7 +11,9 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import HorNet, fuse_for_inference, resize_global_filters
+from pipeline.models.fuse import fuse_for_inference
+from pipeline.models.hornet import HorNet
+from pipeline.ops.global_filter import resize_global_filters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

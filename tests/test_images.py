@@ -15,8 +15,9 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_prep.images import REASONS, REPAIRS, ImagePolicy, ImageRejected, JpegFrame, jpeg_frame, prepare_image
-from data_prep.jpeg import jpeg_header, metadata
+from data_prep.images.jpeg import JpegFrame, jpeg_frame, jpeg_header, metadata
+from data_prep.images.pixels import REASONS, ImageRejected
+from data_prep.images.prepare import REPAIRS, ImagePolicy, prepare_image
 
 # 40x40, red = 6 x, green = 6 y, blue = 100, by libjpeg-turbo 3.1: arithmetic coding, lossless (SOF3), 12 bits,
 # and sampling factors of 2x1, 1x1, 2x1.
@@ -381,7 +382,7 @@ def test_reasons():
 
 
 def test_bombs_are_refused_at_once(monkeypatch):
-    monkeypatch.setattr("data_prep.pixels.MAX_UNPACKED_BYTES", 1 << 20)
+    monkeypatch.setattr("data_prep.images.pixels.MAX_UNPACKED_BYTES", 1 << 20)
     bomb = gzip.compress(bytes(8 << 20))
     assert rejection(bomb).reason == "too_large"
     assert "more than 1048576 bytes" in rejection(bomb).detail
@@ -414,7 +415,7 @@ def test_scaled_decoding_is_close_to_full_decoding(scale, bound):
 
 
 def _decoded_by_turbo(data: bytes, target: tuple[int, int]) -> np.ndarray:
-    from data_prep.pixels import decode_turbo, resize
+    from data_prep.images.pixels import decode_turbo, resize
 
     header = jpeg_header(data)
     pixels, _ = decode_turbo(data, header, target)

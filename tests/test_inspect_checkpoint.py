@@ -13,8 +13,8 @@ from test_checkpoint import DATASET, SYNSETS, TinyEngine, cut, flip_a_bit, meta_
 
 from data_prep.manifest import Manifest, ShardEntry, Split
 from pipeline.__main__ import main
-from pipeline.checkpoint import CheckpointWriter
-from pipeline.config import Config, load
+from pipeline.checkpoints.state import CheckpointWriter
+from pipeline.config.load import Config, load
 
 
 @pytest.fixture(autouse=True)

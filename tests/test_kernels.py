@@ -19,7 +19,8 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_recompute import furthest, gradients, model_of
 from test_triton import DEVICE  # first: it imports the kernels for the interpreter where there is no GPU
 
-from pipeline.ops import block_triton, kernels, recompute, selfcheck
+from pipeline.ops import kernels, recompute, selfcheck
+from pipeline.ops.triton import block as block_triton
 
 
 def test_a_model_with_kernels(monkeypatch: pytest.MonkeyPatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import label_report, labels
-from data_prep.labels import (
+from data_prep.labels import report as label_report
+from data_prep.labels import spaces as labels
+from data_prep.labels.spaces import (
     KNOWN_SPACES,
     TEDDY_BEAR,
     LabelError,
@@ -159,7 +160,7 @@ def test_command_lists_and_bounds_what_it_prints(capsys):
 def test_labels_stay_light():
     # pipeline reads them in every rank, and a text file needs no torch.
     heavy = "{'torch', 'timm', 'rich', 'pyarrow', 'fsspec', 'PIL'} & set(sys.modules)"
-    code = f"import sys; from data_prep.labels import label_space; label_space('fall11'); print({heavy})"
+    code = f"import sys; from data_prep.labels.spaces import label_space; label_space('fall11'); print({heavy})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

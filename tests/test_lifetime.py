@@ -18,8 +18,8 @@ from pipeline.data.loader import Ranks, training_batches
 
 LOOP = """
 import ctypes, sys, time
-from pipeline import lifetime
-from pipeline.lifetime import StopRequest, Terminated, ignore_sigterm, leave_with_launcher
+from pipeline.ranks import lifetime
+from pipeline.ranks.lifetime import StopRequest, Terminated, ignore_sigterm, leave_with_launcher
 request = StopRequest()
 lifetime._ALONE_SECONDS = 1.0
 leave_with_launcher(request)

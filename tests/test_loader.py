@@ -12,7 +12,7 @@ from conftest import Datasets, needs_ffcv, small_run
 from PIL import Image
 
 from data_prep.manifest import Manifest
-from pipeline.config import Config, load
+from pipeline.config.load import Config, load
 from pipeline.data.augment import seed_view, training_transform
 from pipeline.data.keyed import view_keys
 from pipeline.data.loader import Ranks, training_batches, training_order, validation_batches

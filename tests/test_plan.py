@@ -14,12 +14,12 @@ import pytest
 from archives import ROOT, WNIDS, archive, command, image_bytes, run, shard, tar_bytes
 
 from data_prep.__main__ import main
+from data_prep.build.output import BUILD_FOLDER
+from data_prep.build.plan import estimate
+from data_prep.build.reclaim import RECORD, Reclaimer, _punch_hole, can_punch_holes
+from data_prep.build.shards import ShardSettings
 from data_prep.manifest import Manifest
-from data_prep.output import BUILD_FOLDER
-from data_prep.plan import estimate
-from data_prep.reclaim import RECORD, Reclaimer, _punch_hole, can_punch_holes
-from data_prep.shards import ShardSettings
-from data_prep.sources import open_source
+from data_prep.sources.detect import open_source
 from data_prep.storage import Folder
 
 

@@ -7,9 +7,9 @@ import pytest
 from conftest import Datasets, small_run
 
 from data_prep.manifest import Manifest
-from pipeline import preflight
-from pipeline.config import Config, load
+from pipeline.config.load import Config, load
 from pipeline.data.views import BadSample, BadSampleLedger
+from pipeline.training import preflight
 
 
 def configured(datasets: Datasets, *more: str) -> Config:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import ConfigError, load
-from pipeline.recipe import AdamWithEma, build_model, mixing_and_loss, parameter_groups, schedule
+from pipeline.config.load import load
+from pipeline.config.sections import ConfigError
+from pipeline.training.recipe import AdamWithEma, build_model, mixing_and_loss, parameter_groups, schedule
 
 DEMO = "configs/demo_pretrain.yaml"
 FINETUNE = "configs/finetune_hornet_l_in1k_384.yaml"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import HorNet
 from pipeline.models.block import draw_keeps
+from pipeline.models.hornet import HorNet
 from pipeline.models.stage import POLICIES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,10 +13,12 @@ import torch
 from rich.console import Console
 
 from data_prep.manifest import Manifest, Split
-from pipeline import flops, report
-from pipeline.config import Model, load
+from pipeline.config.load import load
+from pipeline.config.sections import Model
 from pipeline.data.loader import Ranks
-from pipeline.report import Eta, Meter, evaluation_line, interrupted_line, print_plan, step_line
+from pipeline.records import console as report
+from pipeline.records import flops
+from pipeline.records.console import Eta, Meter, evaluation_line, interrupted_line, print_plan, step_line
 
 CPU = torch.device("cpu")
 LOGGED = {

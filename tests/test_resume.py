@@ -25,8 +25,8 @@ from conftest import ROOT, Datasets, has_ffcv, log_of, needs_ffcv, small_run
 from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
-from pipeline.checkpoint import read_meta
-from pipeline.config import load
+from pipeline.checkpoints.files import read_meta
+from pipeline.config.load import load
 from pipeline.data.loader import training_order
 
 STAGES = (0, 1, 2, 3)

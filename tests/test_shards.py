@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.manifest import Manifest, ManifestError
-from data_prep.sources import SourceError
+from data_prep.sources.streams import SourceError
 
 
 def ledger(folder: Path) -> list[dict]:

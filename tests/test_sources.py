@@ -29,10 +29,11 @@ from source_forms import (
     write,
 )
 
-from data_prep.sources import KINDS, SourceError, name_hash, open_source, streams
+from data_prep.sources import streams
 from data_prep.sources.chunking import Met
+from data_prep.sources.detect import KINDS, name_hash, open_source
 from data_prep.sources.reading import Damage, Record, Stray
-from data_prep.sources.streams import FileRange
+from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
 
 

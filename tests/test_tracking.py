@@ -19,8 +19,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from pipeline.config import Config, load
-from pipeline.tracking import Tracker
+from pipeline.config.load import Config, load
+from pipeline.records.tracking import Tracker
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def import_kernels() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1" if INTERPRETED else "0"
     try:
-        from pipeline.ops import block_triton, depthwise_triton, gnconv_triton  # noqa: F401
+        from pipeline.ops.triton import block as block_triton  # noqa: F401
     finally:
         del os.environ["TRITON_INTERPRET"]
         if before is not None:
@@ -51,7 +51,9 @@ def import_kernels() -> None:
 
 
 import_kernels()
-from pipeline.ops import block_triton, depthwise_triton, gnconv_triton  # noqa: E402
+from pipeline.ops.triton import block as block_triton  # noqa: E402
+from pipeline.ops.triton import depthwise as depthwise_triton  # noqa: E402
+from pipeline.ops.triton import gnconv as gnconv_triton  # noqa: E402
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error of one rounding: half the distance of neighbours. The interpreter cuts bf16 off instead.

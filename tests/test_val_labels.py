@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from source_forms import WNIDS, all_chunks, content, items_of, tar_of, truth_of, write, write_tree
 
-from data_prep.sources import SourceError, open_source
+from data_prep.sources.detect import open_source
+from data_prep.sources.streams import SourceError
 from data_prep.sources.val_labels import load_val_labels
 from data_prep.storage import Folder
 

@@ -14,8 +14,8 @@ from conftest import has_ffcv, needs_ffcv
 from data_prep.__main__ import main
 from data_prep.cluster import InProcess
 from data_prep.manifest import Manifest, ShardIndex, file_sha256
-from data_prep.problems import Problems
-from data_prep.verify import verify_dataset
+from data_prep.verify.command import verify_dataset
+from data_prep.verify.problems import Problems
 
 SHARD, INDEX = "train-000001.tar", "train-000001.index.npz"
 
@@ -291,7 +291,8 @@ def test_damaged_betons(data):
 def test_betons_of_other_modes(data):
     from ffcv.reader import Reader
 
-    from data_prep.beton import BetonSettings, add_betons
+    from data_prep.beton.sample import BetonSettings
+    from data_prep.beton.write import add_betons
 
     manifest = add_betons(data, Manifest.load(data), BetonSettings("proportion", max_side_px=40))
     assert found(data) == {}

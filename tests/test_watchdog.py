@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from pipeline.watchdog import Beat, Sight, Watchdog, blame
+from pipeline.ranks.watchdog import Beat, Sight, Watchdog, blame
 
 SECONDS = 2.0
 LOCK_SECONDS = 3 * SECONDS  # after which stacks come from C
 # One process imports torch, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipeline.watchdog", "test_watchdog"])
+CONTEXT.set_forkserver_preload(["pipeline.ranks.watchdog", "test_watchdog"])
 
 
 def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from data_prep.duplicates.hashing import HashedImages, ImageRow
 from data_prep.duplicates.search import KINDS, Findings, Pair
-from data_prep.labels import lemma
+from data_prep.labels.spaces import lemma
 from data_prep.storage import Folder
 
 THUMBNAIL_PX = 160

@@ -11,7 +11,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from timm.data.transforms import MaybeToTensor
 from torchvision.transforms import Compose, Normalize
 
-from pipeline.config import Augment, Evaluate
+from pipeline.config.sections import Augment, Evaluate
 from pipeline.data import decode
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 
 from data_prep.manifest import Manifest
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.data.augment import seed_view, training_transform
 from pipeline.data.keyed import view_keys
 from pipeline.data.order import MicroBatch, SampleOrder

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.data.decode import crop_resize, image_size
 from pipeline.data.keyed import crop_box, flipped
 from pipeline.data.order import MicroBatch, SampleOrder

@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from pipeline.data import device_ops, keyed
 
 if TYPE_CHECKING:
-    from pipeline.config import Augment
+    from pipeline.config.sections import Augment
 
 OPS = (
     *("AutoContrast", "Equalize", "Invert", "Rotate", "Posterize", "Solarize", "SolarizeAdd", "Color", "Contrast"),

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.data.augment import evaluation_transform
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed

@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.manifest import Manifest
-from pipeline.config import Config
+from pipeline.config.load import Config
 from pipeline.data.augment import HostAugment
 from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
 from pipeline.data.crops import TrainingCrops

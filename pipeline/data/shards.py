@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError, ShardIndex, index_path
 from data_prep.storage import Folder
-from pipeline.config import Data
+from pipeline.config.sections import Data
 from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OPEN_SHARDS, OpenFile, OpenFiles
 

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from data_prep.manifest import atomic_write
-from pipeline.config import Config, Data
+from pipeline.config.load import Config
+from pipeline.config.sections import Data
 from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
 from pipeline.data.order import MicroBatch
 from pipeline.data.shards import DataError, ShardReader
-from pipeline.log_file import LogFile
+from pipeline.ranks.log_file import LogFile
 
 _STAND_IN_DRAW = 1 << 20  # far from the draws of augmentation
 _STAND_INS = 8

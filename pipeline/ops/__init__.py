@@ -1,1 +1,1 @@
-"""Operators of the model in readable plain PyTorch."""
+"""gnConv and its pieces in readable PyTorch; `triton/` has the same as kernels."""

@@ -49,7 +49,7 @@ def depthwise_backward(
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if kernels.usable(x):
-        from pipeline.ops import depthwise_triton
+        from pipeline.ops.triton import depthwise as depthwise_triton
 
         return depthwise_triton.depthwise(x, weight, bias, 1.0)
     return _plain(x, weight, bias)
@@ -63,7 +63,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     if kernels.usable(dy):
-        from pipeline.ops import depthwise_triton
+        from pipeline.ops.triton import depthwise as depthwise_triton
 
         return depthwise_triton.depthwise_backward_input(dy, weight, 1.0, None)
     planes = dy.permute(0, 3, 1, 2)
@@ -73,7 +73,7 @@ def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 def _weight_gradients(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]:
     if kernels.usable(x):
-        from pipeline.ops import depthwise_triton
+        from pipeline.ops.triton import depthwise as depthwise_triton
 
         return depthwise_triton.depthwise_backward_weight(dy, x, side, 1.0)
     wide = torch.promote_types(x.dtype, torch.float32)

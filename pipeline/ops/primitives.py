@@ -18,7 +18,7 @@ NARROW = 192  # channels: a product of this width or less is bound by memory, an
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm over the last dimension: (y, mean, rstd), the statistics one number a row."""
     if kernels.usable(x):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         y, mean, rstd = block_triton.layer_norm(_rows(x), weight, bias, eps)
         return y.view(x.shape), mean, rstd
@@ -37,7 +37,7 @@ def layer_norm_apply(
 ) -> Tensor:
     """The `y` of `layer_norm` once more, for the backward pass."""
     if kernels.usable(x):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         return block_triton.layer_norm_apply(_rows(x), mean, rstd, weight, bias).view(x.shape)
     # One fused pass over x: cheaper than applying the saved statistics in several.
@@ -49,7 +49,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dx + add, dweight, dbias). `add` is the gradient that came along the residual, if any."""
     if kernels.usable(x):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         flat = None if add is None else _rows(add)
         dx, dweight, dbias = block_triton.layer_norm_backward(_rows(dy), _rows(x), mean, rstd, weight, flat)
@@ -70,7 +70,7 @@ def layer_norm_backward(
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a * b, of slices of wider tensors as well: (..., D) each -> (..., D) contiguous."""
     if kernels.usable(a):
-        from pipeline.ops import gnconv_triton
+        from pipeline.ops.triton import gnconv as gnconv_triton
 
         return gnconv_triton.multiply(_rows(a), _rows(b)).view(a.shape)
     return (a * b).contiguous()
@@ -79,7 +79,7 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) -> Tensor:
     """Write the gradients of a * b into `da` and `db` (views that may be slices), and return a * b once more."""
     if kernels.usable(dx):
-        from pipeline.ops import gnconv_triton
+        from pipeline.ops.triton import gnconv as gnconv_triton
 
         written = (each.view(-1, each.shape[-1]) for each in (da, db))  # raises where it would have to copy
         return gnconv_triton.multiply_backward(_rows(dx), _rows(a), _rows(b), *written).view(dx.shape)
@@ -95,7 +95,7 @@ def multiply_backward(dx: Tensor, a: Tensor, b: Tensor, da: Tensor, db: Tensor) 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One step of the recursion: (p = x W^T + b, p * c), both (..., out). `c` may be a slice."""
     if x.element_size() == 2 and max(weight.shape) <= NARROW and kernels.usable(x):  # fp32: no tensor cores
-        from pipeline.ops import gnconv_triton
+        from pipeline.ops.triton import gnconv as gnconv_triton
 
         p, product = gnconv_triton.gated_linear(_rows(x), weight, bias, _rows(c))
         return p.view(c.shape), product.view(c.shape)
@@ -106,7 +106,7 @@ def gated_linear(x: Tensor, weight: Tensor, bias: Tensor, c: Tensor) -> tuple[Te
 def gelu(h: Tensor) -> Tensor:
     """GELU by the error function."""
     if kernels.usable(h):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         return block_triton.gelu(_rows(h)).view(h.shape)
     return F.gelu(h)
@@ -115,7 +115,7 @@ def gelu(h: Tensor) -> Tensor:
 def gelu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """(dh, gelu(h)): the gradient, and the activation once more for the weight gradient that follows."""
     if kernels.usable(h):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         dh, a = block_triton.gelu_backward(_rows(da), _rows(h))
         return dh.view(h.shape), a.view(h.shape)
@@ -125,7 +125,7 @@ def gelu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def add_rows(x: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
     """`x` plus `f` at the samples `rows` (int64, ascending) of the batch, the others as they are; None: at all."""
     if kernels.usable(x):
-        from pipeline.ops import block_triton
+        from pipeline.ops.triton import block as block_triton
 
         position = None
         if rows is not None:

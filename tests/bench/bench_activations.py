@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from pipeline.models import HorNet
+from pipeline.models.hornet import HorNet
 
 # A hidden layer costs the same product in every stage, and its bytes halve from one to the next: keeping the last
 # stage's, 3.5 MB an image, leaves out a twelfth of the products that selective_mlp repeats.

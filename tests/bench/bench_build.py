@@ -17,11 +17,11 @@ import webdataset
 from bench_images import QUALITY, SHORT_SIDE_PX, photos, shrunk
 from PIL import Image
 
-from data_prep import shards
+from data_prep.build import shards
+from data_prep.build.output import Output
+from data_prep.build.shards import ShardSettings, build_shards
 from data_prep.cluster import InProcess
-from data_prep.output import Output
-from data_prep.shards import ShardSettings, build_shards
-from data_prep.sources import open_source
+from data_prep.sources.detect import open_source
 
 
 def write_archive(path: Path, files: list[bytes]) -> None:

@@ -173,7 +173,7 @@ def dali(folder: Path, side: int) -> Batches:
 def ours(*overrides: str, mode: str = "jpg") -> Callable[[Path, int], Batches]:
     def batches(folder: Path, side: int) -> Batches:
         from data_prep.manifest import Manifest
-        from pipeline.config import load
+        from pipeline.config.load import load
         from pipeline.data.loader import Ranks, training_batches, training_order
 
         changes = [f"data.path={folder / mode}", f"data.resolution={side}", "data.resolution_by_epoch=null"]

@@ -31,9 +31,9 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from data_prep.images import ImagePolicy, prepare_image
-from data_prep.jpeg import jpeg_header
-from data_prep.pixels import decode_turbo, resize
+from data_prep.images.jpeg import jpeg_header
+from data_prep.images.pixels import decode_turbo, resize
+from data_prep.images.prepare import ImagePolicy, prepare_image
 
 SHORT_SIDE_PX, QUALITY = 512, 90
 Method = Callable[[list[bytes], Path], None]

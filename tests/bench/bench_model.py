@@ -40,7 +40,8 @@ from published import DEPTHS, GF_STAGES, ORDERS, STRIDES, PublishedBlock, Publis
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import HorNet, fuse_for_inference
+from pipeline.models.fuse import fuse_for_inference
+from pipeline.models.hornet import HorNet
 from pipeline.ops.fourier import fourier_basis
 
 DROP_PATH = 0.2

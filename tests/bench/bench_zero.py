@@ -33,14 +33,14 @@ CLASSES = 50
 
 
 def configured(stage: int, *more: str) -> Any:
-    from pipeline.config import load
+    from pipeline.config.load import load
 
     return load(ROOT / "configs" / "demo_pretrain.yaml", [f"train.zero_stage={stage}", *more])
 
 
 def engine_for(stage: int, ranks: Any, device: torch.device, *more: str) -> Any:
-    from pipeline import engine
-    from pipeline.recipe import build_model, optimizer, parameter_groups
+    from pipeline.training import engine
+    from pipeline.training.recipe import build_model, optimizer, parameter_groups
 
     config = configured(stage, *more)
     torch.manual_seed(0)
@@ -54,7 +54,7 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def ddp_step(batch: Batch) -> Callable[[], None]:
     """The plain loop that people write."""
-    from pipeline.recipe import build_model, optimizer, parameter_groups
+    from pipeline.training.recipe import build_model, optimizer, parameter_groups
 
     config = configured(1)
     torch.manual_seed(0)
@@ -129,8 +129,9 @@ def memory(ranks: Any, device: torch.device, stage: int) -> dict[str, float]:
 
 def checkpoints(ranks: Any, device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Seconds that training stands still for a checkpoint, ours and DeepSpeed's, and seconds of a step; HorNet-T."""
-    from pipeline.checkpoint import CheckpointWriter, Meta
-    from pipeline.collectives import from_rank_0
+    from pipeline.checkpoints.files import Meta
+    from pipeline.checkpoints.state import CheckpointWriter
+    from pipeline.ranks.collectives import from_rank_0
 
     config = configured(1, "model.name=hornet_tiny_7x7", "train.micro_batch=8", "train.global_batch=16")
     subject = engine_for(1, ranks, device, "model.name=hornet_tiny_7x7", "train.micro_batch=8", "train.global_batch=16")
@@ -219,7 +220,7 @@ def main() -> None:
     if options.part is None:
         report(options)
         return
-    from pipeline import engine
+    from pipeline.training import engine
 
     ranks, device = engine.start_ranks()
     found: Any = None

@@ -21,18 +21,18 @@ WIDTHS, ORDERS = (192, 384, 768, 1536), (2, 3, 4, 5)  # HorNet-L
 TOTALS = tuple(sum(gnconv_dims(c, n)) for c, n in zip(WIDTHS, ORDERS, strict=True))  # 288, 672, 1440, 2976
 
 MODULES = {
-    "layer_norm": "block_triton",
-    "layer_norm_apply": "block_triton",
-    "layer_norm_backward": "block_triton",
-    "gelu": "block_triton",
-    "gelu_backward": "block_triton",
-    "residual": "block_triton",
-    "multiply": "gnconv_triton",
-    "multiply_backward": "gnconv_triton",
-    "gated_linear": "gnconv_triton",
-    "depthwise": "depthwise_triton",
-    "depthwise_backward_input": "depthwise_triton",
-    "depthwise_backward_weight": "depthwise_triton",
+    "layer_norm": "triton.block",
+    "layer_norm_apply": "triton.block",
+    "layer_norm_backward": "triton.block",
+    "gelu": "triton.block",
+    "gelu_backward": "triton.block",
+    "residual": "triton.block",
+    "multiply": "triton.gnconv",
+    "multiply_backward": "triton.gnconv",
+    "gated_linear": "triton.gnconv",
+    "depthwise": "triton.depthwise",
+    "depthwise_backward_input": "triton.depthwise",
+    "depthwise_backward_weight": "triton.depthwise",
 }
 
 

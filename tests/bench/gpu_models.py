@@ -11,7 +11,7 @@ from published import DEPTHS, GF_STAGES, PublishedHorNet, widths
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.models import HorNet
+from pipeline.models.hornet import HorNet
 
 POLICIES = ("none", "selective", "selective_mlp", "block")
 

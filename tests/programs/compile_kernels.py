@@ -30,7 +30,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pipeline.ops import block_triton, depthwise_triton, gnconv_triton
+from pipeline.ops.triton import block as block_triton
+from pipeline.ops.triton import depthwise as depthwise_triton
+from pipeline.ops.triton import gnconv as gnconv_triton
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}

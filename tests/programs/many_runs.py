@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from pipeline import engine
 from pipeline.__main__ import _parse
-from pipeline.collectives import barrier
-from pipeline.config import load
+from pipeline.config.load import load
 from pipeline.data.views import Batch
-from pipeline.lifetime import EXIT_REQUEUE, StopRequest, exclusive
-from pipeline.train import Run
+from pipeline.ranks.collectives import barrier
+from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive
+from pipeline.training import engine
+from pipeline.training.run import Run
 
 
 def disturb_and_record(run: Run, job: dict[str, Any]) -> None:

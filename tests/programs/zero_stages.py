@@ -12,11 +12,11 @@ import deepspeed
 import torch
 from deepspeed.utils import safe_set_full_optimizer_state
 
-from pipeline import engine
-from pipeline.collectives import gather
-from pipeline.config import Config, load
+from pipeline.config.load import Config, load
 from pipeline.ops import kernels
-from pipeline.recipe import build_model, optimizer, parameter_groups
+from pipeline.ranks.collectives import gather
+from pipeline.training import engine
+from pipeline.training.recipe import build_model, optimizer, parameter_groups
 
 ranks, device = engine.start_ranks()
 STAGES = (0, 1, 2, 3)

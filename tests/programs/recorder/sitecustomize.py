@@ -41,7 +41,7 @@ def _wrap(feed_class: Any) -> None:
 
 class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "pipeline.feed":
+        if name != "pipeline.training.feed":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

@@ -1,0 +1,1 @@
+"""Two small ImageNet-shaped sets of real pictures. Begin with `command.py`."""

@@ -1,0 +1,1 @@
+"""WebDataset tars that somebody else wrote, indexed in place. Begin with `index.py`."""

@@ -1,0 +1,1 @@
+"""One image: decoded, repaired or rejected, encoded. Begin with `prepare.py`."""

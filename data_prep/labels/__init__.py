@@ -1,0 +1,1 @@
+"""Label spaces by WordNet id, and the report that compares two. Begin with `spaces.py`."""

@@ -1,0 +1,186 @@
+"""Which kind of source a path holds: begin with `open_source`.
+
+Nothing is unpacked: plain archives and folders are read in place by any number of workers (`reading.py`), compressed
+archives front to back, through a spool of bounded size (`spool.py`). A path may be an fsspec URL (s3://...). Class
+names must be WordNet ids: they are what ties a class to other label spaces.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+
+from data_prep.manifest import SYNSET_PATTERN
+from data_prep.sources.archives import TarOfClassFolders, TarOfTars, ValTar
+from data_prep.sources.chunking import MAX_STRAYS_BEFORE_CLASS, Source
+from data_prep.sources.folders import ClassFolders, FolderOfTars, SplitFolders, ValFolder
+from data_prep.sources.layout import clean_name, place_in_tree, split_of_folder, synset_of_tar, wnid_of_image
+from data_prep.sources.listing import Entry, list_folder
+from data_prep.sources.streams import SourceError, compression_of, open_reader, unreachable
+from data_prep.sources.tar import Member, Tar
+from data_prep.sources.val_labels import WHAT_TO_GIVE, ValLabels, load_val_labels, val_number
+from data_prep.storage import file_system, is_url
+
+ARCHIVE_KINDS = ("tar-of-tars", "tar-of-class-folders", "ilsvrc-val")
+FOLDER_KINDS = ("folder-of-tars", "class-folders", "split-folders", "ilsvrc-val")
+KINDS = tuple(dict.fromkeys(ARCHIVE_KINDS + FOLDER_KINDS))
+WHAT_SOURCES_ARE = (
+    "give a tar of per-synset tars (n01440764.tar, ...), a folder of such tars, or a folder with one folder per class"
+)
+MAX_SCAN_BYTES = 64 << 20  # for a first header, before a file is taken for something else than a damaged tar
+
+
+def open_source(
+    path: str | Path, *, split: str = "train", kind: str | None = None, labels: str | Path | None = None
+) -> Source:
+    """The source at a path or URL; its kind is found out unless given.
+
+    split: of records that do not say theirs by a folder train/ or val/; labels: the classes of ILSVRC's flat
+    validation set. Raises SourceError when there is nothing, or nothing that is a source of images.
+    """
+    path = _plain_path(str(path))
+    if kind is not None and kind not in KINDS:
+        raise SourceError(f"there is no kind of source {kind!r}: take one of {', '.join(KINDS)}")
+    source = _open_folder(path, split, kind, labels) if _is_folder(path) else _open_archive(path, split, kind, labels)
+    if labels is not None and source.kind != "ilsvrc-val":
+        raise SourceError(f"{path} is {source.kind}, whose classes are known: leave out the labels {labels}")
+    return source
+
+
+def name_hash(salt: str, wnid: str, name: str) -> int:
+    """64 uniform bits that depend only on the arguments: the source of every random choice in data prep."""
+    text = "\0".join((salt, wnid, name))
+    # surrogateescape: file names need not be valid UTF-8.
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
+
+
+def _plain_path(path: str) -> str:
+    for scheme in ("file://", "local://"):
+        path = path.removeprefix(scheme)
+    return path if is_url(path) else os.path.normpath(path)
+
+
+def _is_folder(path: str) -> bool:
+    if not is_url(path):
+        if not os.path.exists(path):
+            raise SourceError(f"source {path} does not exist: check the path")
+        if not os.path.isdir(path) and not os.path.isfile(path):
+            raise SourceError(f"source {path} is neither a file nor a folder: {WHAT_SOURCES_ARE}")
+        return os.path.isdir(path)
+    system, inner = file_system(path)
+    try:
+        return bool(system.info(inner)["type"] == "directory")
+    except FileNotFoundError:
+        raise SourceError(f"source {path} does not exist: check the path") from None
+    except Exception as error:  # each remote file system has its own
+        raise unreachable(path, error) from None
+
+
+def _val_labels(path: str, labels: str | Path | None) -> ValLabels:
+    if labels is None:
+        raise SourceError(f"{path} holds ILSVRC's validation images, whose names do not tell the class: {WHAT_TO_GIVE}")
+    return load_val_labels(_plain_path(str(labels)))
+
+
+def _open_archive(path: str, split: str, kind: str | None, labels: str | Path | None) -> Source:
+    if kind is not None and kind not in ARCHIVE_KINDS:
+        raise SourceError(f"{path} is a file, but {kind} is a folder: take one of {', '.join(ARCHIVE_KINDS)}")
+    found, example = _sniff(path, kind)
+    if found == "tar-of-tars":
+        return TarOfTars(path, split)
+    if found == "ilsvrc-val":
+        return ValTar(path, _val_labels(path, labels))
+    parts = clean_name(example).split("/")
+    has_splits = any(split_of_folder(part) for part in parts)
+    return TarOfClassFolders(path, split, has_splits=has_splits)
+
+
+def _sniff(path: str, kind: str | None) -> tuple[str, str]:
+    """(kind, a member's name that shows it) of an archive, by its first members."""
+    strays: list[str] = []
+    any_member = False
+    first_gap: int | None = None
+    with open_reader(path, compression_of(path), jumping=True) as reader:
+        for entry in Tar(reader, max_scan_bytes=MAX_SCAN_BYTES):
+            if not isinstance(entry, Member):
+                first_gap = entry.start if first_gap is None else first_gap
+                continue
+            any_member = True
+            found = _kind_by_member(entry)
+            if found is not None and kind in (None, found):
+                return found, entry.name
+            if entry.kind != "folder":
+                strays.append(entry.name)
+            if len(strays) > MAX_STRAYS_BEFORE_CLASS:
+                break
+    if reader.error is not None and not any_member:
+        raise SourceError(f"{path} is damaged or cut short: {reader.error}: fetch it again")
+    if not any_member and first_gap is not None:
+        raise SourceError(f"source {path} is not a tar archive: {WHAT_SOURCES_ARE}")
+    if not strays:
+        raise SourceError(f"{path} is an empty archive: no images found")
+    if kind is not None:
+        return kind, strays[0]  # as told; the source itself refuses what it cannot be
+    hint = ""
+    if wnid := wnid_of_image(strays[0]):
+        hint = f": if it is the tar of one class, name it {wnid}.tar and give its folder"
+    raise SourceError(
+        f"{path} holds no per-synset tar (n01440764.tar, ...), folder of a class or ILSVRC validation image; "
+        f"it holds {strays[0]}{hint}"
+    )
+
+
+def _kind_by_member(member: Member) -> str | None:
+    if member.kind == "folder":
+        return "tar-of-class-folders" if place_in_tree(f"{member.name}/x", "file", 0, "").wnid else None
+    if member.kind == "file" and synset_of_tar(member.name):
+        return "tar-of-tars"
+    place = place_in_tree(member.name, member.kind, member.size, "")
+    if place.wnid or place.reason == "small_class":
+        return "tar-of-class-folders"
+    return "ilsvrc-val" if val_number(member.name) is not None else None
+
+
+def _open_folder(path: str, split: str, kind: str | None, labels: str | Path | None) -> Source:
+    if kind is not None and kind not in FOLDER_KINDS:
+        raise SourceError(f"{path} is a folder, but {kind} is a file: take one of {', '.join(FOLDER_KINDS)}")
+    found = kind or _kind_of_folder(path)
+    if found == "folder-of-tars":
+        return FolderOfTars(path, split)
+    if found == "class-folders":
+        return ClassFolders(path, split)
+    if found == "split-folders":
+        return SplitFolders(path, split)
+    return ValFolder(path, _val_labels(path, labels))
+
+
+def _kind_of_folder(path: str) -> str:
+    entries = list_folder(path)
+    found = _kind_by_entries(entries)
+    if found is not None:
+        return found
+    folders = [entry.name for entry in entries if entry.kind == "folder"]
+    splits = [name for name in folders if split_of_folder(name) is not None]
+    inside = {name: _kind_by_entries(list_folder(f"{path}/{name}")) for name in (splits or folders[:3])}
+    if splits and "class-folders" in inside.values():
+        return "split-folders"
+    if not entries:
+        raise SourceError(f"source {path} is an empty folder: no images found")
+    hint = next((f" (try --source {path}/{name})" for name, there in inside.items() if there), "")
+    if {"train", "val"} & set(folders):
+        hint = f" (try --source {path}/train --val-source {path}/val)"
+    archive = next((entry.name for entry in entries if ".tar" in entry.name and entry.kind == "file"), None)
+    if not hint and archive is not None:
+        hint = f" (try --source {path}/{archive})"
+    first = (folders or [entry.name for entry in entries])[:3]
+    raise SourceError(
+        f"source {path} holds no class named by a WordNet id, such as n01440764 or n01440764.tar; "
+        f"it holds {', '.join(first)}: rename the classes{hint}"
+    )
+
+
+def _kind_by_entries(entries: list[Entry]) -> str | None:
+    if any(entry.kind == "file" and synset_of_tar(entry.name, compressed=True) for entry in entries):
+        return "folder-of-tars"
+    if any(entry.kind == "folder" and SYNSET_PATTERN.fullmatch(entry.name) for entry in entries):
+        return "class-folders"
+    return "ilsvrc-val" if any(val_number(entry.name) is not None for entry in entries) else None

@@ -1,0 +1,292 @@
+"""Checkpoints by parameter name, free of world size and ZeRO stage: save while training goes on, resume exactly.
+
+All ranks gather the state; rank 0 then writes it in a thread (`pipeline/checkpoints/files.py` says what). Random state
+is not stored: every draw of a run is keyed by the step or the sample.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.filesize import decimal
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from pipeline.checkpoints import files
+from pipeline.checkpoints.files import META_FILE, CheckpointError, FileRecord, Meta, find_rewind, locate, read_meta
+from pipeline.config.load import Config
+from pipeline.config.sections import Checkpoint
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds, which reading a checkpoint need not wait for
+    from pipeline.training.engine import Engine
+
+__all__ = [
+    "META_FILE",
+    "CheckpointError",
+    "CheckpointWriter",
+    "FileRecord",
+    "Meta",
+    "differing_keys",
+    "find_rewind",
+    "locate",
+    "newest_of_run",
+    "read_meta",
+    "read_optimizer",
+    "read_tensors",
+]
+
+_LAST_SECONDS = 25.0  # launchers wait for 30 s before they kill what is left
+SPARE_BYTES = 32 * 2**20  # left free by a save, for the logs of the run that goes on
+_HEADER_BYTES = 512  # a tensor, at most, in the header of its file
+# What a run may change between two starts and still be the same run. The guard is free because the run that it ended
+# has to be able to go on under another one.
+_FREE_KEYS = re.compile(
+    r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
+    r"|train\.(micro_batch|zero_stage|precision)"
+    r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
+)
+
+Tensors = dict[str, torch.Tensor]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints into `folder`: all ranks gather, rank 0 writes in a thread while training goes on.
+
+    `failed`: saves that could not be written; `last`: the newest checkpoint on disk, as far as this writer knows;
+    `stall_seconds`: how long the last `save` held up training, waiting for the one before it included. Rank 0 only.
+    """
+
+    def __init__(self, folder: Path, settings: Checkpoint, rank: int) -> None:
+        self.folder, self.settings, self.rank = folder, settings, rank
+        self.failed = 0
+        self.stall_seconds = 0.0
+        self.last: Path | None = None
+        self._writing: Future[bool] | None = None
+        self._written = True
+        if rank == 0:
+            found, _ = files.newest_good(folder, hashes=False)
+            self.last = found[0] if found else None
+            self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python ends only after what it writes is written
+
+    def save(self, engine: Engine, meta: Meta) -> None:
+        """Gather the state of `engine` and begin to write it. A collective: all ranks must call it.
+
+        A disk that is full or fails is told on stderr and counted in `failed`, not raised; anything else that went
+        wrong in the write before this one is raised here.
+        """
+        started = time.monotonic()
+        self.wait()  # first: rank 0's memory is to hold the state once
+        content = {"model.safetensors": engine.full_state("model")}
+        for state in engine.state_names:
+            tensors = engine.full_state(state)
+            if state == "ema":
+                content["ema.safetensors"] = tensors
+            else:
+                optimizer = content.setdefault("optimizer.safetensors", {})
+                optimizer |= {f"{state}/{name}": value for name, value in tensors.items()}
+        if self.rank == 0:
+            self._writing = self._thread.submit(self._write, content, meta)
+        self.stall_seconds = time.monotonic() - started
+
+    def wait(self) -> bool:
+        """Return when nothing is being written any more: True where the newest save is on disk. True on other ranks.
+
+        Raises what went wrong in writing, other than the disk.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self._written = False
+            self._written = writing.result()
+        return self._written
+
+    def finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        """The run ends with an error, if with any: what is being written may still get on disk, in `_LAST_SECONDS`."""
+        if kind is not None and self._writing is not None:
+            with suppress(Exception):
+                self._writing.result(_LAST_SECONDS)
+
+    def _write(self, content: dict[str, Tensors], meta: Meta) -> bool:
+        final = self.folder / f"step-{meta.step:08d}"
+        temporary = self.folder / f".tmp-{final.name}"
+        tensors = [tensor for part in content.values() for tensor in part.values()]
+        needed = sum(tensor.nbytes for tensor in tensors) + _HEADER_BYTES * len(tensors)
+        needed += len(meta.model_dump_json().encode()) + SPARE_BYTES
+        del tensors
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.put_back(self.folder)
+            for unfinished in self.folder.glob(".tmp-*"):
+                files.remove(unfinished)
+            if needed > _free_bytes(self.folder):
+                raise OSError(errno.ENOSPC, f"no space left for its {decimal(needed)}")
+            temporary.mkdir()
+            records = {}
+            for name in list(content):
+                _save_file(content.pop(name), temporary / name)
+                records[name] = files.record(temporary / name)
+            text = meta.model_copy(update={"files": records}).model_dump_json(indent=1)
+            (temporary / META_FILE).write_text(text, encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                files.sync(path)
+            if final.exists():  # of a step that is saved again
+                os.replace(final, files.before(final))
+            os.replace(temporary, final)
+            files.sync(self.folder)
+        except OSError as error:
+            files.remove(temporary)
+            files.put_back(self.folder)
+            self.failed += 1
+            self._tell_not_written(meta.step, error, needed)
+            return False
+        self.last = final
+        self._tidy()
+        return True
+
+    def _tell_not_written(self, step: int, error: OSError, needed: int) -> None:
+        reason = error.strerror or str(error)
+        newest = f"the newest checkpoint is {self.last.name}" if self.last else "there is no checkpoint yet"
+        advice = "see to the disk"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with suppress(OSError):
+                short = needed - _free_bytes(self.folder)
+                # What the file system calls free may still be over a quota, or out of inodes.
+                advice = f"free {decimal(short)}" if short > 0 else "free space, inodes or quota"
+        _warn(
+            f"CHECKPOINT NOT WRITTEN: step {step}: {reason}; training goes on; {newest}; {advice} at {self.folder} "
+            f"({self.failed} failed so far)"
+        )
+
+    def _tidy(self) -> None:
+        """Point the links to the newest and the best, and delete what is no longer kept; damaged ones are left."""
+        try:
+            good = [path for path in files.step_folders(self.folder) if not files.verify(path, hashes=False)]
+            metas = [read_meta(path) for path in good]
+            paths = {meta.step: path for path, meta in zip(good, metas, strict=True)}
+            best = files.best_of(metas, self.settings.best_metric)
+            files.point(self.folder, "latest", self.last)
+            files.point(self.folder, "best", paths[best.step] if best else None)
+            files.remove(files.before(self.last or self.folder))
+            for step in sorted(paths.keys() - files.to_keep(metas, self.settings)):
+                gone = self.folder / f".tmp-gone-{paths[step].name}"
+                os.replace(paths[step], gone)  # first: a half-deleted one must not have a checkpoint's name
+                shutil.rmtree(gone)
+        except (OSError, CheckpointError) as error:  # the latter: somebody else removed one meanwhile
+            _warn(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
+
+
+def _save_file(tensors: Tensors, path: Path) -> None:
+    """Write a safetensors file. Raises OSError where the system refuses; safetensors tells it in words only."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+
+
+def _free_bytes(folder: Path) -> int:
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # stderr may be a file on the same full disk
+        print(text, file=sys.stderr, flush=True)
+
+
+def read_tensors(path: Path) -> Tensors:
+    """A safetensors file, on the CPU."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}); remove the folder {path.parent} to go on from the checkpoint before it"
+        ) from None
+
+
+def read_optimizer(path: Path) -> dict[str, Tensors]:
+    """Optimizer states of a checkpoint folder: state -> parameter name -> tensor, as `Engine.load_state` takes them."""
+    states: dict[str, Tensors] = {}
+    for key, value in read_tensors(path / "optimizer.safetensors").items():
+        state, _, name = key.partition("/")
+        states.setdefault(state, {})[name] = value
+    if (path / "ema.safetensors").exists():
+        states["ema"] = read_tensors(path / "ema.safetensors")
+    return states
+
+
+def newest_of_run(
+    config: Config, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
+) -> tuple[Path, Meta] | tuple[None, None]:
+    """The newest whole checkpoint that the run of `config` goes on from, or (None, None) where it has none at all.
+
+    Damaged newer ones are told on stderr and, with `quarantine`, renamed to damaged-step-NNNNNNNN. `hashes` as for
+    `verify`. Raises CheckpointError if all are damaged, if they are another run's, or if there is one and `resume` is
+    false.
+    """
+    folder = config.run_dir / "checkpoints"
+    if quarantine:
+        files.put_back(folder)
+    found, faults = files.newest_good(folder, hashes)
+    if found is None and not faults:
+        return None, None
+    if not resume:
+        raise CheckpointError(
+            f"{config.run_dir} already holds a run ({files.step_folders(folder)[-1].name}): leave out --resume never "
+            f"to continue it, set another name, or remove the folder"
+        )
+    if found is None:
+        raise files.none_good(config.run_dir, faults)
+    path, meta = found
+    _check_same_run(path, meta, config, dataset_id)
+    # What cannot be read now may be read another time: it stays where it is.
+    broken = {damaged: why for damaged, why in faults.items() if not any(files.UNREADABLE in fault for fault in why)}
+    files.warn_of_damage(broken, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
+    files.warn_of_damage({damaged: why for damaged, why in faults.items() if damaged not in broken}, path)
+    for damaged in broken if quarantine else ():
+        _set_aside(damaged)
+    return path, meta
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint out of the way of its step's next save; one set aside before makes place for it."""
+    aside = path.with_name(files.SET_ASIDE + path.name)
+    files.remove(aside)
+    os.replace(path, aside)
+    files.sync(path.parent)
+
+
+def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
+    changes = differing_keys(meta.config, config.model_dump(mode="json"))
+    changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
+    if meta.dataset_id != dataset_id:
+        changes["data.path (dataset_id)"] = (meta.dataset_id[:12], dataset_id[:12])
+    if changes:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+        raise CheckpointError(f"{path} is of another configuration: {listed}. Set them back, or set another name")
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), where two nested mappings differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found

@@ -1,0 +1,1 @@
+"""A run's configuration: loaded and checked, section by section."""

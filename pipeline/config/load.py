@@ -1,0 +1,185 @@
+"""The typed, frozen configuration of one run: one YAML file plus dotted overrides, checked before anything is spent.
+
+A YAML file is complete: what a run depends on has no default here, so nothing about a run is hidden in the code.
+Only operational keys (logging, checkpoints, tracking) have defaults. Relations between keys, and between keys and
+the number of ranks, are refused at load with both numbers in the message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.config.sections import (
+    Augment,
+    Checkpoint,
+    ConfigError,
+    Data,
+    Evaluate,
+    Guard,
+    Init,
+    Model,
+    Optimizer,
+    Section,
+    Tracking,
+    Train,
+)
+
+
+class Config(Section):
+    """One run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder under output_root")
+    seed: Annotated[int, Field(ge=0, lt=2**31)]
+    output_root: Path = Path("runs")
+    data: Data
+    augment: Augment
+    model: Model
+    optimizer: Optimizer
+    train: Train
+    evaluate: Evaluate
+    init: Init
+    guard: Guard
+    checkpoint: Checkpoint = Checkpoint()
+    tracking: Tracking = Tracking()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_root / self.name
+
+    @model_validator(mode="after")
+    def _relations(self) -> Config:
+        optimizer, train = self.optimizer, self.train
+        if optimizer.warmup_epochs >= train.epochs:
+            raise ValueError(
+                f"optimizer.warmup_epochs {optimizer.warmup_epochs:g} is not less than train.epochs {train.epochs}"
+            )
+        if train.global_batch % self.data.shuffle_lanes:
+            raise ValueError(
+                f"train.global_batch {train.global_batch} is not divisible by data.shuffle_lanes "
+                f"{self.data.shuffle_lanes}"
+            )
+        late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
+        if late:
+            raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
+        if self.model.compile and train.zero_stage == 3:
+            raise ValueError(
+                "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "
+                "over the ranks; set one of model.compile=false and train.zero_stage=2"
+            )
+        if optimizer.lr_final > optimizer.lr_peak:
+            raise ValueError(
+                f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"
+            )
+        if (self.augment.mixup_alpha or self.augment.cutmix_alpha) and train.micro_batch % 2:
+            raise ValueError(
+                f"mixup and cutmix pair the images of a micro-batch: train.micro_batch {train.micro_batch} must be "
+                f"even, or augment.mixup_alpha and augment.cutmix_alpha 0"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The whole configuration as YAML that `load` reads back to an equal Config."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key.sub=value` overrides (values in YAML syntax), and check the result.
+
+    Raises ConfigError with one line per fault: the file, the key, what is wrong, and the nearest known key.
+    """
+    path = Path(path)
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except FileNotFoundError:
+        known = sorted(str(p) for p in path.parent.glob("*.yaml")) or ["none"]
+        raise ConfigError(f"no configuration file {path}; in that folder: {', '.join(known)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error, path))) from None
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Dotted names of every leaf key."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from known_keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r} is not of the form key.sub=value")
+    known = set(known_keys())
+    if key not in known:
+        raise ConfigError(f"override {override!r}: no key {key!r}{_nearest(key, known)}")
+    *sections, leaf = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is not a section in the file")
+    try:
+        tree[leaf] = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, path: Path) -> Iterator[str]:
+    known = set(known_keys())
+    sections = {key.rpartition(".")[0] for key in known} - {""}
+    for fault in error.errors(include_url=False):
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            yield f"{path}: no key {key!r}{_nearest(key, known | sections)}"
+        elif fault["type"] == "missing":
+            yield f"{path}: key {key!r} is missing"
+        elif fault["type"] == "value_error":
+            yield f"{path}: {fault['ctx']['error']}"
+        else:
+            yield f"{path}: {key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    # A key in the wrong section shares its leaf name with the right one: look there too.
+    leaf = key.rpartition(".")[2]
+    leaves = {name.rpartition(".")[2]: name for name in sorted(known)}
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    close_leaf = difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)
+    best = leaves[leaf] if leaf in leaves else close[0] if close else leaves[close_leaf[0]] if close_leaf else None
+    return f"; did you mean {best!r}?" if best else "; --print-config lists the keys"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice.pop()!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
+    list("-+0123456789"),
+)

@@ -1,0 +1,1 @@
+"""Triton kernels: faster spellings of functions in `pipeline/ops`, used where `kernels.py` says so."""

@@ -1,0 +1,1 @@
+"""A rank as a process: how ranks talk, live, hang and write."""

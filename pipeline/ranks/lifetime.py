@@ -1,0 +1,190 @@
+"""One live process group per run folder, none that outlives its launcher, and an end that can be asked for."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pipeline.ranks.log_file import say_at_once
+
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop, and nothing is lost; the same command goes on
+LAUNCHER_VARIABLE = "PIPELINE_LAUNCHER"  # "HOST:PID" of the launcher, set by the scripts in launch/
+LAUNCHER_GONE = "the launcher is gone"
+_REPEAT_SECONDS = 3.0  # launchers pass on what the ranks also got themselves, and repeat it: all that is one signal
+_ALONE_SECONDS = 120.0  # without a launcher: time for the step under way and a last checkpoint
+_WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would find the folder busy
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class RunBusyError(ValueError):
+    """Another live process writes to the run folder."""
+
+
+class Terminated(BaseException):
+    """Asked to stop before there was anything to save: the same command starts over. Not an error to be handled."""
+
+
+class StopRequest:
+    """What SIGTERM and SIGUSR1 ask of this rank: to stop where that loses nothing. One per process.
+
+    It goes through three phases:
+
+    - at first there is nothing to save: the first signal raises Terminated in the main thread;
+    - after `arm` it sets `requested`: the training loop, on all ranks together, saves and leaves with EXIT_REQUEUE;
+    - after `disarm` the run is closing, which a signal does not hasten.
+
+    In each of them a second signal, more than 3 s after the first, ends the process at once, with code 128 + number,
+    wherever its main thread is: Python runs a handler only between bytecodes, and a rank may hang in a collective. What
+    came before `disarm` does not count after it: the launcher's SIGTERM is then the first, and cuts nothing short.
+    """
+
+    def __init__(self) -> None:
+        """Installs the handlers; only in the main thread. Raises ValueError in another."""
+        global _of_this_process
+        self.reason = ""  # "SIGUSR1", ..., once requested
+        self._phase: Literal["starting", "armed", "closing"] = "starting"
+        self._first_signal: float | None = None  # time.monotonic(), seconds
+        self._unsaid = threading.Lock()  # taken once, by whoever tells of the request; never waited for
+        told, tell = os.pipe()
+        os.set_blocking(tell, False)
+        for number in _SIGNALS:
+            signal.signal(number, self._in_main_thread)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(told,), name="stop request", daemon=True).start()
+        _of_this_process = self
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was asked to stop, and is to tell the others."""
+        return bool(self.reason)
+
+    @property
+    def armed(self) -> bool:
+        """Whether a request is answered by a checkpoint."""
+        return self._phase == "armed"
+
+    @property
+    def closing(self) -> bool:
+        """Whether the run is past its last checkpoint, or has given up."""
+        return self._phase == "closing"
+
+    def arm(self) -> None:
+        """From now on there is something to save."""
+        self._phase = "armed"
+
+    def disarm(self) -> None:
+        """The run is closing: its last checkpoint is written, or it has failed."""
+        self._phase = "closing"
+        self._first_signal = None
+
+    def ask(self, reason: str, then: str = "") -> None:
+        """Set `requested`, as a signal does, and say so in a line on stderr that ends with `then`."""
+        if self.armed and self._unsaid.acquire(blocking=False):
+            self.reason = reason
+            # Not print: a signal may have come in the middle of one.
+            say_at_once(f"{reason}: a checkpoint follows at the next step; {then}")
+
+    def _in_main_thread(self, number: int, _: object) -> None:
+        if self._phase == "starting":
+            self._phase = "closing"
+            raise Terminated
+        self._ask_by(number)
+
+    def _ask_by(self, number: int) -> None:
+        self.ask(signal.Signals(number).name, "once more ends this rank at once")
+
+    def _listen(self, told: int) -> None:
+        """Reads the number of each signal as it comes, whatever the main thread does."""
+        while True:
+            for number in os.read(told, 64):
+                if number not in _SIGNALS:
+                    continue
+                now = time.monotonic()
+                if self._first_signal is None:
+                    self._first_signal = now
+                elif now - self._first_signal > _REPEAT_SECONDS:
+                    say_at_once(f"{signal.Signals(number).name} once more: this rank ends at once")
+                    os._exit(128 + number)
+                self._ask_by(number)
+
+
+_of_this_process: StopRequest | None = None
+
+
+def ignore_sigterm() -> None:
+    """The end is under way: a launcher that asks for it once more must not cut it short (`StopRequest.disarm`)."""
+    if _of_this_process is not None:
+        _of_this_process.disarm()
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
+
+    Waits for 150 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
+        deadline, told = time.monotonic() + _WAIT_SECONDS, False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "another process"
+                    raise RunBusyError(f"{run_dir} is being written by {holder}: end it, or set another name") from None
+                if not told:
+                    say_at_once(f"note: waiting for {run_dir}: the ranks of its last launch are still leaving")
+                    told = True
+                time.sleep(0.5)
+            except OSError as error:  # some network file systems have no locks
+                print(f"warning: {run_dir} cannot be locked ({error}); two runs into it would collide", file=sys.stderr)
+                break
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def leave_with_launcher(request: StopRequest) -> None:
+    """End this process within seconds of its launcher's end: of its parent, and of the process that the scripts in
+    launch/ named, if that ran on this host. Where there is something to save, `request` asks for that first.
+
+    `deepspeed` killed by SIGKILL, or by SIGTERM, takes none of its ranks along: they would train on, unseen, in the way
+    of the next start. Without a launcher nothing is watched.
+    """
+    if "LOCAL_RANK" not in os.environ:
+        return
+    host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
+    watched = [os.getppid()] + ([int(pid)] if host == socket.gethostname() and pid.isdigit() else [])
+
+    def watch() -> None:
+        while all(map(_is_alive, watched)):
+            time.sleep(1.0)
+        if request.armed or request.closing:
+            request.ask(LAUNCHER_GONE, f"this rank leaves within {_ALONE_SECONDS:.0f} s")
+            time.sleep(_ALONE_SECONDS)
+        say_at_once(f"error: {LAUNCHER_GONE}; this rank leaves")
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"  # a zombie is dead and not yet reaped
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,1 @@
+"""The run itself. Begin with `run.py`."""

@@ -1,0 +1,91 @@
+"""From the loader's batches to what a step or an evaluation takes: on the device, augmented, mixed, drawn by key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from data_prep.manifest import Manifest
+from pipeline.config.load import Config
+from pipeline.data.device_augment import DeviceAugment
+from pipeline.data.keyed import view_keys
+from pipeline.data.loader import Ranks, validation_batches
+from pipeline.data.views import BadSampleLedger, Batch
+from pipeline.ranks.collectives import max_over_ranks
+from pipeline.ranks.lifetime import StopRequest
+from pipeline.ranks.watchdog import Watchdog
+from pipeline.records.console import Meter
+from pipeline.training.recipe import Mixing, seed_micro_batch
+
+_ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU
+
+Place = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+
+
+class EvaluationStopped(Exception):
+    """Some rank was asked to stop in the middle of an evaluation: all ranks leave it, and do it again when resumed."""
+
+
+def placing(config: Config, device: torch.device) -> Place:
+    """What brings a batch's images and labels to the device, and augments them there where the config says so."""
+    augment = DeviceAugment(config.augment, device) if config.augment.where == "device" else None
+
+    def place(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = batch.images.to(device, non_blocking=True), batch.labels.to(device, non_blocking=True)
+        return augment(images, view_keys(config.seed, batch.views.numpy())) if augment else images, labels
+
+    return place
+
+
+class Feed:
+    """The micro-batches of one rank, step by step: (images, targets) on the device.
+
+    All random state is keyed by (seed, step, place in the global batch): a step is the same step on any number of ranks
+    and after any restart.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ranks: Ranks,
+        batches: Iterator[Batch],
+        place: Place,
+        mix: Mixing,
+        bad_samples: BadSampleLedger,
+        meter: Meter,
+        watchdog: Watchdog,
+    ) -> None:
+        self.config, self.batches, self.place, self.mix = config, batches, place, mix
+        self.bad_samples, self.meter, self.watchdog = bad_samples, meter, watchdog
+        self.accumulation = config.train.accumulation_steps(ranks.count)
+        self.first_slot = ranks.rank * self.accumulation
+
+    def step(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What the optimizer step `step` of the run is made of. Steps have to be taken in order."""
+        for micro in range(self.accumulation):
+            self.watchdog.tick(f"waiting for data, step {step + 1}")
+            with self.meter.waiting():
+                batch = next(self.batches)
+            self.watchdog.tick(f"training, step {step + 1}")
+            self.bad_samples.add(step, batch.bad)
+            key = (self.config.seed, step, (self.first_slot + micro) * self.config.train.micro_batch)
+            seed_micro_batch(key)
+            yield self.mix(*self.place(batch), key)
+
+
+def evaluation_batches(
+    config: Config, manifest: Manifest, ranks: Ranks, device: torch.device, stop: StopRequest, watchdog: Watchdog
+) -> Iterator[Batch]:
+    """This rank's validation batches. A collective. Raises EvaluationStopped on all ranks if one was asked to stop."""
+    most = -(-manifest.split("val").samples // ranks.count)  # of one rank
+    batches = validation_batches(config, manifest, ranks)
+    for number in range(-(-most // config.evaluate.micro_batch)):  # as often on every rank: some have a batch less
+        watchdog.tick(f"evaluating, batch {number + 1}")
+        if number % _ASK_EVERY_BATCHES == 0:
+            asked = torch.tensor(float(stop.requested), device=device)
+            if max_over_ranks(asked).item():
+                raise EvaluationStopped
+        batch = next(batches, None)
+        if batch is not None:
+            yield batch

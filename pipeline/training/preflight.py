@@ -1,0 +1,69 @@
+"""What can be known to be wrong before ranks are started: configuration, files, batch, checkpoints, start weights."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from data_prep.foreign.index import ensure_indexed
+from data_prep.manifest import Manifest
+from pipeline.checkpoints import transfer
+from pipeline.checkpoints.state import newest_of_run
+from pipeline.config.load import Config
+from pipeline.data.beton import beton_path
+from pipeline.data.decode import COMPILED
+from pipeline.data.device_augment import DeviceAugment
+from pipeline.data.loader import training_order
+from pipeline.data.shards import ShardReader, check_remote_files
+from pipeline.training.recipe import build_model
+
+
+def note(text: str) -> None:
+    """What will work, but not as well as it could."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
+    data, split = config.data, manifest.split("train")
+    if data.shuffle_lanes > 1 and data.shuffle_lanes % nodes:
+        note(
+            f"{nodes} nodes share {data.shuffle_lanes} lanes (data.shuffle_lanes) unevenly: each reads shards of "
+            f"others too, up to 1.5 times its part; a multiple of {nodes} is best"
+        )
+    used = data.shuffle_lanes / nodes * (data.shuffle_window_shards + 1) / max(1, len(split.shards))
+    used_gb = min(1.0, used) * sum(entry.bytes for entry in split.shards) / 1e9
+    if data.is_remote and 0 < data.cache_gb < used_gb:
+        note(
+            f"the shards that a node reads from at a time take some {used_gb:.0f} GB, data.cache_gb is "
+            f"{data.cache_gb:g}: what does not fit is read image by image over the network"
+        )
+
+
+def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> None:
+    """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
+
+    `ranks` is their number, where it is known before the launch, on `nodes` hosts.
+    """
+    ensure_indexed(config.data.path)
+    manifest = Manifest.load(config.data.path)
+    training_order(config, manifest)
+    if config.augment.where == "device":
+        DeviceAugment(config.augment)
+    if ranks is not None:
+        config.train.accumulation_steps(ranks)
+    _tell_of_lanes(config, manifest, nodes)
+    if config.data.format == "webdataset" and not COMPILED:
+        note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
+    for split in ("train", "val"):
+        if config.data.format == "ffcv":
+            beton_path(config.data.path, manifest, split)
+        else:
+            ShardReader(config.data, manifest, split)
+    if config.data.is_remote:
+        check_remote_files(config.data, manifest)
+    with torch.device("meta"):
+        build_model(config.model, manifest.num_classes, config.data.resolution)
+    last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
+    if last is None and config.init.checkpoint is not None:
+        transfer.check_model(transfer.find_source(config.init), config.model.name)

@@ -1,0 +1,337 @@
+"""The run, top to bottom: pretraining and fine-tuning are the same code with another configuration."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+
+from data_prep.foreign.index import ensure_indexed
+from data_prep.manifest import MANIFEST_NAME, Manifest, atomic_write
+from pipeline.checkpoints import state as checkpoint
+from pipeline.checkpoints import transfer
+from pipeline.checkpoints.files import CheckpointError
+from pipeline.checkpoints.state import CheckpointWriter
+from pipeline.config.load import Config
+from pipeline.data.loader import Ranks, training_batches, training_order
+from pipeline.data.views import BadSampleLedger, check_bad_samples
+from pipeline.ranks.collectives import barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
+from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
+from pipeline.ranks.log_file import LogFile, say
+from pipeline.ranks.watchdog import Watchdog
+from pipeline.records.console import Eta, Meter, evaluation_line, interrupted_line, print_plan, print_summary, step_line
+from pipeline.records.flops import peak_flops, training_flops_per_image
+from pipeline.records.tracking import Tracker
+from pipeline.training import engine
+from pipeline.training.diagnose import diagnose, incident, incident_line
+from pipeline.training.feed import Feed, placing
+from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
+from pipeline.training.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
+from pipeline.training.validation import Validation
+
+CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
+BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
+_DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
+
+
+def main(command: str, config: Config, resume: bool) -> int:
+    """Run `command` (pretrain or finetune) on the ranks that the launcher started, from the newest checkpoint if any.
+
+    Returns 0, or EXIT_REQUEUE where a signal has stopped the run and the same command goes on with it. Raises
+    ConfigError, ManifestError, DataError, CheckpointError, GuardError or RunBusyError for what a user can mend.
+    """
+    stop = StopRequest()
+    leave_with_launcher(stop)
+    ranks, device = engine.start_ranks()
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            stack.enter_context(exclusive(config.run_dir))
+            ensure_indexed(config.data.path)
+        barrier()
+        code = Run(command, config, ranks, device, resume, stack, stop).train()
+    # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
+    engine.stop_ranks()
+    return code
+
+
+class Run:
+    """One run on this rank: made whole from its newest checkpoint, or from the start, and then trained to its end."""
+
+    def __init__(
+        self,
+        command: str,
+        config: Config,
+        ranks: Ranks,
+        device: torch.device,
+        resume: bool,
+        stack: ExitStack,
+        stop: StopRequest,
+    ) -> None:
+        """On `stack` goes what has to be closed or told when the run fails."""
+        self.command, self.config, self.ranks, self.device, self.stop = command, config, ranks, device, stop
+        self.manifest = manifest = Manifest.load(config.data.path)
+        self.order = training_order(config, manifest)
+        self.steps = self.order.steps_per_epoch * config.train.epochs
+
+        # Weights: the run's own newest checkpoint, else the configured start, else random.
+        torch.manual_seed(config.seed)
+        model = build_model(config.model, manifest.num_classes, config.data.resolution)
+        self.twin = build_model(config.model, manifest.num_classes, config.data.resolution)  # full weights, to look at
+        # Rank 0 chooses: on a network file system, hosts may for a while see different listings.
+        last, meta = from_rank_0(self._newest(resume) if ranks.rank == 0 else None)
+        origin = "random weights"
+        if last is not None:
+            model.load_state_dict(checkpoint.read_tensors(last / "model.safetensors"))
+            origin = f"resumed from {last}"
+        elif config.init.checkpoint is not None:
+            source = transfer.find_source(config.init)
+            transfer.check_model(source, config.model.name)
+            origin = transfer.load_into(model, source, manifest.synsets)
+        if config.model.compile:
+            model.compile_blocks()
+        self.first_step = meta.step if meta else 0
+        self.seconds_before = meta.seconds if meta else 0.0
+        self.validation = Validation(config, manifest, self.steps, self.order.steps_per_epoch, meta)
+
+        adamw = optimizer(parameter_groups(model, config.optimizer), config)
+        self.engine = engine.Engine(config, model, adamw, ranks, device)
+        if last is not None:
+            self.engine.load_state(checkpoint.read_optimizer(last), meta.updates)
+        self.rates = schedule(self.engine.optimizer, config.optimizer, self.order.steps_per_epoch, self.steps)
+        mix, self.loss = mixing_and_loss(config.augment, manifest.num_classes)
+
+        # What watches over it.
+        self.guard = Guard(config.guard, GuardState.model_validate(meta.guard) if meta else None)
+        self.writer = CheckpointWriter(config.run_dir / CHECKPOINTS, config.checkpoint, ranks.rank)
+        stack.push(self.writer.finish)
+        self.tracker: Tracker | None = None
+        if ranks.rank == 0:
+            self._write_down(origin, stack)
+        self.bad_samples = BadSampleLedger(
+            config.run_dir / BAD_SAMPLES, ranks.rank, self.first_step, self.first_step // self.order.steps_per_epoch
+        )
+        barrier()
+        tell = self.tracker.fail_from_thread if self.tracker else None
+        self.watchdog = stack.enter_context(
+            Watchdog(ranks.rank, ranks.count, config.guard.stall_seconds, config.run_dir / STACKS, tell)
+        )
+
+        peak = peak_flops(device, self.engine.bf16)
+        flops = partial(training_flops_per_image, config.model, manifest.num_classes) if peak else None
+        self.meter = Meter(config.train.global_batch, ranks, device, sum_over_ranks, max_over_ranks, flops, peak)
+        self.eta = Eta()
+        if self.first_step:
+            self.eta.add(self.first_step, self.seconds_before)
+        self._timed = (self.first_step, self.seconds_before)
+        batches = training_batches(config, manifest, self.order, ranks, self.first_step, self.steps)
+        self.place = placing(config, device)
+        self.feed = Feed(config, ranks, batches, self.place, mix, self.bad_samples, self.meter, self.watchdog)
+        self.started = time.monotonic()
+
+    def train(self) -> int:
+        """Every step that is left, evaluations and checkpoints among them; returns the exit code."""
+        config, per_epoch = self.config, self.order.steps_per_epoch
+        self.stop.arm()
+        if self.validation.is_due(self.first_step):  # the last try was stopped before or in it
+            if not self._evaluate(self.first_step):
+                return self._stopped(self.first_step)
+            self._save(self.first_step)
+        for step in range(self.first_step, self.steps):
+            done, epoch = step + 1, step // per_epoch
+            resolution = config.data.resolution_at(epoch)
+            if step % per_epoch == 0 and epoch and resolution != config.data.resolution_at(epoch - 1):
+                self.guard.forget()  # losses at another resolution are other losses
+            self.rates.step_update(step)
+            self.bad_samples.begin(epoch)
+            result = self.engine.train_step(
+                self.feed.step(step), self.loss, self.guard.judge, lambda: self.stop.requested
+            )
+            rewound = False
+            if result.refused is None:
+                self.meter.add(result.loss, resolution)
+            else:
+                self.meter.skip(resolution)
+                self._look_into(step, result)
+                if self.guard.exhausted:
+                    self._rewind(done, result.refused)
+                    rewound = True
+
+            epoch_ends = done % per_epoch == 0
+            if done % config.tracking.log_every_steps == 0 or epoch_ends or done == self.steps or result.stop:
+                self._log(done, result.grad_norm)
+            stopped, better = result.stop, False
+            if not stopped and self.validation.is_due(done):
+                stopped = not self._evaluate(done)
+                better = not stopped and self.validation.is_best
+            if done % config.checkpoint.every_steps == 0 or done == self.steps or stopped or rewound or better:
+                self._save(done)
+            if stopped:
+                return self._stopped(done)
+        return self._finished()
+
+    def _newest(self, resume: bool) -> Any:
+        return checkpoint.newest_of_run(self.config, self.manifest.dataset_id, resume, quarantine=True)
+
+    def _write_down(self, origin: str, stack: ExitStack) -> None:
+        """What the run is, before its first step; on rank 0."""
+        config, manifest = self.config, self.manifest
+        with atomic_write(config.run_dir / CONFIG_FILE) as file:
+            file.write(config.to_yaml().encode())
+        manifest.save(config.run_dir)
+        tags = {"stage": self.command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
+        self.tracker = stack.enter_context(Tracker(config, tags, self.first_step))
+        self.ledger = LogFile(config.run_dir / GUARD_FILE)
+        self.ledger.cut(lambda line: json.loads(line)["step"] <= self.first_step)
+        where = f"{self.device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
+        print_plan(self.command, config, manifest, self.steps, self.ranks.count, self.engine.parameters, where, origin)
+
+    def _log(self, done: int, grad_norm: float) -> None:
+        logged = self.meter.read(done, self.bad_samples.count)
+        logged["epoch"] = done / self.order.steps_per_epoch
+        logged["lr"] = max(group["lr"] for group in self.engine.optimizer.param_groups)
+        logged["grad_norm"] = grad_norm
+        if self.config.optimizer.ema_decay is not None:
+            logged["ema_decay"] = self.config.optimizer.ema_decay
+        guard = self.guard.state
+        logged |= {"skipped_steps": guard.skipped, "guard_in_a_row": guard.in_a_row, "rewinds": guard.rewinds}
+        logged |= {"checkpoints_failed": self.writer.failed, "checkpoint_stall": self.writer.stall_seconds}
+        steps_before, seconds_before = self._timed
+        self._timed = (done, self._seconds)
+        self.eta.add(done - steps_before, self._seconds - seconds_before)
+        if self.tracker:
+            self.tracker.log(done, logged, step_line(done, self.steps, logged, self.eta.left(self.steps - done)))
+        check_bad_samples(int(logged["bad_samples"]), self.config.data, self.config.run_dir / BAD_SAMPLES)
+
+    @property
+    def _seconds(self) -> float:
+        """What the run has taken so far, in all its tries."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def _evaluate(self, done: int) -> bool:
+        """Returns False where some rank was asked to stop meanwhile: it is done again when the run goes on."""
+        with self.meter.paused():
+            measured = self.validation.measure(
+                *(done, self.engine, self.twin, self.ranks, self.device, self.stop, self.watchdog)
+            )
+        if measured and self.tracker:
+            self.tracker.log(done, self.validation.metrics, evaluation_line(done, self.validation.metrics))
+        return measured
+
+    def _save(self, done: int) -> None:
+        self.watchdog.tick("gathering a checkpoint")
+        guard = self.guard.state
+        with self.meter.paused():
+            meta = checkpoint.Meta(
+                step=done,
+                samples_seen=done * self.config.train.global_batch,
+                updates=self.engine.updates,
+                seconds=self._seconds,
+                num_classes=self.manifest.num_classes,
+                synsets=self.manifest.synsets,
+                dataset_id=self.manifest.dataset_id,
+                metrics=self.validation.metrics,
+                metrics_step=self.validation.step,
+                guard=guard.model_dump(),
+                config=self.config.model_dump(mode="json"),
+            )
+            self.writer.save(self.engine, meta)
+
+    def _look_into(self, step: int, result: engine.StepResult) -> None:
+        """Write down a step that was left out: its samples, and where in the net its worst micro-batches go wrong."""
+        parts = []
+        if self.guard.state.in_a_row <= _DIAGNOSED_IN_A_ROW:
+            self.watchdog.tick(f"looking into step {step + 1}")
+            with self.meter.paused():
+                self.twin.load_state_dict(self.engine.full_state("model", everywhere=True))
+                own = diagnose(
+                    *(self.config, self.manifest, self.order, self.ranks, step, result.micro_losses.tolist()),
+                    *(self.twin, self.place, self.device, self.engine.bf16),
+                )
+                parts = gather(own)
+        if self.tracker:
+            epoch, in_epoch = divmod(step, self.order.steps_per_epoch)
+            samples, _ = self.order.rank_steps(epoch, in_epoch, in_epoch + 1, 0, 1)
+            record = incident(
+                *(step + 1, str(result.refused), result.loss, result.grad_norm, epoch, samples[0].tolist(), parts)
+            )
+            self.ledger.append(json.dumps(record))
+            self.tracker.event(step + 1, incident_line(record))
+
+    def _rewind(self, done: int, reason: str) -> None:
+        """Back to the weights of the last checkpoint before the fault, and on with the batches that follow `done`.
+
+        The data and the schedule do not go back: the same steps from the same weights would meet the same fault.
+        """
+        path, before = None, None
+        if self.ranks.rank == 0:
+            self.writer.wait()
+            path, before = checkpoint.find_rewind(self.config.run_dir / CHECKPOINTS) or (None, None)
+        path, before = from_rank_0((path, before))
+        state = self.guard.state
+        if self.config.guard.mode != "rewind" or state.rewinds >= self.config.guard.rewinds_max or path is None:
+            ledger = self.config.run_dir / GUARD_FILE
+            raise GuardError(explain_end(self.config.guard, state, done, reason, ledger, path))
+        self.watchdog.tick("rewinding")
+        with self.meter.paused():
+            self.engine.load_weights(checkpoint.read_tensors(path / "model.safetensors"))
+            self.engine.load_state(checkpoint.read_optimizer(path), before.updates)
+        self.guard.rewound()
+        if self.tracker:
+            self.tracker.event(
+                done,
+                f"REWOUND to the weights of {path.name} after {state.in_a_row} steps left out in a row; "
+                f"the batches of steps {before.step + 1} to {done} are passed over",
+            )
+
+    def _stopped(self, done: int) -> int:
+        """The end of a run that was asked to stop: the same command goes on with it."""
+        reasons = [reason for reason in gather(self.stop.reason) if reason]
+        reason = reasons[0] if reasons else "stopped"
+        self.stop.disarm()
+        if not from_rank_0(self.writer.wait()):
+            newest = from_rank_0(self.writer.last)
+            raise CheckpointError(
+                f"stopped ({reason}) at step {done}, whose checkpoint could not be written: free some space for "
+                f"{self.config.run_dir}; the same command goes on from {newest.name if newest else 'the start'}"
+            )
+        if self.tracker:
+            self.tracker.event(done, interrupted_line(done, self.steps, reason, self.writer.last))
+            files = [self.config.run_dir / name for name in (LOG_FILE, GUARD_FILE)]
+            self.tracker.finish("KILLED", files, reason=reason)
+        barrier()  # the launcher ends the others as soon as one has left
+        return EXIT_REQUEUE
+
+    def _finished(self) -> int:
+        self.stop.disarm()
+        if not from_rank_0(self.writer.wait()):
+            raise CheckpointError(
+                f"the run has done its last step, and its last checkpoint could not be written: free some space for "
+                f"{self.config.run_dir}, and the same command goes on from its newest checkpoint"
+            )
+        if self.tracker:
+            config = self.config
+            summary = {
+                "name": config.name,
+                "stage": self.command,
+                **self.validation.metrics,
+                "samples_seen": self.steps * config.train.global_batch,
+                "seconds": round(self._seconds, 1),
+                "mlflow_run_id": self.tracker.run_id,
+                "checkpoint": str(self.writer.last),
+                "dataset_id": self.manifest.dataset_id,
+            }
+            try:
+                with atomic_write(config.run_dir / SUMMARY_FILE) as file:
+                    file.write(json.dumps(summary, indent=1).encode())
+            except OSError as error:  # the run is done, and its checkpoint is on disk
+                say(f"warning: {config.run_dir / SUMMARY_FILE} could not be written: {error}", sys.stderr)
+            names = [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE]
+            files = [config.run_dir / name for name in names]
+            self.tracker.finish("FINISHED", files)
+            print_summary(config, summary)
+        return 0
