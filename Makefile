@@ -75,7 +75,7 @@ test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: $(STAMP) ## 25 short pretrainings killed at random (half an hour), and long walks between world sizes
-	@$(BIN)/python tests/chaos.py $(ARGS)
+	@$(BIN)/python -m tests.chaos $(ARGS)
 	@RESUME_STEPS=54 $(BIN)/python -m pytest -q tests/test_resume.py
 
 bench: $(STAMP) ## the benchmarks in tests/bench (ratios against named baselines)

@@ -1,6 +1,6 @@
 """Short pretrainings whose ranks and launchers are killed at random, started again by the same command until done.
 
-    python tests/chaos.py [--runs 25] [--seed 0] [--folder DIR]
+    python -m tests.chaos [--runs 25] [--seed 0] [--folder DIR]
 
 Each run has to end with the weights, EMA and optimizer state of an undisturbed one, to the last bit, and to have
 trained on every sample of every epoch exactly once. Prints a table; exit code 1 where a run did not. `make chaos` runs
@@ -22,8 +22,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from conftest import ROOT, Datasets, build_datasets, log_of, small_run
 from safetensors.torch import load_file
+
+from tests.support.datasets import Datasets, build_datasets
+from tests.support.runs import ROOT, log_of, small_run
 
 EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH = 6, 6, 16
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -73,7 +75,7 @@ class Chaos:
         record = self.folder / f"{name}.samples"
         record.mkdir(exist_ok=True)
         environment = {**os.environ, "RANKS": "2", "VENV": sys.prefix, "RECORD_SAMPLES": str(record)}
-        environment["PYTHONPATH"] = str(ROOT / "tests" / "programs" / "recorder")
+        environment["PYTHONPATH"] = str(ROOT / "tests" / "support" / "programs" / "recorder")
         with open(self.folder / f"{name}.out", "ab") as output:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
@@ -158,6 +160,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="to keep the runs (a temporary one)")
     options = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the test suite
     draw = random.Random(options.seed)
     bad = 0
     with tempfile.TemporaryDirectory() as temporary:

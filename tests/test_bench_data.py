@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import Datasets, needs_ffcv, run_module, small_run
 
 from pipeline.__main__ import main
 from pipeline.config.load import load
 from pipeline.data.bench import HostSpeed, RankSpeed, advice
+from tests.support.datasets import Datasets, needs_ffcv
+from tests.support.runs import run_module, small_run
 
 pytestmark = pytest.mark.timeout(300)
 FFCV = ("data.format=ffcv", "augment.where=device")

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import has_ffcv, needs_ffcv
 from PIL import Image
 
 from data_prep.__main__ import main
@@ -20,6 +19,7 @@ from data_prep.beton.sample import BetonSettings
 from data_prep.beton.write import add_betons, write_beton
 from data_prep.cluster import open_cluster
 from data_prep.manifest import BetonEntry, Manifest, ShardEntry, file_sha256
+from tests.support.datasets import has_ffcv, needs_ffcv
 
 RAW = 1  # FFCV's IMAGE_MODES
 

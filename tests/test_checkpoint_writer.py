@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
-from test_checkpoint import SYNSETS, TinyEngine, meta_at
 
 from pipeline.checkpoints import state as checkpoint
 from pipeline.checkpoints.files import locate, read_meta, verify
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
 from pipeline.config.sections import Checkpoint
+from tests.support.checkpoints import SYNSETS, TinyEngine, meta_at
+from tests.support.runs import ROOT
 
 MB = 2**20
 
@@ -239,11 +239,11 @@ def test_any_refusal_of_the_system(tmp_path: Path, short_files: None, monkeypatc
 
 KILLED = """
 import os, random, signal, sys, time
-sys.path[:0] = [{tests!r}]
+sys.path[:0] = [{root!r}]
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from test_checkpoint import TinyEngine, meta_at
+from tests.support.checkpoints import TinyEngine, meta_at
 from pipeline.checkpoints.state import CheckpointWriter
 from pipeline.checkpoints.files import step_folders, step_of, verify
 from pipeline.config.sections import Checkpoint
@@ -272,7 +272,7 @@ print(interrupted, newest)
 def test_sigkill_leaves_only_whole_ones(tmp_path: Path) -> None:
     """Runs killed at random moments, one continuing the other: what has a final name is whole, and nothing is lost."""
     script = tmp_path / "saves.py"
-    script.write_text(KILLED.format(tests=str(ROOT / "tests")))
+    script.write_text(KILLED.format(root=str(ROOT)))
     folder = tmp_path / "checkpoints"
     done = subprocess.run(
         [sys.executable, str(script), str(folder)],

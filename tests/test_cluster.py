@@ -7,9 +7,9 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from archives import archive, command, digests, run, shard
 
 from data_prep.cluster import ClusterError, InProcess, add_cluster_arguments, open_cluster, slurm_cluster
+from tests.support.archives import archive, command, digests, run, shard
 
 SBATCH = """#!/bin/sh
 # Starts the job script at once, as Slurm would when a node is free.

@@ -13,8 +13,8 @@ from pipeline.config.load import Config, known_keys, load
 from pipeline.config.sections import Checkpointing, ConfigError
 from pipeline.models.stage import POLICIES
 from pipeline.training.recipe import build_model
+from tests.support.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo_pretrain.yaml"
 # Published settings by file: lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.

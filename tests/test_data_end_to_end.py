@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Datasets, ObjectStore, launch, log_of, run_module, small_run
-from test_loader import ON_DEVICE, damage, read, same_images
+
+from tests.support.datasets import Datasets
+from tests.support.loading import ON_DEVICE, damage, read, same_images
+from tests.support.object_store import ObjectStore
+from tests.support.runs import launch, log_of, run_module, small_run
 
 pytestmark = pytest.mark.timeout(500)
 SKIP = ("augment.where=device", "data.on_bad_sample=skip")

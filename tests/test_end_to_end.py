@@ -18,8 +18,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from chaos import STEPS, Chaos, rank_process
-from conftest import ROOT, Datasets, launch, launch_environment, log_of, run_module, small_run
 from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
@@ -29,6 +27,9 @@ from pipeline.data.loader import Ranks, training_batches, training_order, valida
 from pipeline.evaluation.accuracy import evaluate
 from pipeline.ranks.lifetime import EXIT_REQUEUE
 from pipeline.training.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
+from tests.chaos import STEPS, Chaos, rank_process
+from tests.support.datasets import Datasets
+from tests.support.runs import ROOT, launch, launch_environment, log_of, run_module, small_run
 
 NAME = "demo-pretrain"
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.support.runs import ROOT
 
 
 @pytest.mark.timeout(400)
@@ -15,7 +16,7 @@ def test_every_stage(tmp_path: Path) -> None:
     set back is the state."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "programs" / "zero_stages.py")],
+        [*command, str(ROOT / "tests" / "support" / "programs" / "zero_stages.py")],
         cwd=ROOT,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,

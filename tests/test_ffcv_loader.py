@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Datasets, needs_ffcv
-from test_loader import ON_DEVICE, expected, numbers, read
 
 from data_prep.manifest import Manifest
 from pipeline.data.keyed import crop_box, uniform_one
 from pipeline.data.shards import DataError
+from tests.support.datasets import Datasets, needs_ffcv
+from tests.support.loading import ON_DEVICE, expected, numbers, read
 
 pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
 FFCV = ("data.format=ffcv", "data.workers_per_rank=1", ON_DEVICE)

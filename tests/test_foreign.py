@@ -20,7 +20,9 @@ from data_prep.foreign.index import ensure_indexed
 from data_prep.foreign.tar import ForeignError, scan_tar
 from data_prep.manifest import Manifest, ShardIndex, file_sha256
 from data_prep.storage import Folder
-from tests.conftest import SYNSETS_22K, ObjectStore, drawing, run_module
+from tests.support.datasets import SYNSETS_22K, drawing
+from tests.support.object_store import ObjectStore
+from tests.support.runs import run_module
 
 pytestmark = pytest.mark.timeout(60)
 A, B, C = "n01440764", "n02084071", "n07739125"

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import Datasets, small_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import median_abs_deviation
@@ -26,6 +25,8 @@ from pipeline.models.hornet import HorNet
 from pipeline.training.diagnose import diagnose, incident, incident_line, stage_statistics
 from pipeline.training.guard import Guard, GuardState, explain_end
 from pipeline.training.recipe import build_model
+from tests.support.datasets import Datasets
+from tests.support.runs import small_run
 
 SETTINGS = GuardConfig(mode="skip", window_steps=50, z_max=8.0, steps_in_a_row=5, rewinds_max=2, stall_seconds=600)
 

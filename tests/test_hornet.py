@@ -14,10 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.models.fuse import fuse_for_inference
 from pipeline.models.hornet import HorNet
 from pipeline.ops.global_filter import resize_global_filters
+from tests.support.models import GOLDEN, drawn_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-GOLDEN = Path(__file__).parent / "golden"
 
 # Image size, classes, parameters in millions and GMACs as published with the released models. The Large models are
 # those of ImageNet-22K, whose head has 10,459 classes.
@@ -32,22 +31,6 @@ PUBLISHED = [
     ("hornet_large_gf", 224, 10459, 211, 34.7),
     ("hornet_large_gf_img384", 384, 10459, 216, 101.8),
 ]
-
-
-def drawn_state(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights that tests/golden/README.md describes."""
-    rng = np.random.default_rng(20220728)
-    state = {}
-    for key, old in sorted(model.state_dict().items()):
-        n = rng.standard_normal(tuple(old.shape))
-        if key.endswith("complex_weight"):
-            n = 0.5 * n
-        elif old.ndim == 1:
-            n = 1 + 0.1 * n if key.endswith("weight") else (0.5 if "gamma" in key else 0.1) * n
-        else:
-            n = n / np.sqrt(np.prod(old.shape[1:]))
-        state[key] = torch.from_numpy(n.astype(np.float32)).to(old.dtype)
-    return state
 
 
 def small(**kwargs) -> HorNet:

@@ -6,15 +6,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, Datasets, needs_ffcv, run_module, small_run
-from test_loader import configured, read
 
 from pipeline.data.loader import Ranks, training_batches
+from tests.support.datasets import Datasets, needs_ffcv
+from tests.support.loading import configured, read
+from tests.support.processes import Workers
+from tests.support.runs import ROOT, run_module, small_run
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -25,9 +26,6 @@ WAYS = [
 ]
 
 
-Workers = Callable[[], list[psutil.Process]]
-
-
 @pytest.mark.parametrize("options", WAYS)
 def test_memory_is_flat_over_20_epochs(datasets: Datasets, options: tuple[str, ...]) -> None:
     """What the data workers hold for themselves, MB; shared pages, which come and go with batches, aside.
@@ -35,11 +33,11 @@ def test_memory_is_flat_over_20_epochs(datasets: Datasets, options: tuple[str, .
     In a process of its own: pages that a worker shares with its parent become its own when the parent writes to them.
     """
     script = (
-        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
         "from pathlib import Path\n"
         "import psutil\n"
-        "from conftest import Datasets\n"
-        "from test_loader import configured\n"
+        "from tests.support.datasets import Datasets\n"
+        "from tests.support.loading import configured\n"
         "from pipeline.data.loader import Ranks, training_batches\n"
         f"config, manifest, order = configured(Datasets(Path({str(datasets.in22k)!r}), Path()), *{options!r})\n"
         "steps = order.steps_per_epoch\n"
@@ -64,10 +62,10 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
 ) -> None:
     script = tmp_path / "reads.py"
     script.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT / 'tests')!r}]\n"
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}]\n"
         "from pathlib import Path\n"
-        "from conftest import Datasets\n"
-        "from test_loader import configured\n"
+        "from tests.support.datasets import Datasets\n"
+        "from tests.support.loading import configured\n"
         "from pipeline.data.loader import Ranks, training_batches\n"
         f"config, manifest, order = configured(Datasets(Path({str(datasets.in22k)!r}), Path()), *{options!r})\n"
         "batches = training_batches(config, manifest, order, Ranks(), 0, 60)\n"

@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_checkpoint import DATASET, SYNSETS, TinyEngine, cut, flip_a_bit, meta_at
 
 from data_prep.manifest import Manifest, ShardEntry, Split
 from pipeline.__main__ import main
 from pipeline.checkpoints.state import CheckpointWriter
 from pipeline.config.load import Config, load
+from tests.support.checkpoints import DATASET, SYNSETS, TinyEngine, cut, flip_a_bit, meta_at
+from tests.support.runs import ROOT
 
 
 @pytest.fixture(autouse=True)

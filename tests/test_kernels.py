@@ -12,15 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-pytest.importorskip("triton", reason="triton is not installed")
-from test_recompute import furthest, gradients, model_of
-from test_triton import DEVICE  # first: it imports the kernels for the interpreter where there is no GPU
+from tests.support.kernels import DEVICE, import_kernels
+from tests.support.models import furthest, gradients, model_of
+from tests.support.runs import ROOT
 
-from pipeline.ops import kernels, recompute, selfcheck
-from pipeline.ops.triton import block as block_triton
+pytest.importorskip("triton", reason="triton is not installed")
+import_kernels()
+from pipeline.ops import kernels, recompute, selfcheck  # noqa: E402
+from pipeline.ops.triton import block as block_triton  # noqa: E402
 
 
 def test_a_model_with_kernels(monkeypatch: pytest.MonkeyPatch):

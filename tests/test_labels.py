@@ -23,10 +23,9 @@ from data_prep.labels.spaces import (
     winter21_p_synsets,
 )
 from data_prep.manifest import Manifest, ManifestError
+from tests.support.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
-
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "label_maps.json").read_text())["in1k_to_published_22k_head"]
+GOLDEN = json.loads((ROOT / "tests" / "golden" / "label_maps.json").read_text())["in1k_to_published_22k_head"]
 
 
 def test_published_head_is_winter21_p_and_nine_more():

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.support.runs import ROOT
 
 RANK = """
 import os, signal, sys, time

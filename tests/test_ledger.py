@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from archives import WNIDS, archive, class_images, dirt, image_bytes, shard, tar_bytes
 
 from data_prep.ledger import ACTIONS, SCHEMA
 from data_prep.manifest import Manifest
+from tests.support.archives import WNIDS, archive, class_images, dirt, image_bytes, shard, tar_bytes
 
 
 def rows_of(folder: Path) -> list[dict]:

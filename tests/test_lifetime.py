@@ -10,11 +10,12 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from conftest import ROOT, Datasets
-from test_loader import configured
 
 from pipeline.data import loader
 from pipeline.data.loader import Ranks, training_batches
+from tests.support.datasets import Datasets
+from tests.support.loading import configured
+from tests.support.runs import ROOT
 
 LOOP = """
 import ctypes, sys, time

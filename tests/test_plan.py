@@ -11,7 +11,6 @@ from typing import ClassVar
 
 import numpy as np
 import pytest
-from archives import ROOT, WNIDS, archive, command, image_bytes, run, shard, tar_bytes
 
 from data_prep.__main__ import main
 from data_prep.build.output import BUILD_FOLDER
@@ -21,6 +20,8 @@ from data_prep.build.shards import ShardSettings
 from data_prep.manifest import Manifest
 from data_prep.sources.detect import open_source
 from data_prep.storage import Folder
+from tests.support.archives import WNIDS, archive, command, image_bytes, run, shard, tar_bytes
+from tests.support.runs import ROOT
 
 
 @pytest.fixture(scope="module")

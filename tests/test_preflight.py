@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Datasets, small_run
 
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config, load
 from pipeline.data.views import BadSample, BadSampleLedger
 from pipeline.training import preflight
+from tests.support.datasets import Datasets
+from tests.support.runs import small_run
 
 
 def configured(datasets: Datasets, *more: str) -> Config:

@@ -1,17 +1,14 @@
 """The benchmarks' baseline computes what the published HorNet computes, and loads our weights."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
-from test_hornet import GOLDEN, drawn_state
 
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
-from published import PublishedHorNet, widths
+from tests.bench.published import PublishedHorNet, widths
+from tests.support.models import GOLDEN, drawn_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

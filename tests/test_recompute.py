@@ -1,7 +1,5 @@
 """Policies of saving against plain autograd: the same values and gradients, and the bytes that each keeps."""
 
-from collections.abc import Sequence
-
 import pytest
 import timm
 import torch
@@ -11,35 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pipeline.models.block import draw_keeps
 from pipeline.models.hornet import HorNet
 from pipeline.models.stage import POLICIES
+from tests.support.models import furthest, gradients, model_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def model_of(gf: bool, dtype: torch.dtype = torch.float32, **options) -> HorNet:
-    """All four orders, both kinds of context, odd widths; layer scale does not hide the blocks."""
-    torch.manual_seed(0)
-    name = "hornet_nano_gf" if gf else "hornet_tiny_7x7"
-    options = {"num_classes": 7, "layer_scale_init": 0.5, "drop_path_rate": 0.5, "depths": (1, 2, 2, 1), **options}
-    return timm.create_model(name, dims=(12, 24, 48, 96), **options).to(dtype).train()
-
-
-def gradients(model: HorNet, x: Tensor, policy: str | Sequence[str], autocast: bool = False) -> list[Tensor]:
-    """Logits, and the gradients of the input and of every parameter."""
-    model.set_checkpointing(policy)
-    model.zero_grad()
-    x = x.clone().requires_grad_()
-    torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(x)
-    (logits.float() if autocast else logits).square().sum().backward()
-    assert x.grad is not None
-    return [logits.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
-
-
-def furthest(actual: list[Tensor], expected: list[Tensor]) -> float:
-    """Largest error of a tensor, relative to its norm."""
-    pairs = zip(actual, expected, strict=True)
-    return max(float((a.double() - e.double()).norm() / e.double().norm()) for a, e in pairs)
 
 
 @pytest.mark.parametrize("gf", [False, True], ids=["7x7", "gf"])

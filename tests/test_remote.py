@@ -23,20 +23,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.manifest import Manifest, ShardEntry
+from data_prep.manifest import Manifest
 from pipeline.data import remote, shard_cache
 from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OpenFile, OpenFiles, ShardCache
-from tests.conftest import ROOT, Datasets, ObjectStore
+from tests.support.datasets import Datasets
+from tests.support.object_store import ObjectStore
+from tests.support.remote import CONTENTS, ENTRIES, SHARD_BYTES, piece
+from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.timeout(60)
-
-SHARD_BYTES = 100_000
-CONTENTS = [np.random.default_rng(number).bytes(SHARD_BYTES) for number in range(6)]
-ENTRIES = [
-    ShardEntry(file=f"train-{number:06d}.tar", samples=1, bytes=SHARD_BYTES, sha256=f"{number:064x}")
-    for number in range(len(CONTENTS))
-]
 
 
 @pytest.fixture(autouse=True)
@@ -64,10 +60,6 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 def cached(folder: Path) -> list[int]:
     return sorted(int(path.name[-10:-4]) for path in folder.glob("*.tar") if not path.name.startswith("."))
-
-
-def piece(shards: RemoteShards, shard: int, offset: int = 777, size: int = 5000) -> None:
-    assert shards.read(shard, offset, size) == CONTENTS[shard][offset : offset + size]
 
 
 def test_bytes_are_those_of_the_local_shards(datasets: Datasets, s3: ObjectStore, tmp_path: Path) -> None:
@@ -244,7 +236,8 @@ def test_another_process_reads_the_cache(s3: ObjectStore, tmp_path: Path) -> Non
     wait_for(lambda: cached(tmp_path) == [0, 1])
     first.close()
     script = (
-        "import sys; sys.path.insert(0, '.'); from pathlib import Path; from tests.test_remote import *\n"
+        "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
+        "from pipeline.data.remote import RemoteShards; from tests.support.remote import ENTRIES, piece\n"
         f"shards = RemoteShards({url!r}, ENTRIES, 'id', Path({str(tmp_path)!r}), 1 << 30)\n"
         "shards.ahead([0, 1]); time.sleep(0.3); piece(shards, 0); piece(shards, 1)\n"
         "print(shards.bytes_fetched, shards.bytes_from_cache)"  # it ends without close: no thread may hold it

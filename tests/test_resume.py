@@ -1,7 +1,7 @@
 """An interrupted run is the same run: every ZeRO stage, both data formats, other numbers of ranks, tensor by tensor;
 and what bad batches, damaged checkpoints and a full disk do to it.
 
-Real DeepSpeed on real gloo ranks; the runs of one launch share its processes (tests/programs/many_runs.py).
+Real DeepSpeed on real gloo ranks; the runs of one launch share its processes (tests/support/programs/many_runs.py).
 RESUME_STEPS=54 makes the walks of every stage as long as that of stage 1, and takes all stages from four ranks to two.
 """
 
@@ -21,13 +21,14 @@ from typing import Any
 import mlflow
 import pytest
 import torch
-from conftest import ROOT, Datasets, has_ffcv, log_of, needs_ffcv, small_run
 from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
 from pipeline.checkpoints.files import read_meta
 from pipeline.config.load import load
 from pipeline.data.loader import training_order
+from tests.support.datasets import Datasets, has_ffcv, needs_ffcv
+from tests.support.runs import ROOT, log_of, small_run
 
 STAGES = (0, 1, 2, 3)
 STEPS = {stage: int(os.environ.get("RESUME_STEPS", 54 if stage == 1 else 18)) for stage in STAGES}
@@ -110,7 +111,7 @@ def launch_jobs(ranks: int, root: Path, jobs: list[Job]) -> str:
     path.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "programs" / "many_runs.py"), str(path)],
+        [*command, str(ROOT / "tests" / "support" / "programs" / "many_runs.py"), str(path)],
         cwd=ROOT,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -17,9 +17,10 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from archives import ROOT, WNIDS, archive, command, digests, image_bytes, run, shard, tar_bytes
 
 from data_prep.manifest import Manifest
+from tests.support.archives import WNIDS, archive, command, digests, image_bytes, run, shard, tar_bytes
+from tests.support.runs import ROOT
 
 KILLS = 10
 

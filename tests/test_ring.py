@@ -8,12 +8,13 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Datasets
-from test_hygiene import Workers
-from test_loader import ON_DEVICE, configured, numbers, read
 
 from pipeline.data.loader import Ranks, training_batches, validation_batches
 from pipeline.data.ring import PREFETCHED_BATCHES, Ring, RingBatch, RingClosed
+from tests.support.datasets import Datasets
+from tests.support.loading import ON_DEVICE, configured, numbers, read
+from tests.support.processes import Workers
+from tests.support.runs import ROOT
 
 pytestmark = pytest.mark.timeout(120)
 WORKER = (ON_DEVICE, "data.workers_per_rank=2")
@@ -85,11 +86,11 @@ def test_batches_stay_what_they_are_and_rings_keep_apart(datasets: Datasets) -> 
 
 SCRIPT = """
 import os, signal, sys, time
-sys.path.insert(0, "tests")
+sys.path.insert(0, ".")
 from pathlib import Path
 import psutil
-from conftest import ROOT, Datasets
-from test_loader import configured
+from tests.support.datasets import Datasets
+from tests.support.loading import configured
 from pipeline.__main__ import _explain
 from pipeline.data.loader import Ranks, training_batches
 config, manifest, order = configured(Datasets(Path(sys.argv[1]), Path()), *sys.argv[2:])

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from archives import WNIDS, archive, class_images, digests, image_bytes, shard, tar_bytes
 from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.manifest import Manifest, ManifestError
 from data_prep.sources.streams import SourceError
+from tests.support.archives import WNIDS, archive, class_images, digests, image_bytes, shard, tar_bytes
 
 
 def ledger(folder: Path) -> list[dict]:

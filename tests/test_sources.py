@@ -13,7 +13,14 @@ from pathlib import Path
 
 import psutil
 import pytest
-from source_forms import (
+
+from data_prep.sources import streams
+from data_prep.sources.chunking import Met
+from data_prep.sources.detect import KINDS, name_hash, open_source
+from data_prep.sources.reading import Damage, Record, Stray
+from data_prep.sources.streams import FileRange, SourceError
+from data_prep.storage import Folder
+from tests.support.source_forms import (
     FORMS,
     WNIDS,
     Truth,
@@ -28,13 +35,6 @@ from source_forms import (
     truth_of,
     write,
 )
-
-from data_prep.sources import streams
-from data_prep.sources.chunking import Met
-from data_prep.sources.detect import KINDS, name_hash, open_source
-from data_prep.sources.reading import Damage, Record, Stray
-from data_prep.sources.streams import FileRange, SourceError
-from data_prep.storage import Folder
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 The interpreter is slow, so shapes are small; they are odd on purpose (widths that are no power of two, maps of one
 pixel, slices of wider tensors). Every function in float32, bfloat16 and float16. That the kernels compile,
-and into what, is `programs/compile_kernels.py`'s to say.
+and into what, is `support/programs/compile_kernels.py`'s to say.
 """
 
 from __future__ import annotations
@@ -21,34 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.support.kernels import DEVICE, INTERPRETED, import_kernels
+from tests.support.runs import ROOT
+
 triton = pytest.importorskip("triton", reason="triton is not installed")
-
-ROOT = Path(__file__).parents[1]
-INTERPRETED = not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRETED else "cuda"
-
-
-def import_kernels() -> None:
-    """Import our kernels, decorated for the interpreter where there is no GPU.
-
-    The variable is read when a kernel is decorated, so it does not stay for other tests and their processes. Triton's
-    own `tl.sum` and `tl.zeros` were decorated when something imported triton first, without it.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
-
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1" if INTERPRETED else "0"
-    try:
-        from pipeline.ops.triton import block as block_triton  # noqa: F401
-    finally:
-        del os.environ["TRITON_INTERPRET"]
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
-    for name in ("sum", "zeros"):
-        if INTERPRETED and isinstance(getattr(tl, name), triton.JITFunction):
-            setattr(tl, name, InterpretedFunction(getattr(tl, name).fn))
-
 
 import_kernels()
 from pipeline.ops.triton import block as block_triton  # noqa: E402
@@ -346,7 +322,15 @@ def test_kernels_compile_without_spilling() -> None:
     if not ptxas.exists():
         pytest.skip("this triton brings no ptxas")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    program = [sys.executable, "tests/programs/compile_kernels.py", "--quick", "--arch", "90", "--dtype", "bfloat16"]
+    program = [
+        sys.executable,
+        "tests/support/programs/compile_kernels.py",
+        "--quick",
+        "--arch",
+        "90",
+        "--dtype",
+        "bfloat16",
+    ]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("sm_90") == 12

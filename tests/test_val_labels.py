@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from source_forms import WNIDS, all_chunks, content, items_of, tar_of, truth_of, write, write_tree
 
 from data_prep.sources.detect import open_source
 from data_prep.sources.streams import SourceError
 from data_prep.sources.val_labels import load_val_labels
 from data_prep.storage import Folder
+from tests.support.source_forms import WNIDS, all_chunks, content, items_of, tar_of, truth_of, write, write_tree
 
 
 def val_set(count: int = 12) -> tuple[dict[str, bytes], list[str]]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from archives import archive, dirt, shard
-from conftest import has_ffcv, needs_ffcv
 
 from data_prep.__main__ import main
 from data_prep.cluster import InProcess
 from data_prep.manifest import Manifest, ShardIndex, file_sha256
 from data_prep.verify.command import verify_dataset
 from data_prep.verify.problems import Problems
+from tests.support.archives import archive, dirt, shard
+from tests.support.datasets import has_ffcv, needs_ffcv
 
 SHARD, INDEX = "train-000001.tar", "train-000001.index.npz"
 

@@ -20,7 +20,7 @@ SECONDS = 2.0
 LOCK_SECONDS = 3 * SECONDS  # after which stacks come from C
 # One process imports torch, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pipeline.ranks.watchdog", "test_watchdog"])
+CONTEXT.set_forkserver_preload(["pipeline.ranks.watchdog", __name__])
 
 
 def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from data_prep.__main__ import main
+from tests.support.runs import ROOT
 
-ROOT = Path(__file__).parents[1]
 WNIDS = ("n00000003", "n00000001", "n00000002")  # not sorted in the archive; labels are by sorted id
 
 
