@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 
 EPILOG = """\
 the usual order:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 
 TASKS_PER_WORKER = 2  # one at work, one waiting: a worker is never idle, memory and spool stay bounded
 ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is thought to be what kills them

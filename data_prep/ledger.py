@@ -1,16 +1,13 @@
 """The ledger: what became of every image of a source, one row each, in Parquet."""
 
 import io
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.storage import Folder
-
-if TYPE_CHECKING:
-    from data_prep.build.assign import Assignment, Rows
 
 LEDGER_NAME = "ledger.parquet"
 
@@ -51,6 +48,41 @@ LEFT_OUT = {
 }
 
 
+@dataclass(eq=False)
+class Rows:
+    """All rows of all chunks, in source order; `start[c]` is the first row of chunk c."""
+
+    chunks: list[str]
+    start: np.ndarray  # int64 (chunks + 1,)
+    wnids: list[str]
+    wnid: np.ndarray  # int32 (rows,), number in `wnids`
+    split: np.ndarray  # int8, of the source: TRAIN or VAL
+    counted: np.ndarray  # bool: an image (also a rejected one) that counts against the limit per class
+    order: np.ndarray  # uint64
+    name_hash: np.ndarray  # uint64
+    key_hash: np.ndarray  # uint64
+    content_hash: np.ndarray  # uint64
+    offset: np.ndarray  # int64, -1 where there is no image
+    jpeg_bytes: np.ndarray  # int32
+    tail_bytes: np.ndarray  # int32
+
+    def __len__(self) -> int:
+        return len(self.wnid)
+
+
+@dataclass(eq=False)
+class Assignment:
+    """split (rows,) int8; left_out (rows,) int8, a code of LEFT_OUT or 0; order: rows of each split, shuffled;
+    keys: rows whose key is not the plain one.
+    """
+
+    split: np.ndarray
+    left_out: np.ndarray
+    order: dict[str, np.ndarray]
+    keys: dict[int, str]
+    notes: list[str]
+
+
 def final_action(source_action: str, source_reason: str, split: int, left_out: int) -> tuple[str, str]:
     """Action and reason of a row: what stage 1 found, unless stage 2 left the image out or took it for validation."""
     if left_out:
@@ -58,9 +90,7 @@ def final_action(source_action: str, source_reason: str, split: int, left_out: i
     return ("held_out" if split == VAL else source_action), source_reason
 
 
-def write_ledger(
-    rows: "Rows", assignment: "Assignment", output: Folder, chunks: Folder, samples_per_shard: int
-) -> None:
+def write_ledger(rows: Rows, assignment: Assignment, output: Folder, chunks: Folder, samples_per_shard: int) -> None:
     """Write OUTPUT/ledger.parquet, in source order, one chunk in memory at a time."""
     shard_of = np.full(len(rows), -1, np.int64)
     for index in assignment.order.values():

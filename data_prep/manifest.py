@@ -11,7 +11,7 @@ A dataset is a folder:
 The number of a sample in its split (`sample_id`) is its position in the concatenated shards; the shards, the
 indexes and the `.beton` all agree on it.
 
-This file is the contract between `data_prep` and `pipeline`, so it imports only numpy and pydantic.
+This file is the contract between `data_prep` and `pipeline`, so it imports little: numpy, pydantic, and `storage.py`.
 """
 
 import hashlib
@@ -19,25 +19,19 @@ import io
 import json
 import os
 import re
-import secrets
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data_prep.storage import DataPrepError, Folder, atomic_write
+
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 1
 SYNSET_PATTERN = re.compile(r"n\d{8}")  # a WordNet id of a noun: n01440764
-TEMP_MARK = ".tmp-"  # unfinished files are named `.NAME.tmp-PID`; readers never look at them
-
-
-class DataPrepError(ValueError):
-    """A mistake the user can correct; its text is one line: what, where, what to change."""
 
 
 class ManifestError(DataPrepError):
@@ -48,37 +42,6 @@ def file_sha256(path: str | Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`; when the block ends well, the file the block wrote
-    there is made durable and renamed to `path`. When the block raises, the temporary file is removed and
-    `path` is as it was.
-    """
-    path = Path(path)
-    # Two hosts may write the same file, under the same process id.
-    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        yield temp
-        with open(temp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
-    # The rename itself is durable only once the folder is on disk.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """As `atomic_path`, but yields the open binary file."""
-    with atomic_path(path) as temp, open(temp, "wb") as file:
-        yield file
 
 
 class _Frozen(BaseModel):
@@ -239,8 +202,6 @@ def _unreadable(path: str | Path, error: Exception) -> ManifestError:
 def _read(path: str | Path) -> bytes:
     if "://" not in str(path):
         return Path(path).read_bytes()
-    from data_prep.storage import Folder  # only remote data sets need fsspec
-
     folder, _, name = str(path).rpartition("/")
     return Folder(folder).read(name)
 

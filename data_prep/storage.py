@@ -6,6 +6,7 @@ object store by one upload, which shows nothing until it is complete.
 
 import fnmatch
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.manifest import TEMP_MARK, DataPrepError, atomic_path
-
+TEMP_MARK = ".tmp-"  # unfinished files are named `.NAME.tmp-PID`; readers never look at them
 # Stores on which an upload appears as a whole under its final name; on others it is renamed after it.
 WHOLE_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory", "oci"}
+
+
+class DataPrepError(ValueError):
+    """A mistake the user can correct; its text is one line: what, where, what to change."""
 
 
 class StorageError(DataPrepError):
@@ -25,6 +29,37 @@ class StorageError(DataPrepError):
 
 class LostWorkError(DataPrepError):
     """Unfinished work of a build was changed or removed by somebody else; it can only begin anew."""
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path in the folder of `path`; when the block ends well, the file the block wrote
+    there is made durable and renamed to `path`. When the block raises, the temporary file is removed and
+    `path` is as it was.
+    """
+    path = Path(path)
+    # Two hosts may write the same file, under the same process id.
+    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        yield temp
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+    # The rename itself is durable only once the folder is on disk.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """As `atomic_path`, but yields the open binary file."""
+    with atomic_path(path) as temp, open(temp, "wb") as file:
+        yield file
 
 
 def is_url(path: str | Path) -> bool:

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 from pipeline.checkpoints import inspect as inspect_checkpoint
 from pipeline.config.load import load
 from pipeline.data import bench as bench_data

@@ -34,7 +34,7 @@ from pipeline.checkpoints.files import (
 from pipeline.checkpoints.state import CheckpointWriter, differing_keys, newest_of_run, read_tensors
 from pipeline.config.load import Config, load
 from pipeline.config.sections import Checkpoint
-from pipeline.training.recipe import build_model
+from pipeline.models.build import build_model
 from tests.support.checkpoints import DATASET, SYNSETS, TinyEngine, cut, flip_a_bit, meta_at
 
 

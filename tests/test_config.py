@@ -11,8 +11,8 @@ import yaml
 
 from pipeline.config.load import Config, known_keys, load
 from pipeline.config.sections import Checkpointing, ConfigError
+from pipeline.models.build import build_model
 from pipeline.models.stage import POLICIES
-from pipeline.training.recipe import build_model
 from tests.support.runs import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

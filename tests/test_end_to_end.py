@@ -23,10 +23,12 @@ from safetensors.torch import load_file
 from data_prep.manifest import Manifest
 from pipeline.__main__ import main as pipeline_main
 from pipeline.config.load import load
-from pipeline.data.loader import Ranks, training_batches, training_order, validation_batches
+from pipeline.data.loader import training_batches, training_order, validation_batches
 from pipeline.evaluation.accuracy import evaluate
+from pipeline.models.build import build_model
+from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.lifetime import EXIT_REQUEUE
-from pipeline.training.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
+from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from tests.chaos import STEPS, Chaos, rank_process
 from tests.support.datasets import Datasets
 from tests.support.runs import ROOT, launch, launch_environment, log_of, run_module, small_run

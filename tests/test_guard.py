@@ -18,13 +18,14 @@ from pipeline.config.load import Config, load
 from pipeline.config.sections import Guard as GuardConfig
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
-from pipeline.data.loader import Ranks, training_batches, training_order
+from pipeline.data.loader import training_batches, training_order
 from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
+from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
+from pipeline.ranks.collectives import Ranks
 from pipeline.training.diagnose import diagnose, incident, incident_line, stage_statistics
 from pipeline.training.guard import Guard, GuardState, explain_end
-from pipeline.training.recipe import build_model
 from tests.support.datasets import Datasets
 from tests.support.runs import small_run
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.data.loader import Ranks, training_batches
+from pipeline.data.loader import training_batches
+from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.loading import configured, read
 from tests.support.processes import Workers
@@ -38,7 +39,7 @@ def test_memory_is_flat_over_20_epochs(datasets: Datasets, options: tuple[str, .
         "import psutil\n"
         "from tests.support.datasets import Datasets\n"
         "from tests.support.loading import configured\n"
-        "from pipeline.data.loader import Ranks, training_batches\n"
+        "from pipeline.ranks.collectives import Ranks; from pipeline.data.loader import training_batches\n"
         f"config, manifest, order = configured(Datasets(Path({str(datasets.in22k)!r}), Path()), *{options!r})\n"
         "steps = order.steps_per_epoch\n"
         "for number, _ in enumerate(training_batches(config, manifest, order, Ranks(), 0, 22 * steps)):\n"
@@ -66,7 +67,7 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
         "from pathlib import Path\n"
         "from tests.support.datasets import Datasets\n"
         "from tests.support.loading import configured\n"
-        "from pipeline.data.loader import Ranks, training_batches\n"
+        "from pipeline.ranks.collectives import Ranks; from pipeline.data.loader import training_batches\n"
         f"config, manifest, order = configured(Datasets(Path({str(datasets.in22k)!r}), Path()), *{options!r})\n"
         "batches = training_batches(config, manifest, order, Ranks(), 0, 60)\n"
         "held = [next(batches) for _ in range(3)]\n"

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from pipeline.data import loader
-from pipeline.data.loader import Ranks, training_batches
+from pipeline.data.loader import training_batches
+from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets
 from tests.support.loading import configured
 from tests.support.runs import ROOT

@@ -11,8 +11,9 @@ from PIL import Image
 
 from pipeline.data.augment import seed_view, training_transform
 from pipeline.data.keyed import view_keys
-from pipeline.data.loader import Ranks, training_batches, validation_batches
+from pipeline.data.loader import training_batches, validation_batches
 from pipeline.data.shards import DataError, ShardReader
+from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.loading import ON_DEVICE, configured, damage, expected, numbers, read, same_images
 

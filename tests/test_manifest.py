@@ -5,16 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from data_prep.manifest import (
-    BetonEntry,
-    Manifest,
-    ManifestError,
-    ShardEntry,
-    ShardIndex,
-    Split,
-    atomic_write,
-    index_path,
-)
+from data_prep.manifest import BetonEntry, Manifest, ManifestError, ShardEntry, ShardIndex, Split, index_path
+from data_prep.storage import atomic_write
 
 
 def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.build.output import BUILD_FOLDER
 from data_prep.build.plan import estimate
 from data_prep.build.reclaim import RECORD, Reclaimer, _punch_hole, can_punch_holes
 from data_prep.build.shards import ShardSettings
 from data_prep.manifest import Manifest
 from data_prep.sources.detect import open_source
 from data_prep.storage import Folder
+from data_prep.writer import BUILD_FOLDER
 from tests.support.archives import WNIDS, archive, command, image_bytes, run, shard, tar_bytes
 from tests.support.runs import ROOT
 

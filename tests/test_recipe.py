@@ -8,7 +8,8 @@ import torch
 
 from pipeline.config.load import load
 from pipeline.config.sections import ConfigError
-from pipeline.training.recipe import AdamWithEma, build_model, mixing_and_loss, parameter_groups, schedule
+from pipeline.models.build import build_model
+from pipeline.training.recipe import AdamWithEma, mixing_and_loss, parameter_groups, schedule
 
 DEMO = "configs/demo_pretrain.yaml"
 FINETUNE = "configs/finetune_hornet_l_in1k_384.yaml"

@@ -15,7 +15,7 @@ from rich.console import Console
 from data_prep.manifest import Manifest, Split
 from pipeline.config.load import load
 from pipeline.config.sections import Model
-from pipeline.data.loader import Ranks
+from pipeline.ranks.collectives import Ranks
 from pipeline.records import console as report
 from pipeline.records import flops
 from pipeline.records.console import Eta, Meter, evaluation_line, interrupted_line, print_plan, step_line

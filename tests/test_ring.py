@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data.loader import Ranks, training_batches, validation_batches
+from pipeline.data.loader import training_batches, validation_batches
 from pipeline.data.ring import PREFETCHED_BATCHES, Ring, RingBatch, RingClosed
+from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets
 from tests.support.loading import ON_DEVICE, configured, numbers, read
 from tests.support.processes import Workers
@@ -92,7 +93,7 @@ import psutil
 from tests.support.datasets import Datasets
 from tests.support.loading import configured
 from pipeline.__main__ import _explain
-from pipeline.data.loader import Ranks, training_batches
+from pipeline.ranks.collectives import Ranks; from pipeline.data.loader import training_batches
 config, manifest, order = configured(Datasets(Path(sys.argv[1]), Path()), *sys.argv[2:])
 try:
     batches = training_batches(config, manifest, order, Ranks(), 0, 6000)

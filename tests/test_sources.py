@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_prep.build.ingest import name_hash
 from data_prep.sources import streams
 from data_prep.sources.chunking import Met
-from data_prep.sources.detect import KINDS, name_hash, open_source
-from data_prep.sources.reading import Damage, Record, Stray
+from data_prep.sources.detect import KINDS, open_source
+from data_prep.sources.items import Damage, Record, Stray
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
 from tests.support.source_forms import (

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 
 FIELD_NAMES = ("image", "label", "sample")
 JPG, RAW = 0, 1  # FFCV's IMAGE_MODES

@@ -24,11 +24,10 @@ from tqdm import tqdm
 
 from data_prep.beton.file import RAW, TABLE_BYTES, BetonError, BetonFile, open_reader, page_size, require_ffcv
 from data_prep.beton.sample import BetonSettings, Stored, plan_sample, store_sample
-from data_prep.build.output import clear_unfinished, sole_writer
 from data_prep.cluster import Cluster, InProcess
-from data_prep.manifest import BetonEntry, Manifest, ShardEntry, ShardIndex, Split, atomic_path, file_sha256, index_path
-
-__all__ = ["BetonError", "BetonSettings", "add_betons", "require_ffcv", "write_beton"]
+from data_prep.manifest import BetonEntry, Manifest, ShardEntry, ShardIndex, Split, file_sha256, index_path
+from data_prep.storage import Folder, atomic_path
+from data_prep.writer import clear_unfinished, sole_writer
 
 DEFAULTS = BetonSettings()
 RANGE_SAMPLES = 32  # some 30 MB of pixels: tenths of a second of work, against a millisecond of Dask's
@@ -65,7 +64,7 @@ def add_betons(
     if not todo:
         return manifest
     require_ffcv()
-    with sole_writer(directory):
+    with sole_writer(Folder(directory)):
         clear_unfinished(directory)
         for name in todo:
             entry = write_beton(directory, manifest, name, settings, cluster)

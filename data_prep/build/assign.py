@@ -7,16 +7,14 @@ image is one row of a few numpy columns; deciding takes 115 bytes a row at its p
 
 import io
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.build.ingest import VAL_SALT, hashed_key
-from data_prep.ledger import LEFT_OUT, NEITHER, SPLITS, TRAIN, VAL
-from data_prep.sources.detect import name_hash
+from data_prep.build.ingest import VAL_SALT, hashed_key, name_hash
+from data_prep.ledger import LEFT_OUT, NEITHER, SPLITS, TRAIN, VAL, Assignment, Rows
 from data_prep.sources.streams import SourceError
 from data_prep.storage import Folder
 
@@ -24,41 +22,6 @@ OVER_LIMIT, NOT_IN_TRAIN, EXCLUDED, IN_VAL, SAME_BYTES = LEFT_OUT
 
 COLUMNS = ["wnid", "split", "action", "order", "name_hash", "key_hash", "content_hash", "offset"]
 COLUMNS += ["bytes_out", "tail_bytes"]
-
-
-@dataclass(eq=False)
-class Rows:
-    """All rows of all chunks, in source order; `start[c]` is the first row of chunk c."""
-
-    chunks: list[str]
-    start: np.ndarray  # int64 (chunks + 1,)
-    wnids: list[str]
-    wnid: np.ndarray  # int32 (rows,), number in `wnids`
-    split: np.ndarray  # int8, of the source: TRAIN or VAL
-    counted: np.ndarray  # bool: an image (also a rejected one) that counts against the limit per class
-    order: np.ndarray  # uint64
-    name_hash: np.ndarray  # uint64
-    key_hash: np.ndarray  # uint64
-    content_hash: np.ndarray  # uint64
-    offset: np.ndarray  # int64, -1 where there is no image
-    jpeg_bytes: np.ndarray  # int32
-    tail_bytes: np.ndarray  # int32
-
-    def __len__(self) -> int:
-        return len(self.wnid)
-
-
-@dataclass(eq=False)
-class Assignment:
-    """split (rows,) int8; left_out (rows,) int8, a code of LEFT_OUT or 0; order: rows of each split, shuffled;
-    keys: rows whose key is not the plain one.
-    """
-
-    split: np.ndarray
-    left_out: np.ndarray
-    order: dict[str, np.ndarray]
-    keys: dict[int, str]
-    notes: list[str]
 
 
 def load_rows(chunks: Folder, names: list[str]) -> Rows:

@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 from data_prep.images.pixels import ImageRejected
 from data_prep.images.prepare import ImagePolicy, prepare_image
 from data_prep.ledger import SCHEMA
-from data_prep.sources.detect import name_hash
-from data_prep.sources.reading import Chunk, Damage, Record, Stray
+from data_prep.sources.items import Damage, Record, Stray
+from data_prep.sources.reading import Chunk
 from data_prep.storage import Folder
 
 MAX_KEY_CHARS = 80  # leaves room for the extension in the 100 bytes of a plain tar header
@@ -78,6 +78,13 @@ class ChunkResult:
 def chunk_name(split: str, number: int) -> str:
     """`train-000012`: of the source for that split."""
     return f"{split}-{number:06d}"
+
+
+def name_hash(salt: str, wnid: str, name: str) -> int:
+    """64 uniform bits that depend only on the arguments: the source of every random choice in data prep."""
+    text = "\0".join((salt, wnid, name))
+    # surrogateescape: file names need not be valid UTF-8.
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def plain_key(wnid: str, name: str) -> str:

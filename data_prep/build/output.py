@@ -1,13 +1,9 @@
 """The output folder of a build: one writer at a time, what is there already, what an interrupted build left."""
 
-import fcntl
 import hashlib
 import io
 import json
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,23 +11,11 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data_prep.manifest import MANIFEST_NAME, TEMP_MARK, DataPrepError, Manifest, ShardEntry, index_path
-from data_prep.storage import Folder, LostWorkError, is_url
+from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, index_path
+from data_prep.storage import TEMP_MARK, DataPrepError, Folder, LostWorkError, is_url
+from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, OUR_FILES, ShardError, clear_unfinished
 
-BUILD_FOLDER = ".data_prep"
-BUILD_RECORD = "build.json"
 LOST_RECORD = "lost.json"
-OUR_FILES = re.compile(
-    r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
-)
-
-
-class ShardError(DataPrepError):
-    """The output folder cannot be used for this build."""
-
-
-class BusyError(ShardError):
-    """Another process writes to the output folder."""
 
 
 class RejectError(DataPrepError):
@@ -62,19 +46,6 @@ class Output:
 
     def __str__(self) -> str:
         return self.folder.url
-
-    @contextmanager
-    def sole_writer(self) -> Iterator[None]:
-        """Lock the folder against another run on this file system; raises ShardError when one holds it."""
-        if not self.folder.is_local:
-            yield
-            return
-        try:
-            os.makedirs(self.folder.url, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise ShardError(f"{self} is, or lies in, a file: choose a folder as --output") from None
-        with sole_writer(Path(self.folder.url)):
-            yield
 
     def begin(self, name: str, wanted: dict[str, Any], *, force: bool) -> None:
         """Make ready for a build, or for going on with one of the same settings. With `force` it begins anew, but goes
@@ -202,34 +173,6 @@ class Output:
         if self.work.is_local:
             for path in Path(self.work.url).rglob(f".*{TEMP_MARK}*"):
                 path.unlink(missing_ok=True)
-
-
-def clear_unfinished(directory: Path) -> None:
-    """Remove the temporary files of killed runs right in a data set's folder."""
-    for path in directory.glob(f".*{TEMP_MARK}*"):
-        if is_ours(path.name[1:].split(TEMP_MARK)[0]):
-            path.unlink(missing_ok=True)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a build writes files of that name into the data set's folder."""
-    return name == MANIFEST_NAME or OUR_FILES.match(name) is not None
-
-
-@contextmanager
-def sole_writer(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock. Raises ShardError when another process of this machine (or file system) holds it."""
-    folder = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(f"another run is writing to {directory}: wait for it, or choose another --output") from None
-        except OSError:
-            pass  # some network file systems cannot lock a folder; then nothing guards against two runs
-        yield
-    finally:
-        os.close(folder)
 
 
 def _differing(name_there: str, there: dict[str, Any], name_now: str, now: dict[str, Any]) -> list[str]:

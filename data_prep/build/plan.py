@@ -8,14 +8,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_prep.build.command import add_source_arguments, number, settings_of, sources_of
-from data_prep.build.output import BUILD_FOLDER, Output, is_ours
+from data_prep.build.arguments import add_source_arguments, number, settings_of, sources_of
+from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images.pixels import ImageRejected
 from data_prep.images.prepare import prepare_image
-from data_prep.manifest import DataPrepError
-from data_prep.sources.reading import Record
+from data_prep.sources.items import Record
 from data_prep.sources.streams import SourceError
+from data_prep.storage import DataPrepError
+from data_prep.writer import BUILD_FOLDER, is_ours
 
 if TYPE_CHECKING:
     from data_prep.build.shards import ShardSettings

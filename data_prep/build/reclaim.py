@@ -13,9 +13,8 @@ import tempfile
 
 import numpy as np
 
-from data_prep.build.assign import Rows
-from data_prep.manifest import TEMP_MARK
-from data_prep.storage import Folder, LostWorkError
+from data_prep.ledger import Rows
+from data_prep.storage import TEMP_MARK, Folder, LostWorkError
 
 RECORD = "reclaimed.json"
 STEPS = 20  # holes are punched when another twentieth of the shards is done

@@ -17,19 +17,20 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.build.assign import Assignment, Rows, assign, load_rows
+from data_prep.build.assign import assign, load_rows
 from data_prep.build.gather import ShardTask, write_shard
 from data_prep.build.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
 from data_prep.build.output import BuildResult, Output
 from data_prep.build.reclaim import Reclaimer
 from data_prep.cluster import Cluster
 from data_prep.images.prepare import ImagePolicy
-from data_prep.ledger import TRAIN, write_ledger
+from data_prep.ledger import TRAIN, Assignment, Rows, write_ledger
 from data_prep.manifest import MANIFEST_NAME, Manifest, Split
 from data_prep.progress import Progress
 from data_prep.sources.chunking import Source
 from data_prep.sources.streams import SourceError
 from data_prep.storage import Folder, LostWorkError
+from data_prep.writer import sole_writer
 
 MAX_CHUNK_BYTES, MIN_CHUNK_BYTES, CHUNKS_OF_A_SMALL_SOURCE = 128 << 20, 1 << 16, 32
 MAX_CHUNK_IMAGES = 8_000
@@ -80,7 +81,7 @@ def build_shards(
     for key, source in zip(("source", "val_source"), sources, strict=False):
         wanted[key] = {"file": source.name, "kind": source.kind}
         wanted[key]["fingerprint"] = source.fingerprint()
-    with output.sole_writer():
+    with sole_writer(output.folder):
         if output.folder.exists(MANIFEST_NAME) and not force:
             return output.already_built(name, wanted)
         output.begin(name, wanted, force=force)

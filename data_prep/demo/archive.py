@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 
 JPEG_QUALITY = 90
 

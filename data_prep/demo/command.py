@@ -26,8 +26,6 @@ from data_prep.demo import clipart as demo_clipart
 from data_prep.demo import icons as demo_icons
 from data_prep.demo.archive import DemoError, Picture, hash_array, near, unit_hash, write_archive
 
-__all__ = ["DemoError", "add_arguments", "build_demo", "run"]
-
 ARCHIVES = ("demo-22k", "demo-1k")
 SYNSETS_1K = 24
 RECIPE = 1  # raise it when the code changes the pictures: archives of an older recipe are built anew

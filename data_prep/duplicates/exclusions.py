@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from data_prep.manifest import SYNSET_PATTERN, DataPrepError
-from data_prep.storage import open_binary
+from data_prep.manifest import SYNSET_PATTERN
+from data_prep.storage import DataPrepError, open_binary
 
 
 class ExclusionError(DataPrepError):

@@ -12,7 +12,7 @@ from itertools import combinations, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.manifest import DataPrepError
+from data_prep.storage import DataPrepError
 
 Hashes = NDArray[np.uint64]
 Pairs = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint8]]  # positions in a and in b, bits apart

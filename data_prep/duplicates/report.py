@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.duplicates.findings import KINDS, Findings, Pair
 from data_prep.duplicates.hashing import HashedImages, ImageRow
-from data_prep.duplicates.search import KINDS, Findings, Pair
 from data_prep.labels.spaces import lemma
 from data_prep.storage import Folder
 

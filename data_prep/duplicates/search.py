@@ -12,8 +12,6 @@ import argparse
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +20,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
-from data_prep.duplicates.exclusions import exclusion_text, read_exclusions
+from data_prep.duplicates.exclusions import exclusion_text
+from data_prep.duplicates.findings import KINDS, Findings, Pair
 from data_prep.duplicates.hamming import near_pairs, near_pairs_within
 from data_prep.duplicates.hashing import (
     HASHES,
@@ -33,11 +32,10 @@ from data_prep.duplicates.hashing import (
     hash_tasks,
     leading_bytes,
 )
+from data_prep.duplicates.report import print_summary, write_html, write_pairs
 from data_prep.ledger import LEDGER_NAME
 from data_prep.manifest import Manifest
 from data_prep.storage import Folder, is_url, open_binary
-
-__all__ = ["add_arguments", "read_exclusions", "run"]
 
 # pHash sets 32 of its bits, one of them always, so distances are even. Measured on 400 crops of photos: encoding at
 # quality 30 or 50, halving, and shrinking to 256 pixels moved 99.5 % of them by at most 4 bits; cutting 2 % off the
@@ -45,44 +43,6 @@ __all__ = ["add_arguments", "read_exclusions", "run"]
 # 2,400 within 6; images, whose hashes are not spread evenly, make more.
 MAX_DISTANCE = 4
 LEAK_EXIT = 3
-KINDS = ("exact", "near", "mirrored")
-
-
-class Pair(NamedTuple):
-    """An image of train (`a`, to leave out) and the one it is a duplicate of (`b`, kept); numbers of images."""
-
-    a: int
-    b: int
-    distance: int
-    kind: str
-
-
-@dataclass
-class Findings:
-    """What was found; `flat` are images without content, compared by their bytes alone."""
-
-    train: HashedImages
-    against: HashedImages | None
-    max_distance: int
-    within_pairs: list[Pair] = field(default_factory=list)
-    against_pairs: list[Pair] = field(default_factory=list)
-    train_rows: dict[int, ImageRow] = field(default_factory=dict)
-    against_rows: dict[int, ImageRow] = field(default_factory=dict)
-    searched_within: bool = False
-
-    def scopes(self) -> list[tuple[str, list[Pair], HashedImages, dict[int, ImageRow]]]:
-        """(name, pairs, the images of side b, their rows) of each search that was made."""
-        found = []
-        if self.against is not None:
-            found.append(("against", self.against_pairs, self.against, self.against_rows))
-        if self.searched_within:
-            found.append(("within", self.within_pairs, self.train, self.train_rows))
-        return found
-
-    def excluded(self) -> set[tuple[str, str]]:
-        """(wnid, name) of every image of train to leave out."""
-        numbers = {pair.a for pair in (*self.within_pairs, *self.against_pairs)}
-        return {(self.train_rows[number].wnid, self.train_rows[number].name) for number in numbers}
 
 
 def find_within(images: HashedImages, max_distance: int) -> tuple[list[Pair], dict[int, ImageRow]]:
@@ -267,8 +227,6 @@ def run(args: argparse.Namespace) -> int:
     if args.within:
         findings.within_pairs, rows = find_within(train, args.max_distance)
         findings.train_rows |= rows
-    from data_prep.duplicates.report import print_summary, write_html, write_pairs
-
     write_pairs(findings, output)
     write_html(findings, output, args.show)
     comments = [

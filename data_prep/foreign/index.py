@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
-from data_prep.build.output import BUILD_FOLDER, BUILD_RECORD, BusyError, Output
 from data_prep.foreign.tar import ForeignError, Scan, is_indexed, scan_tar
 from data_prep.labels.spaces import label_space
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, index_path
 from data_prep.progress import Progress
 from data_prep.storage import Folder, is_url
+from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, BusyError, sole_writer
 
 DESCRIPTION = """\
 Make a data set of plain WebDataset tars: an index beside each, and dataset.json. The tars stay as they are.
@@ -50,7 +50,7 @@ def index_tars(
     names = [name for found in tars.values() for name in found]
     if folder.folder(BUILD_FOLDER).exists(BUILD_RECORD):
         raise ForeignError(f"{folder.url} holds an unfinished build: finish it by the `shard` command that began it")
-    with Output(folder.url).sole_writer():
+    with sole_writer(folder):
         _scan_all(folder, {name: sizes[name] or 0 for name in names}, classes, skip_unlabelled)
         return _finish(folder, tars, classes)
 

@@ -14,10 +14,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from data_prep.manifest import DataPrepError, ShardIndex, index_path
+from data_prep.manifest import ShardIndex, index_path
 from data_prep.sources.streams import FileRange
 from data_prep.sources.tar import Gap, Member, Tar
-from data_prep.storage import Folder, file_system
+from data_prep.storage import DataPrepError, Folder, file_system
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, where a sample has several
 MAX_JSON_BYTES = 1 << 20  # what is larger holds more than a label

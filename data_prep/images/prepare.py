@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import simplejpeg
 
-from data_prep.images.jpeg import BASELINE, JpegFrame, JpegHeader, is_closed, jpeg_frame, jpeg_header, metadata, without
+from data_prep.images.jpeg import BASELINE, JpegHeader, is_closed, jpeg_header, metadata, without
 from data_prep.images.pixels import (
     MAX_PIXELS,
-    REASONS,
     ImageRejected,
     Size,
     codings,
@@ -27,17 +26,6 @@ from data_prep.images.pixels import (
     turbo_refusal,
     unpack_gzip,
 )
-
-__all__ = [
-    "REASONS",
-    "REPAIRS",
-    "ImagePolicy",
-    "ImageRejected",
-    "JpegFrame",
-    "Prepared",
-    "jpeg_frame",
-    "prepare_image",
-]
 
 MAX_SIDE_PX = 65_500  # libjpeg's bound
 MAX_SCANS = 500  # a real progressive JPEG has about 10; each costs a pass over the image, however few its bytes

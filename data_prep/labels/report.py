@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.labels.spaces import KNOWN_SPACES, TEDDY_BEAR, LabelMap, label_space, lemma, map_labels
-from data_prep.manifest import atomic_write
+from data_prep.storage import atomic_write
 
 SHOWN_ONLY_A = 10
 SHOWN_ONLY_B = 50  # those matter more: they are what a map leaves out

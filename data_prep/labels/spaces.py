@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.manifest import MANIFEST_NAME, SYNSET_PATTERN, DataPrepError, Manifest
+from data_prep.manifest import MANIFEST_NAME, SYNSET_PATTERN, Manifest
+from data_prep.storage import DataPrepError
 
 # Of ImageNet-1K, and not of fall 2011. Swin Transformer's map22kto1k.txt has 5564 in its place, which is n03013580
 # ("chemise, shimmy, shift, slip, teddy"); InternImage's differs there too (OpenGVLab/InternImage, issue 278).

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
+from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import base_name
-from data_prep.sources.reading import Chunk, Damage, Item, Piece, Record, Stray
+from data_prep.sources.reading import Chunk, Piece
 from data_prep.sources.spool import write_spool
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder

@@ -5,7 +5,6 @@ archives front to back, through a spool of bounded size (`spool.py`). A path may
 names must be WordNet ids: they are what ties a class to other label spaces.
 """
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -44,13 +43,6 @@ def open_source(
     if labels is not None and source.kind != "ilsvrc-val":
         raise SourceError(f"{path} is {source.kind}, whose classes are known: leave out the labels {labels}")
     return source
-
-
-def name_hash(salt: str, wnid: str, name: str) -> int:
-    """64 uniform bits that depend only on the arguments: the source of every random choice in data prep."""
-    text = "\0".join((salt, wnid, name))
-    # surrogateescape: file names need not be valid UTF-8.
-    return int.from_bytes(hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def _plain_path(path: str) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from data_prep.manifest import SYNSET_PATTERN
 from data_prep.sources.archives import SAMPLE_PLACE_IMAGES, SAMPLED_PLACES, TAR_OVERHEAD_BYTES, split_tar
 from data_prep.sources.chunking import FINGERPRINT_BLOCK_BYTES, FINGERPRINT_BLOCKS, Census, Source, first_images, spread
+from data_prep.sources.items import Item
 from data_prep.sources.layout import reason_to_skip, split_of_folder, synset_of_tar
 from data_prep.sources.listing import Entry, list_each, list_folder
-from data_prep.sources.reading import Item, Piece, read_pieces
+from data_prep.sources.reading import Piece, read_pieces
 from data_prep.sources.streams import FileRange, compression_of
 from data_prep.sources.val_labels import ValLabels
 

@@ -6,43 +6,16 @@ can read, they get a spool file (`spool.py`). Damaged content is an item of its 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
+from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import base_name, clean_name, reason_to_skip, synset_of_tar, wnid_of_image
+from data_prep.sources.spool import read_spool
 from data_prep.sources.streams import Bounded, FileRange, Inflated, Reader, compression_of, unreachable
 from data_prep.sources.tar import Gap, Member, Tar
 from data_prep.storage import Folder, file_system, is_url, open_binary
 
 REMOTE_BATCH_FILES, REMOTE_BATCH_BYTES = 64, 32 << 20  # fetched together: single requests would wait for each other
-
-
-class Record(NamedTuple):
-    """One image file as it lies in the source. split: train or val; name: its path inside its class."""
-
-    split: str
-    wnid: str
-    name: str
-    data: bytes
-
-
-class Stray(NamedTuple):
-    """A file that is not read. reason: no_class, small_class, not_an_image, link or too_large."""
-
-    split: str
-    name: str
-    bytes: int
-    reason: str
-
-
-class Damage(NamedTuple):
-    """A part of the source that cannot be read."""
-
-    split: str
-    where: str
-    detail: str
-
-
-Item = Record | Stray | Damage
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +82,6 @@ class Chunk:
     def items(self) -> Iterator[Item]:
         """Its images, strays and damages, always in the same order. Raises SourceError when the source is gone."""
         if self.spool is not None:
-            from data_prep.sources.spool import read_spool
-
             assert self.spool_folder is not None
             yield from read_spool(self.spool_folder.join(self.spool))
         else:

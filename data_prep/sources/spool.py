@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_prep.manifest import TEMP_MARK
-from data_prep.sources.reading import Damage, Item, Record, Stray
+from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.streams import LOCAL_BUFFER_BYTES, SourceError
-from data_prep.storage import Folder, is_url, open_binary
+from data_prep.storage import TEMP_MARK, Folder, is_url, open_binary
 
 TAIL_BYTES = 8
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, Self
 
-from data_prep.manifest import DataPrepError
-from data_prep.storage import StorageError, file_system, is_url, open_binary
+from data_prep.storage import DataPrepError, StorageError, file_system, is_url, open_binary
 
 LOCAL_BUFFER_BYTES = 1 << 18
 JUMP_BUFFER_BYTES = 1 << 12

@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from data_prep.manifest import DataPrepError, Manifest
+from data_prep.manifest import Manifest
+from data_prep.storage import DataPrepError
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta
 from pipeline.config.sections import Checkpoint

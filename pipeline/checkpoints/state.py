@@ -12,11 +12,11 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from rich.filesize import decimal
@@ -24,27 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import files
-from pipeline.checkpoints.files import META_FILE, CheckpointError, FileRecord, Meta, find_rewind, locate, read_meta
+from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, read_meta
 from pipeline.config.load import Config
 from pipeline.config.sections import Checkpoint
-
-if TYPE_CHECKING:  # importing DeepSpeed takes seconds, which reading a checkpoint need not wait for
-    from pipeline.training.engine import Engine
-
-__all__ = [
-    "META_FILE",
-    "CheckpointError",
-    "CheckpointWriter",
-    "FileRecord",
-    "Meta",
-    "differing_keys",
-    "find_rewind",
-    "locate",
-    "newest_of_run",
-    "read_meta",
-    "read_optimizer",
-    "read_tensors",
-]
 
 _LAST_SECONDS = 25.0  # launchers wait for 30 s before they kill what is left
 SPARE_BYTES = 32 * 2**20  # left free by a save, for the logs of the run that goes on
@@ -58,6 +40,15 @@ _FREE_KEYS = re.compile(
 )
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Stateful(Protocol):
+    """What has a state to save: `full_state` takes "model" or a name of `state_names`; a collective."""
+
+    @property
+    def state_names(self) -> Iterable[str]: ...
+
+    def full_state(self, state: str) -> Tensors: ...
 
 
 class CheckpointWriter:
@@ -79,7 +70,7 @@ class CheckpointWriter:
             self.last = found[0] if found else None
             self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python ends only after what it writes is written
 
-    def save(self, engine: Engine, meta: Meta) -> None:
+    def save(self, engine: Stateful, meta: Meta) -> None:
         """Gather the state of `engine` and begin to write it. A collective: all ranks must call it.
 
         A disk that is full or fails is told on stderr and counted in `failed`, not raised; anything else that went

@@ -259,8 +259,9 @@ def _rank(pipe: Any, parent: int, config: Config, rank: int, ranks: int, seconds
 
 
 def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) -> None:
-    from pipeline.data.loader import Ranks, training_batches, training_order
+    from pipeline.data.loader import training_batches, training_order
     from pipeline.data.ring import PREFETCHED_BATCHES
+    from pipeline.ranks.collectives import Ranks
 
     data, manifest = config.data, Manifest.load(config.data.path)
     order = training_order(config, manifest)

@@ -17,7 +17,6 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -35,18 +34,11 @@ from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, ShardReader
 from pipeline.data.views import Batch, Drawn, Views, numbers_of
+from pipeline.ranks.collectives import Ranks
 
 _DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
 _OUTLIVE_SECONDS = 60  # a worker that got SIGTERM serves its rank for so long: the rank's last step, not all of its end
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process among all: `rank` of `count`."""
-
-    rank: int = 0
-    count: int = 1
 
 
 def training_order(config: Config, manifest: Manifest) -> SampleOrder:

@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_prep.manifest import MANIFEST_NAME, DataPrepError, ShardEntry
+from data_prep.manifest import MANIFEST_NAME, ShardEntry
+from data_prep.storage import DataPrepError
 from pipeline.data.shard_cache import ShardCache
 
 T = TypeVar("T")

@@ -21,7 +21,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
-from data_prep.manifest import TEMP_MARK, ShardEntry
+from data_prep.manifest import ShardEntry
+from data_prep.storage import TEMP_MARK
 
 OPEN_SHARDS = 128  # of each process; stays below the usual limit of 1,024 open files
 _DOWNLOADS_PER_HOST = 8

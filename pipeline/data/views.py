@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data_prep.manifest import atomic_write
+from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.config.sections import Data
 from pipeline.data.decode import DecodeError

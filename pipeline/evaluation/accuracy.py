@@ -18,9 +18,10 @@ from pipeline.checkpoints.files import CheckpointError, locate, read_meta
 from pipeline.checkpoints.state import read_tensors
 from pipeline.config.load import Config
 from pipeline.data.augment import normalise
-from pipeline.data.loader import Ranks, validation_batches
+from pipeline.data.loader import validation_batches
 from pipeline.data.views import Batch
-from pipeline.training.recipe import build_model
+from pipeline.models.build import build_model
+from pipeline.ranks.collectives import Ranks
 
 
 @torch.inference_mode()

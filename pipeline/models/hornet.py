@@ -22,12 +22,13 @@ from pipeline.models import layer_decay
 from pipeline.models.block import KEEP_ALL, Block, Keep, draw_keeps
 from pipeline.models.downsample import downsample, make_downsampling, make_stem
 from pipeline.models.stage import POLICIES, Policy, Stage
-from pipeline.ops import kernels
+from pipeline.ops import kernels, selfcheck
 from pipeline.ops.fourier import fourier_basis
 from pipeline.ops.global_filter import GlobalLocalFilter, global_filter_size
 from pipeline.ops.layers import NORM_EPS, compute_dtype, no_autocast
 
 STRIDES = (4, 8, 16, 32)
+kernels.try_by(selfcheck.disagreement)
 
 
 class HorNet(nn.Module):

@@ -1,9 +1,9 @@
 """Which spelling of an operator runs: Triton kernels on a GPU, plain PyTorch everywhere else.
 
 `PIPELINE_KERNELS=0` in the environment turns the kernels off. Before a device's first use they are tried on it
-against the plain spellings in float64, on small inputs; where one fails to compile or disagrees, all stay off there
-and a warning says why. The ranks of a run have to agree (`turn_off`): which spelling runs decides in which order
-gradients are ready, and so what ranks add up together.
+against the plain spellings in float64, on small inputs (by `selfcheck.py`, which the models hand to `try_by`); where
+one fails to compile or disagrees, all stay off there and a warning says why. The ranks of a run have to agree
+(`turn_off`): which spelling runs decides in which order gradients are ready, and so what ranks add up together.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -22,6 +22,7 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.bfloat16)
 _off = "PIPELINE_KERNELS is 0" if os.environ.get("PIPELINE_KERNELS", "1") == "0" else None  # why
 _forced: bool | None = None
+_trial: Callable[[torch.device], str | None] | None = None
 _lock = threading.Lock()
 _verdicts: dict[int, str | None] = {}
 
@@ -35,6 +36,12 @@ def enabled(on: bool) -> Iterator[None]:
         yield
     finally:
         _off = before
+
+
+def try_by(trial: Callable[[torch.device], str | None]) -> None:
+    """Set what tries the kernels on a device: returns what is wrong with them there, or None."""
+    global _trial
+    _trial = trial
 
 
 def turn_off(why: str) -> None:
@@ -105,11 +112,11 @@ def _try(device: int) -> str | None:
         return "triton is not installed"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than sm_80"
+    if _trial is None:
+        return "nothing has tried them: import pipeline.models"
     try:
-        from pipeline.ops import selfcheck
-
         with torch.cuda.device(device):
-            return selfcheck.disagreement(torch.device("cuda", device))
+            return _trial(torch.device("cuda", device))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a compiler's or a driver's error, of any kind: training goes on without kernels

@@ -1,11 +1,22 @@
-"""What ranks say to each other outside DeepSpeed: plain collectives over the process group that the engine started."""
+"""This process among all ranks, and what ranks say to each other outside DeepSpeed: plain collectives over the process
+group that the engine started.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `count`."""
+
+    rank: int = 0
+    count: int = 1
 
 
 def barrier() -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.config.sections import Guard
-from pipeline.data.loader import Ranks
+from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.log_file import say
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]

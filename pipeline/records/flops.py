@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.config.sections import Model
-from pipeline.training.recipe import build_model
+from pipeline.models.build import build_model
 
 FLOPS_PER_MAC = 2
 PASSES = 3  # forward, the gradient of the activations, the gradient of the weights

@@ -25,7 +25,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 import mlflow
 from mlflow.entities import Metric, Param, RunTag
 
-from data_prep.manifest import atomic_write
+from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.augment import normalise
-from pipeline.data.loader import Ranks, training_batches
+from pipeline.data.loader import training_batches
 from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
 from pipeline.models.hornet import HorNet
+from pipeline.ranks.collectives import Ranks
 from pipeline.training.recipe import seed_micro_batch
 
 _PARTS_KEPT = 8  # of hundreds of ranks: a fault of the data is in one or two, one of the weights looks alike in all

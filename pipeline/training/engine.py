@@ -32,9 +32,8 @@ from deepspeed.utils import (
 )
 
 from pipeline.config.load import Config
-from pipeline.data.loader import Ranks
 from pipeline.ops import kernels
-from pipeline.ranks.collectives import gather, max_over_ranks, sum_over_ranks
+from pipeline.ranks.collectives import Ranks, gather, max_over_ranks, sum_over_ranks
 from pipeline.training.recipe import AdamWithEma, Loss
 
 Judge = Callable[[float, float], str | None]

@@ -10,9 +10,9 @@ from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
-from pipeline.data.loader import Ranks, validation_batches
+from pipeline.data.loader import validation_batches
 from pipeline.data.views import BadSampleLedger, Batch
-from pipeline.ranks.collectives import max_over_ranks
+from pipeline.ranks.collectives import Ranks, max_over_ranks
 from pipeline.ranks.lifetime import StopRequest
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.console import Meter

@@ -16,7 +16,7 @@ from pipeline.data.decode import COMPILED
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.loader import training_order
 from pipeline.data.shards import ShardReader, check_remote_files
-from pipeline.training.recipe import build_model
+from pipeline.models.build import build_model
 
 
 def note(text: str) -> None:

@@ -1,13 +1,11 @@
-"""The training recipe, taken from timm where timm has it: model, mixing, loss, parameter groups, schedule, EMA."""
+"""The training recipe, taken from timm where timm has it: mixing, loss, parameter groups, schedule, EMA."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -16,34 +14,10 @@ from timm.scheduler import CosineLRScheduler
 from torch import nn
 
 from pipeline.config.load import Config
-from pipeline.config.sections import Augment, ConfigError, Model, Optimizer
-from pipeline.models.hornet import HorNet
+from pipeline.config.sections import Augment, Optimizer
 
 Mixing = Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
-    """The model of `model.name` for square inputs of `resolution` pixels. Raises ConfigError for a name timm lacks.
-
-    Global filters are made at the size that the resolution asks for, so none is resized at each step.
-    """
-    known = timm.list_models("hornet_*")
-    if model.name not in known:
-        near = difflib.get_close_matches(model.name, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"model.name {model.name!r} is not known; {hint}There are {', '.join(known)}")
-    filters: dict[str, Any] = {"img_size": resolution} if "_gf" in model.name else {}
-    net = timm.create_model(
-        model.name,
-        num_classes=num_classes,
-        drop_path_rate=model.drop_path_rate,
-        layer_scale_init=model.layer_scale_init,
-        **filters,
-    )
-    assert isinstance(net, HorNet)
-    net.set_checkpointing(model.checkpointing)
-    return net
 
 
 def seed_micro_batch(key: tuple[int, ...]) -> None:

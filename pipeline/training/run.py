@@ -12,15 +12,16 @@ from typing import Any
 import torch
 
 from data_prep.foreign.index import ensure_indexed
-from data_prep.manifest import MANIFEST_NAME, Manifest, atomic_write
-from pipeline.checkpoints import state as checkpoint
+from data_prep.manifest import MANIFEST_NAME, Manifest
+from data_prep.storage import atomic_write
 from pipeline.checkpoints import transfer
-from pipeline.checkpoints.files import CheckpointError
-from pipeline.checkpoints.state import CheckpointWriter
+from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind
+from pipeline.checkpoints.state import CheckpointWriter, newest_of_run, read_optimizer, read_tensors
 from pipeline.config.load import Config
-from pipeline.data.loader import Ranks, training_batches, training_order
+from pipeline.data.loader import training_batches, training_order
 from pipeline.data.views import BadSampleLedger, check_bad_samples
-from pipeline.ranks.collectives import barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
+from pipeline.models.build import build_model
+from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.ranks.watchdog import Watchdog
@@ -31,7 +32,7 @@ from pipeline.training import engine
 from pipeline.training.diagnose import diagnose, incident, incident_line
 from pipeline.training.feed import Feed, placing
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
-from pipeline.training.recipe import build_model, mixing_and_loss, optimizer, parameter_groups, schedule
+from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.training.validation import Validation
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
@@ -86,7 +87,7 @@ class Run:
         last, meta = from_rank_0(self._newest(resume) if ranks.rank == 0 else None)
         origin = "random weights"
         if last is not None:
-            model.load_state_dict(checkpoint.read_tensors(last / "model.safetensors"))
+            model.load_state_dict(read_tensors(last / "model.safetensors"))
             origin = f"resumed from {last}"
         elif config.init.checkpoint is not None:
             source = transfer.find_source(config.init)
@@ -101,7 +102,7 @@ class Run:
         adamw = optimizer(parameter_groups(model, config.optimizer), config)
         self.engine = engine.Engine(config, model, adamw, ranks, device)
         if last is not None:
-            self.engine.load_state(checkpoint.read_optimizer(last), meta.updates)
+            self.engine.load_state(read_optimizer(last), meta.updates)
         self.rates = schedule(self.engine.optimizer, config.optimizer, self.order.steps_per_epoch, self.steps)
         mix, self.loss = mixing_and_loss(config.augment, manifest.num_classes)
 
@@ -175,7 +176,7 @@ class Run:
         return self._finished()
 
     def _newest(self, resume: bool) -> Any:
-        return checkpoint.newest_of_run(self.config, self.manifest.dataset_id, resume, quarantine=True)
+        return newest_of_run(self.config, self.manifest.dataset_id, resume, quarantine=True)
 
     def _write_down(self, origin: str, stack: ExitStack) -> None:
         """What the run is, before its first step; on rank 0."""
@@ -226,7 +227,7 @@ class Run:
         self.watchdog.tick("gathering a checkpoint")
         guard = self.guard.state
         with self.meter.paused():
-            meta = checkpoint.Meta(
+            meta = Meta(
                 step=done,
                 samples_seen=done * self.config.train.global_batch,
                 updates=self.engine.updates,
@@ -270,7 +271,7 @@ class Run:
         path, before = None, None
         if self.ranks.rank == 0:
             self.writer.wait()
-            path, before = checkpoint.find_rewind(self.config.run_dir / CHECKPOINTS) or (None, None)
+            path, before = find_rewind(self.config.run_dir / CHECKPOINTS) or (None, None)
         path, before = from_rank_0((path, before))
         state = self.guard.state
         if self.config.guard.mode != "rewind" or state.rewinds >= self.config.guard.rewinds_max or path is None:
@@ -278,8 +279,8 @@ class Run:
             raise GuardError(explain_end(self.config.guard, state, done, reason, ledger, path))
         self.watchdog.tick("rewinding")
         with self.meter.paused():
-            self.engine.load_weights(checkpoint.read_tensors(path / "model.safetensors"))
-            self.engine.load_state(checkpoint.read_optimizer(path), before.updates)
+            self.engine.load_weights(read_tensors(path / "model.safetensors"))
+            self.engine.load_state(read_optimizer(path), before.updates)
         self.guard.rewound()
         if self.tracker:
             self.tracker.event(

@@ -9,10 +9,9 @@ import torch
 from data_prep.manifest import Manifest
 from pipeline.checkpoints.files import Meta
 from pipeline.config.load import Config
-from pipeline.data.loader import Ranks
 from pipeline.evaluation.accuracy import evaluate
 from pipeline.models.hornet import HorNet
-from pipeline.ranks.collectives import sum_over_ranks
+from pipeline.ranks.collectives import Ranks, sum_over_ranks
 from pipeline.ranks.lifetime import StopRequest
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.training.engine import Engine

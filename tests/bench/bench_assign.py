@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.build.assign import Rows, assign, load_rows
+from data_prep.build.assign import assign, load_rows
 from data_prep.build.ingest import ROW_SCHEMA
+from data_prep.ledger import Rows
 from data_prep.storage import Folder
 
 READ_CHUNKS = 100

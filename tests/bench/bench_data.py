@@ -174,7 +174,8 @@ def ours(*overrides: str, mode: str = "jpg") -> Callable[[Path, int], Batches]:
     def batches(folder: Path, side: int) -> Batches:
         from data_prep.manifest import Manifest
         from pipeline.config.load import load
-        from pipeline.data.loader import Ranks, training_batches, training_order
+        from pipeline.data.loader import training_batches, training_order
+        from pipeline.ranks.collectives import Ranks
 
         changes = [f"data.path={folder / mode}", f"data.resolution={side}", "data.resolution_by_epoch=null"]
         changes += ["data.shuffle_lanes=1", "data.shuffle_window_shards=2", f"train.global_batch={BATCH}"]

@@ -39,8 +39,9 @@ def configured(stage: int, *more: str) -> Any:
 
 
 def engine_for(stage: int, ranks: Any, device: torch.device, *more: str) -> Any:
+    from pipeline.models.build import build_model
     from pipeline.training import engine
-    from pipeline.training.recipe import build_model, optimizer, parameter_groups
+    from pipeline.training.recipe import optimizer, parameter_groups
 
     config = configured(stage, *more)
     torch.manual_seed(0)
@@ -54,7 +55,8 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def ddp_step(batch: Batch) -> Callable[[], None]:
     """The plain loop that people write."""
-    from pipeline.training.recipe import build_model, optimizer, parameter_groups
+    from pipeline.models.build import build_model
+    from pipeline.training.recipe import optimizer, parameter_groups
 
     config = configured(1)
     torch.manual_seed(0)

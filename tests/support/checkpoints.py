@@ -10,7 +10,7 @@ import torch
 
 from pipeline.checkpoints.files import Meta
 from pipeline.config.load import Config
-from pipeline.data.loader import Ranks
+from pipeline.ranks.collectives import Ranks
 
 SYNSETS = ["n02084071", "n02121620", "n02958343"]
 DATASET = "0" * 32

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.sources.chunking import Source
-from data_prep.sources.reading import Chunk, Item, Record
+from data_prep.sources.items import Item, Record
+from data_prep.sources.reading import Chunk
 from data_prep.storage import Folder
 
 WNIDS = ("n00000003", "n00000001", "n00000002")

@@ -13,10 +13,11 @@ import torch
 from deepspeed.utils import safe_set_full_optimizer_state
 
 from pipeline.config.load import Config, load
+from pipeline.models.build import build_model
 from pipeline.ops import kernels
 from pipeline.ranks.collectives import gather
 from pipeline.training import engine
-from pipeline.training.recipe import build_model, optimizer, parameter_groups
+from pipeline.training.recipe import optimizer, parameter_groups
 
 ranks, device = engine.start_ranks()
 STAGES = (0, 1, 2, 3)

@@ -1,0 +1,168 @@
+"""What `shard` and `plan` both ask for: the source, what becomes of each image, and the settings these give."""
+
+import argparse
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.storage import DataPrepError, is_url
+
+if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
+    from data_prep.build.shards import ShardSettings
+    from data_prep.sources.chunking import Source
+
+
+def number(minimum: int, maximum: int | None = None) -> "type[int]":
+    """An argparse type: an integer within bounds."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum or (maximum is not None and value > maximum):
+            raise argparse.ArgumentTypeError(f"{value} is not in {minimum}..{'' if maximum is None else maximum}")
+        return value
+
+    parse.__name__ = "int"  # argparse puts it into "invalid int value"
+    return parse  # type: ignore[return-value]  # argparse takes any callable
+
+
+def share(text: str) -> float:
+    """An argparse type: 0.05 or 5%."""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share between 0 and 1")
+    return value
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is read, and what becomes of each image: the options that `shard` and `plan` have in common."""
+    add = parser.add_argument_group("what is read").add_argument
+    add("--source", required=True, metavar="PATH", help="archive, folder or URL with the training images")
+    add("--source-kind", metavar="KIND", help="what --source is, where detection is wrong (the names above)")
+    add("--val-source", metavar="PATH", help="archive, folder or URL for the split 'val'")
+    add(
+        "--val-labels",
+        metavar="FILE",
+        help="for ILSVRC2012_img_val.tar: the devkit archive, a text file "
+        "with one WordNet id per line, or Kaggle's LOC_val_solution.csv",
+    )
+    add(
+        "--val-per-class",
+        type=number(1),
+        default=0,
+        metavar="N",
+        help="without a validation source: hold N images "
+        "of each class out of train, at most half of the class; chosen by a hash of the name, so every build takes the "
+        "same",
+    )
+    add("--max-images-per-class", type=number(1), metavar="N", help="take only N training images of each class")
+    add("--exclude", type=Path, metavar="FILE", help="leave these images out of train: the exclude.txt of `duplicates`")
+    add(
+        "--duplicates",
+        choices=("leaks", "drop", "keep"),
+        default="leaks",
+        help="images with the same bytes. leaks: a "
+        "training image is left out where a validation image is the same; drop: and all but one in train; keep: all "
+        "stay (default: %(default)s)",
+    )
+    add = parser.add_argument_group("what becomes of an image").add_argument
+    add(
+        "--short-side", type=number(1), default=512, metavar="PX", help="shrink to this short side; never enlarge (512)"
+    )
+    add("--quality", type=number(1, 95), default=90, help="JPEG quality of images that are encoded anew (90)")
+    add(
+        "--reencode",
+        choices=("never", "when-resized", "always"),
+        default="when-resized",
+        help="when-resized: "
+        "a baseline RGB JPEG that is small enough passes byte for byte; never: whatever its size (default: "
+        "%(default)s)",
+    )
+    add(
+        "--truncated",
+        choices=("reject", "keep"),
+        default="reject",
+        help="images that end too early: reject them, or keep what is there, the rest gray (default: %(default)s)",
+    )
+    add(
+        "--min-side",
+        type=number(0),
+        default=32,
+        metavar="PX",
+        help="reject images with a shorter side below (32; ImageNet-22K has about 2,000)",
+    )
+    add(
+        "--exif-orientation",
+        choices=("ignore", "apply"),
+        default="ignore",
+        help="ignore: pixels as ImageNet's other users see them (default)",
+    )
+    add(
+        "--check",
+        choices=("decode", "structure"),
+        default="decode",
+        help="of images that pass byte for byte: decode "
+        "finds all damage a decoder can find; structure only looks at markers and the end, several times faster "
+        "(default: %(default)s)",
+    )
+    add("--samples-per-shard", type=number(1), default=10_000, metavar="N", help="0.5 to 1 GB at the default (10000)")
+    add("--seed", type=int, default=0, help="of the shuffle (0)")
+
+
+def settings_of(args: argparse.Namespace) -> "ShardSettings":
+    """The settings that the options of `add_source_arguments` give."""
+    from data_prep.build.shards import ShardSettings
+
+    return ShardSettings(
+        short_side_px=args.short_side,
+        quality=args.quality,
+        reencode=args.reencode,
+        truncated=args.truncated,
+        min_side_px=args.min_side,
+        exif_orientation=args.exif_orientation,
+        check=args.check,
+        samples_per_shard=args.samples_per_shard,
+        seed=args.seed,
+        max_images_per_class=args.max_images_per_class,
+        val_per_class=args.val_per_class,
+        duplicates=args.duplicates,
+    )
+
+
+def sources_of(args: argparse.Namespace) -> "list[Source]":
+    """The sources that the options name. Raises SourceError; DataPrepError when two of them give validation images."""
+    from data_prep.sources.detect import open_source
+
+    train = open_source(place(args.source, "--source"), kind=args.source_kind)
+    if args.val_source is None:
+        if args.val_labels is not None:
+            raise DataPrepError("--val-labels belongs to a --val-source: give ILSVRC2012_img_val.tar there")
+        if args.val_per_class and "val" in train.splits:
+            raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-per-class")
+        return [train]
+    if args.val_per_class:
+        raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
+    if "val" in train.splits:
+        raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-source")
+    val = open_source(place(args.val_source, "--val-source"), split="val", labels=args.val_labels)
+    if val.splits != ("val",):
+        raise DataPrepError(
+            f"{args.val_source} holds training images too: give its folder val as --val-source, or give it as --source"
+        )
+    return [train, val]
+
+
+def place(path: str, option: str) -> str:
+    """A URL as it is, a path made absolute: workers may run in another folder."""
+    if not path:
+        raise DataPrepError(f"{option} is empty: is the variable in your command set?")
+    return path if is_url(path) else os.path.abspath(path)
+
+
+def exclusions_of(args: argparse.Namespace) -> Collection[tuple[str, str]]:
+    """The images listed in --exclude."""
+    if args.exclude is None:
+        return ()
+    from data_prep.duplicates.exclusions import read_exclusions
+
+    return read_exclusions(args.exclude)

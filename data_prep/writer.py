@@ -1,0 +1,65 @@
+"""Who may write into the folder of a data set: one process at a time, and only over files that are ours."""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data_prep.manifest import MANIFEST_NAME
+from data_prep.storage import TEMP_MARK, DataPrepError, Folder
+
+BUILD_FOLDER = ".data_prep"  # unfinished work, inside the data set's folder
+BUILD_RECORD = "build.json"  # in there: the settings of the build that is not finished
+OUR_FILES = re.compile(
+    r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
+)
+
+
+class ShardError(DataPrepError):
+    """The output folder cannot be used for this build."""
+
+
+class BusyError(ShardError):
+    """Another process writes to the output folder."""
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Remove the temporary files of killed runs right in a data set's folder."""
+    for path in directory.glob(f".*{TEMP_MARK}*"):
+        if is_ours(path.name[1:].split(TEMP_MARK)[0]):
+            path.unlink(missing_ok=True)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a build writes files of that name into the data set's folder."""
+    return name == MANIFEST_NAME or OUR_FILES.match(name) is not None
+
+
+@contextmanager
+def sole_writer(folder: Folder) -> Iterator[None]:
+    """Hold the lock of a local folder, which is made if missing; behind a URL nothing guards against two runs.
+
+    Raises BusyError when another process of this machine (or file system) holds it, ShardError where a file is.
+    """
+    if not folder.is_local:
+        yield
+        return
+    try:
+        os.makedirs(folder.url, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ShardError(f"{folder.url} is, or lies in, a file: choose a folder as --output") from None
+    handle = os.open(folder.url, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError(
+                f"another run is writing to {folder.url}: wait for it, or choose another --output"
+            ) from None
+        except OSError:
+            pass  # some network file systems cannot lock a folder; then nothing guards against two runs
+        yield
+    finally:
+        os.close(handle)

@@ -1,0 +1,34 @@
+"""From the configuration's section `model` to a net: the one file of the models that knows of configurations."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import timm
+
+from pipeline.config.sections import ConfigError, Model
+from pipeline.models.hornet import HorNet
+
+
+def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
+    """The model of `model.name` for square inputs of `resolution` pixels. Raises ConfigError for a name timm lacks.
+
+    Global filters are made at the size that the resolution asks for, so none is resized at each step.
+    """
+    known = timm.list_models("hornet_*")
+    if model.name not in known:
+        near = difflib.get_close_matches(model.name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"model.name {model.name!r} is not known; {hint}There are {', '.join(known)}")
+    filters: dict[str, Any] = {"img_size": resolution} if "_gf" in model.name else {}
+    net = timm.create_model(
+        model.name,
+        num_classes=num_classes,
+        drop_path_rate=model.drop_path_rate,
+        layer_scale_init=model.layer_scale_init,
+        **filters,
+    )
+    assert isinstance(net, HorNet)
+    net.set_checkpointing(model.checkpointing)
+    return net
