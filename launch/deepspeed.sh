@@ -34,6 +34,7 @@ else
     unset CUDA_VISIBLE_DEVICES
   else
     ranks=${RANKS:-2}
+    devices=$(seq -s, 0 $((ranks - 1)))
     launcher+=(--num_accelerators "$ranks")
   fi
   MASTER_PORT=${MASTER_PORT:-$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
@@ -43,9 +44,18 @@ if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
 # Faults that every rank would meet are met here, as one line, before anything is started.
 "$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "${nodes:-1}"
 
-# Ranks on this host leave when this process, which becomes the launcher, is gone: lifetime.py. (Over ssh DeepSpeed
+# Ranks on this host leave when this process is gone: lifetime.py. (Over ssh DeepSpeed
 # does not pass this on: there, ranks leave with the launcher of their own host.)
 export PIPELINE_LAUNCHER="$(hostname):$$"
 if [ "${gpus:-1}" = 0 ]; then export DS_ACCELERATOR=cpu; fi # said, not guessed with a warning in every process
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
-exec deepspeed "${launcher[@]}" --no_local_rank ${DEEPSPEED_ARGS:-} --module pipeline "$@"
+if [ -n "${HOSTFILE:-}${DEEPSPEED_ARGS:-}" ]; then
+  exec deepspeed "${launcher[@]}" --no_local_rank ${DEEPSPEED_ARGS:-} --module pipeline "$@"
+fi
+# On this host alone: what that command would start as a second process, which imports torch once more. Not exec: as with
+# that command, a SIGTERM ends this process at once, and the launcher leaves the ranks the time that they need.
+world=$(printf '{"localhost": [%s]}' "$devices" | base64 -w0 | tr '+/' '-_')
+code=0
+"$bin/python" launch/deepspeed_agent.py --world_info "$world" --master_addr 127.0.0.1 --master_port "$MASTER_PORT" \
+  --no_local_rank --module pipeline "$@" || code=$?
+exit $code

@@ -3,32 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from pathlib import Path
 
 from data_prep.storage import DataPrepError
-from pipeline.checkpoints import inspect as inspect_checkpoint
-from pipeline.config.load import load
-from pipeline.data import bench as bench_data
 from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+_TRAINING = "pipeline.training.command"
+# command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
+_COMMANDS = {
+    "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
+    "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
+    "evaluate": ("pipeline.evaluation.command", "top-1 and top-5 of a checkpoint on the validation split"),
+    "checkpoint": ("pipeline.checkpoints.inspect", "what is in a run's checkpoints, and whether they are whole"),
+    "bench-data": ("pipeline.data.bench", "images per second of a configuration's data loader on this host"),
+}
 _EPILOG = """\
 examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
-  many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
-  other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
-The same command continues an interrupted run. To stop one and lose nothing: SIGUSR1 to any rank.
+`python -m pipeline COMMAND --help` has the options of each.
 exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. What a user can mend is one line on stderr, unless --debug."""
-    options = _parse(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -45,14 +49,14 @@ def main(arguments: list[str] | None = None) -> int:
         if rank == "0" or type(error).__name__ in ("DataError", "OutOfMemoryError") or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ and options.run is _train:
+        if "RANK" in os.environ and options.command in ("pretrain", "finetune"):
             os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     """argparse takes positional arguments only together; overrides may stand on both sides of an option."""
-    parser = _parser()
+    parser = _parser(arguments[0] if arguments else "")
     options, rest = parser.parse_known_args(arguments)
     overrides = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(overrides) != len(rest) or (rest and not hasattr(options, "overrides")):
@@ -62,31 +66,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _train(options: argparse.Namespace) -> int:
-    config = load(options.config, options.overrides)
-    if options.print_config:
-        print(config.to_yaml(), end="")
-        return 0
-    resume = options.resume == "auto"
-    # Imported here: they take seconds, which a wrong key need not wait for.
-    if options.check:
-        from pipeline.training.preflight import preflight
-
-        preflight(config, options.ranks, options.nodes, resume)
-        return 0
-    from pipeline.training import run
-
-    return run.main(options.command, config, resume)
-
-
-def _evaluate(options: argparse.Namespace) -> int:
-    from pipeline.evaluation.accuracy import evaluate_checkpoint
-
-    evaluate_checkpoint(options.checkpoint, options.data, options.weights)
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(asked: str) -> argparse.ArgumentParser:
+    """The parser, with the options of the command `asked` alone: those of the others would cost their imports."""
     parser = argparse.ArgumentParser(
         prog="python -m pipeline",
         description="Pretrain HorNet, fine-tune it, and measure it.",
@@ -94,48 +75,20 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    about = {
-        "pretrain": "train from random weights (under the deepspeed launcher, torchrun, or alone)",
-        "finetune": "the same code, starting from init.checkpoint: head mapped by WordNet id, filters resized",
-    }
-    for name, text in about.items():
+    for name, (module_name, text) in _COMMANDS.items():
+        if name != asked:
+            commands.add_parser(name, help=text, add_help=False)
+            continue
+        module = importlib.import_module(module_name)
         command = commands.add_parser(
-            name, help=text, description=text, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=getattr(module, "EPILOG", None),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides, values as in YAML")
-        command.add_argument(
-            "--resume",
-            choices=("auto", "never"),
-            default="auto",
-            help="auto: go on from the newest checkpoint in the run folder; never: refuse a folder that has one",
-        )
-        command.add_argument("--print-config", action="store_true", help="print the resolved configuration and leave")
-        command.add_argument("--check", action="store_true", help="check configuration, data and weights, and leave")
-        command.add_argument("--ranks", type=int, help="with --check: the number of ranks the run will have")
-        command.add_argument("--nodes", type=int, default=1, help="with --check: the number of hosts they are on")
-        command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
-        command.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
-        command.set_defaults(run=_train)
-    command = commands.add_parser("evaluate", help="top-1 and top-5 of a checkpoint on the validation split")
-    command.add_argument("checkpoint", type=Path, help="a run folder (its newest checkpoint) or a checkpoint folder")
-    command.add_argument("--data", help="another data set (folder or URL) with the same classes")
-    command.add_argument("--weights", choices=("ema", "model"), help="default: the EMA where there is one")
-    command.add_argument("--debug", action="store_true", help="tracebacks instead of one-line errors")
-    command.set_defaults(run=_evaluate)
-    command = commands.add_parser(
-        "checkpoint",
-        help=inspect_checkpoint.ABOUT,
-        description=inspect_checkpoint.ABOUT,
-        epilog=inspect_checkpoint.EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    inspect_checkpoint.add_arguments(command)
-    command.set_defaults(run=inspect_checkpoint.command)
-    text = "images per second of a configuration's data loader on this host, and whether that feeds the GPUs"
-    command = commands.add_parser("bench-data", help=text, description=text)
-    bench_data.add_arguments(command)
-    command.set_defaults(run=bench_data.command)
+        module.add_arguments(command)
+        command.set_defaults(run=module.command)
     return parser
 
 
@@ -156,4 +109,7 @@ def _explain(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # all is written and closed; taking a thousand modules apart takes a second

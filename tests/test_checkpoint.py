@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from data_prep.labels.spaces import imagenet_1k_synsets, published_hornet_22k_synsets
 from pipeline.checkpoints import state as checkpoint
 from pipeline.checkpoints import transfer
+from pipeline.checkpoints.choice import differing_keys, newest_of_run
 from pipeline.checkpoints.files import (
     CheckpointError,
     Meta,
@@ -31,7 +32,7 @@ from pipeline.checkpoints.files import (
     to_keep,
     verify,
 )
-from pipeline.checkpoints.state import CheckpointWriter, differing_keys, newest_of_run, read_tensors
+from pipeline.checkpoints.state import CheckpointWriter, read_tensors
 from pipeline.config.load import Config, load
 from pipeline.config.sections import Checkpoint
 from pipeline.models.build import build_model

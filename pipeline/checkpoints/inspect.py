@@ -25,7 +25,6 @@ from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta
 from pipeline.config.sections import Checkpoint
 
-ABOUT = "what is in a run's checkpoints, and whether they are whole; exit code 1 where one is damaged"
 EPILOG = """\
 examples
   all of a run's:       python -m pipeline checkpoint runs/NAME

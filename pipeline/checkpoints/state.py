@@ -12,11 +12,11 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from rich.filesize import decimal
@@ -25,19 +25,11 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, read_meta
-from pipeline.config.load import Config
 from pipeline.config.sections import Checkpoint
 
 _LAST_SECONDS = 25.0  # launchers wait for 30 s before they kill what is left
 SPARE_BYTES = 32 * 2**20  # left free by a save, for the logs of the run that goes on
 _HEADER_BYTES = 512  # a tensor, at most, in the header of its file
-# What a run may change between two starts and still be the same run. The guard is free because the run that it ended
-# has to be able to go on under another one.
-_FREE_KEYS = re.compile(
-    r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
-    r"|train\.(micro_batch|zero_stage|precision)"
-    r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
-)
 
 Tensors = dict[str, torch.Tensor]
 
@@ -218,66 +210,3 @@ def read_optimizer(path: Path) -> dict[str, Tensors]:
     if (path / "ema.safetensors").exists():
         states["ema"] = read_tensors(path / "ema.safetensors")
     return states
-
-
-def newest_of_run(
-    config: Config, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
-) -> tuple[Path, Meta] | tuple[None, None]:
-    """The newest whole checkpoint that the run of `config` goes on from, or (None, None) where it has none at all.
-
-    Damaged newer ones are told on stderr and, with `quarantine`, renamed to damaged-step-NNNNNNNN. `hashes` as for
-    `verify`. Raises CheckpointError if all are damaged, if they are another run's, or if there is one and `resume` is
-    false.
-    """
-    folder = config.run_dir / "checkpoints"
-    if quarantine:
-        files.put_back(folder)
-    found, faults = files.newest_good(folder, hashes)
-    if found is None and not faults:
-        return None, None
-    if not resume:
-        raise CheckpointError(
-            f"{config.run_dir} already holds a run ({files.step_folders(folder)[-1].name}): leave out --resume never "
-            f"to continue it, set another name, or remove the folder"
-        )
-    if found is None:
-        raise files.none_good(config.run_dir, faults)
-    path, meta = found
-    _check_same_run(path, meta, config, dataset_id)
-    # What cannot be read now may be read another time: it stays where it is.
-    broken = {damaged: why for damaged, why in faults.items() if not any(files.UNREADABLE in fault for fault in why)}
-    files.warn_of_damage(broken, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
-    files.warn_of_damage({damaged: why for damaged, why in faults.items() if damaged not in broken}, path)
-    for damaged in broken if quarantine else ():
-        _set_aside(damaged)
-    return path, meta
-
-
-def _set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint out of the way of its step's next save; one set aside before makes place for it."""
-    aside = path.with_name(files.SET_ASIDE + path.name)
-    files.remove(aside)
-    os.replace(path, aside)
-    files.sync(path.parent)
-
-
-def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
-    changes = differing_keys(meta.config, config.model_dump(mode="json"))
-    changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
-    if meta.dataset_id != dataset_id:
-        changes["data.path (dataset_id)"] = (meta.dataset_id[:12], dataset_id[:12])
-    if changes:
-        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
-        raise CheckpointError(f"{path} is of another configuration: {listed}. Set them back, or set another name")
-
-
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (old value, new value), where two nested mappings differ."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in {**old, **new}:
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            found |= differing_keys(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[prefix + key] = (a, b)
-    return found

@@ -3,60 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data_prep.labels.spaces import imagenet_1k_synsets, lemma, map_labels, published_hornet_22k_synsets
-from pipeline.checkpoints.files import META_FILE, CheckpointError, locate, read_meta
+from data_prep.labels.spaces import lemma, map_labels
+from pipeline.checkpoints.choice import Source
+from pipeline.checkpoints.files import CheckpointError
 from pipeline.checkpoints.state import read_tensors
-from pipeline.config.sections import Init
 from pipeline.ops.global_filter import resize_global_filters
 
 HEAD = ("head.weight", "head.bias")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Weights to start from: where they are, of which model (None: unknown), over which classes (None: unknown)."""
-
-    weights: Path
-    model_name: str | None
-    synsets: list[str] | None
-
-
-def find_source(init: Init) -> Source:
-    """What `init.checkpoint` names, checked to exist. Raises CheckpointError."""
-    assert init.checkpoint is not None
-    path = locate(init.checkpoint)
-    spaces = {"published-22k": published_hornet_22k_synsets, "imagenet-1k": imagenet_1k_synsets, "none": lambda: None}
-    if path.is_file() and not (path.parent / META_FILE).exists():
-        if init.label_space not in spaces:
-            raise CheckpointError(
-                f"{path} does not say which classes its head has: set init.label_space to published-22k, imagenet-1k, "
-                f"or none (a fresh head)"
-            )
-        return Source(path, None, spaces[init.label_space]())
-    meta = read_meta(path.parent if path.is_file() else path)
-    synsets = spaces.get(init.label_space, lambda: meta.synsets)()
-    if path.is_file():
-        return Source(path, meta.model_name, synsets)
-    weights = path / ("ema.safetensors" if init.weights == "ema" else "model.safetensors")
-    if not weights.exists():
-        other = "model" if init.weights == "ema" else "ema"
-        raise CheckpointError(f"{path} has no {weights.name}: set init.weights={other}")
-    return Source(weights, meta.model_name, synsets)
-
-
-def check_model(source: Source, model_name: str) -> None:
-    """Raise CheckpointError when the weights are known to be of another model; img384 variants share weights."""
-    if source.model_name is not None and _family(source.model_name) != _family(model_name):
-        raise CheckpointError(
-            f"{source.weights.parent} is a checkpoint of {source.model_name}, the configuration builds {model_name}: "
-            f"set model.name={source.model_name} or another init.checkpoint"
-        )
 
 
 def load_into(model: nn.Module, source: Source, synsets: Sequence[str]) -> str:
@@ -99,10 +57,6 @@ def load_into(model: nn.Module, source: Source, synsets: Sequence[str]) -> str:
             report += f", {len(mapping.unmatched)} fresh: {words}{', ...' if len(mapping.unmatched) > 5 else ''}"
     model.load_state_dict(own | weights)
     return f"weights from {source.weights}; {report}"
-
-
-def _family(model_name: str) -> str:
-    return model_name.removesuffix("_img384")
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -17,7 +18,8 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Deferred: sections are built as parts of Config, and then only where a configuration is loaded.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class Data(Section):
@@ -138,6 +140,13 @@ def _one_or_one_a_stage(value: Any) -> Any:
     return given[0] if len(given) == 1 else tuple(given)
 
 
+# What pipeline/models/variants.py registers with timm, whose import takes seconds that a wrong name need not wait for.
+MODELS = (
+    *("hornet_nano_gf", "hornet_tiny_7x7", "hornet_tiny_gf", "hornet_small_7x7", "hornet_small_gf", "hornet_base_7x7"),
+    *("hornet_base_gf", "hornet_base_gf_img384", "hornet_large_7x7", "hornet_large_gf", "hornet_large_gf_img384"),
+)
+
+
 class Model(Section):
     """A model of timm's registry and what to build it with."""
 
@@ -150,6 +159,15 @@ class Model(Section):
         "inputs of each block or of the stage (33 % more)"
     )
     compile: bool = Field(description="torch.compile each block; minutes at the start, and a C++ compiler on the host")
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in MODELS:
+            near = difflib.get_close_matches(name, MODELS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(f"model.name {name!r} is not known; {hint}There are {', '.join(MODELS)}")
+        return name
 
 
 class Optimizer(Section):

@@ -109,7 +109,7 @@ def run(
     """Measure for `seconds`, print the table, return what is in it. Raises ConfigError, DataError, ManifestError."""
     import torch
 
-    from pipeline.data.loader import training_order
+    from pipeline.data.order import training_order
 
     ranks_per_node = torch.cuda.device_count() or 1 if ranks_per_node is None else ranks_per_node
     if seconds <= 0 or ranks_per_node < 1 or nodes < 1 or (need is not None and need <= 0):
@@ -259,7 +259,8 @@ def _rank(pipe: Any, parent: int, config: Config, rank: int, ranks: int, seconds
 
 
 def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) -> None:
-    from pipeline.data.loader import training_batches, training_order
+    from pipeline.data.loader import training_batches
+    from pipeline.data.order import training_order
     from pipeline.data.ring import PREFETCHED_BATCHES
     from pipeline.ranks.collectives import Ranks
 

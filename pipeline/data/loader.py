@@ -27,30 +27,18 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.augment import HostAugment
-from pipeline.data.beton import EvaluationBeton, TrainingBeton, beton_path
+from pipeline.data.beton import EvaluationBeton, TrainingBeton
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.evaluation import EvaluationImages
 from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
-from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.shards import DataError, ShardReader, beton_path
 from pipeline.data.views import Batch, Drawn, Views, numbers_of
 from pipeline.ranks.collectives import Ranks
 
 _DEAD_WORKER = ("DataLoader worker (pid", "DataLoader timed out")
 _SILENT_SECONDS = 600  # a worker that yields nothing for so long is dead or hangs; FFCV compiles for up to a minute
 _OUTLIVE_SECONDS = 60  # a worker that got SIGTERM serves its rank for so long: the rank's last step, not all of its end
-
-
-def training_order(config: Config, manifest: Manifest) -> SampleOrder:
-    """The order of the training split. Raises ValueError where it does not fill a global batch."""
-    return SampleOrder(
-        tuple(entry.samples for entry in manifest.split("train").shards),
-        config.train.global_batch,
-        config.seed,
-        config.data.shuffle_lanes,
-        config.data.shuffle_window_shards,
-        config.augment.repeats,
-    )
 
 
 def training_batches(

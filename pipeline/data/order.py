@@ -22,6 +22,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.manifest import Manifest
+from pipeline.config.load import Config
 from pipeline.data.keyed import view_numbers
 
 _CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
@@ -242,3 +244,15 @@ class _Windows(OrderedDict[tuple[int, ...], np.ndarray]):
 
 
 _windows = _Windows()
+
+
+def training_order(config: Config, manifest: Manifest) -> SampleOrder:
+    """The order of the training split. Raises ValueError where it does not fill a global batch."""
+    return SampleOrder(
+        tuple(entry.samples for entry in manifest.split("train").shards),
+        config.train.global_batch,
+        config.seed,
+        config.data.shuffle_lanes,
+        config.data.shuffle_window_shards,
+        config.augment.repeats,
+    )

@@ -2,7 +2,7 @@
 
 `log.jsonl` is the record; MLflow gets the same numbers with the same times. Where one of the three does not take them
 (a server that is down, a full disk, a terminal that is gone) training goes on: the numbers wait and go with the next
-ones, or at the end.
+ones, or at the end. So they do while a thread imports mlflow and reaches it: that takes seconds, and no step waits.
 """
 
 from __future__ import annotations
@@ -17,18 +17,15 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
-
-# Read when mlflow is imported: its defaults wait for minutes on a server that is down.
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-import mlflow
-from mlflow.entities import Metric, Param, RunTag
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say
+
+if TYPE_CHECKING:
+    import mlflow
 
 _RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
 _BATCH = 500  # metrics a request may hold are limited by the server
@@ -37,8 +34,17 @@ _REASON_CHARS = 500
 _LAST_WORDS_SECONDS = 15.0
 
 
+class _Metric(NamedTuple):
+    """The fields of MLflow's, before mlflow is imported; timestamp in ms."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
 class Tracker:
-    """One run's log. `run_id` is MLflow's, or None as long as MLflow could not be reached."""
+    """One run's log. `start`, or the first numbers, begin to reach MLflow; nothing waits until that is done."""
 
     def __init__(self, config: Config, tags: Mapping[str, str], first_step: int) -> None:
         """Open the log of a run at `first_step`; a run folder that had an MLflow run goes on with it.
@@ -48,14 +54,15 @@ class Tracker:
         not sent them twice.
         """
         self.config = config
-        self.run_id: str | None = None
+        self._run_id: str | None = None
+        # While it lives it alone talks to MLflow, and afterwards who logs does.
+        self._starting = threading.Thread(target=self._reach_and_send, name="mlflow", daemon=True)
+        self._new: deque[_Metric] = deque()  # not yet among those that wait to be sent
         self._id_file = config.run_dir / "mlflow_run.json"
         self._tags = dict(tags)
         self._complained = self._reached = self._finished = False
         self._retry_at = 0.0
         self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         root = config.output_root.resolve()
         self.uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
         self._artifacts = None if config.tracking.uri else (root / "mlartifacts").as_uri()
@@ -71,9 +78,25 @@ class Tracker:
         if first_step and self._id_file.exists():
             known = json.loads(self._id_file.read_text())
             if known["uri"] == self.uri:
-                self.run_id = known["run_id"]
-        self._goes_on = self._id_saved = self.run_id is not None
-        self._reach()
+                self._run_id = known["run_id"]
+        self._goes_on = self._id_saved = self._run_id is not None
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's, or None as long as MLflow could not be reached; waits for the first try to reach it."""
+        self.start()
+        self._wait()
+        return self._run_id
+
+    def start(self) -> None:
+        """Begin to reach MLflow; a second call does nothing."""
+        if self._starting.ident is None:
+            os.register_at_fork(before=self._wait)  # a child forked within an import would keep its locks for ever
+            self._starting.start()
+
+    def _wait(self) -> None:
+        if self._starting.is_alive() and self._starting is not threading.current_thread():
+            self._starting.join()
 
     def log(self, step: int, metrics: Mapping[str, float], line: str) -> None:
         """Record `metrics` at `step` everywhere; `line` is what the console shows."""
@@ -81,7 +104,7 @@ class Tracker:
         record |= {key: _round(value) for key, value in metrics.items()}
         self._log.append(json.dumps(record))
         say(line, sys.stdout)
-        self._pending += _metrics(record)
+        self._new.extend(_metrics(record))
         self._send()
 
     def event(self, step: int, line: str) -> None:
@@ -112,15 +135,16 @@ class Tracker:
         self._finished = True
         self._log.flush()
         self._send(now=True)
-        if self.run_id is None or self._pending:
+        self._take_new()
+        if self._run_id is None or self._pending:
             self._complain(f"{len(self._pending)} numbers of {self._log.path} did not reach it", last=True)
             return
         try:
-            client = mlflow.MlflowClient(self.uri)
-            self._end(client, self.run_id, status, reason)
+            client = _mlflow().MlflowClient(self.uri)
+            self._end(client, self._run_id, status, reason)
             for path in files:
                 if path.exists():
-                    client.log_artifact(self.run_id, str(path))
+                    client.log_artifact(self._run_id, str(path))
         except Exception as error:  # a tracking server must never fail a run that is done
             self._complain(str(error), last=True)
 
@@ -132,8 +156,8 @@ class Tracker:
 
         def fail() -> None:
             with suppress(Exception):
-                if self.run_id is not None:
-                    self._end(mlflow.MlflowClient(self.uri), self.run_id, "FAILED", reason)
+                if self._run_id is not None:
+                    self._end(_mlflow().MlflowClient(self.uri), self._run_id, "FAILED", reason)
 
         with suppress(Exception):
             thread = threading.Thread(target=fail, name="last words", daemon=True)
@@ -149,14 +173,14 @@ class Tracker:
     def _reach(self) -> None:
         """Create the MLflow run or go on with it. A server that is down is no reason not to train."""
         try:
-            client = mlflow.MlflowClient(self.uri)
+            client = _mlflow().MlflowClient(self.uri)
             if self._goes_on:
-                assert self.run_id is not None
-                tags = client.get_run(self.run_id).data.tags
-                client.update_run(self.run_id, status="RUNNING")
+                assert self._run_id is not None
+                tags = client.get_run(self._run_id).data.tags
+                client.update_run(self._run_id, status="RUNNING")
                 if "stopped" in tags:
-                    client.delete_tag(self.run_id, "stopped")
-                client.set_tag(self.run_id, "restarts", int(tags.get("restarts", 0)) + 1)
+                    client.delete_tag(self._run_id, "stopped")
+                client.set_tag(self._run_id, "restarts", int(tags.get("restarts", 0)) + 1)
             else:
                 self._create(client)
             self._reached = True
@@ -165,46 +189,60 @@ class Tracker:
             self._complain(str(error))
 
     def _create(self, client: mlflow.MlflowClient) -> None:
-        if self.run_id is None:
+        entities = _mlflow().entities
+        if self._run_id is None:
             experiment = client.get_experiment_by_name(self.config.tracking.experiment)
             experiment_id = (
                 experiment.experiment_id
                 if experiment
                 else client.create_experiment(self.config.tracking.experiment, artifact_location=self._artifacts)
             )
-            self.run_id = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
-        params = [Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
-        client.log_batch(self.run_id, params=params, tags=[RunTag("run_dir", str(self.config.run_dir))])
+            self._run_id = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
+        params = [entities.Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
+        client.log_batch(self._run_id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
 
     def _send(self, now: bool = False) -> None:
-        if time.monotonic() < self._retry_at and not now:
+        self.start()
+        if now:
+            self._wait()
+        elif self._starting.is_alive() or time.monotonic() < self._retry_at:
             return
+        self._reach_and_send()
+
+    def _reach_and_send(self) -> None:
         if not self._reached:
             self._reach()
         if not self._reached:
             return
-        assert self.run_id is not None
+        assert self._run_id is not None
         self._save_id()
+        self._take_new()
         try:
-            client = mlflow.MlflowClient(self.uri)
+            client, metric_of = _mlflow().MlflowClient(self.uri), _mlflow().entities.Metric
             if self._goes_on:
-                self._forget_what_is_known(client, self.run_id)
+                self._forget_what_is_known(client, self._run_id)
             while self._pending:
-                client.log_batch(self.run_id, metrics=self._pending[:_BATCH])
+                client.log_batch(self._run_id, metrics=[metric_of(*metric) for metric in self._pending[:_BATCH]])
                 self._last_steps = {metric.key: -1 for metric in self._pending[:_BATCH]} | self._last_steps
                 del self._pending[:_BATCH]
+                self._take_new()
             if self._events_pending:
-                client.log_text(self.run_id, "\n".join(self._events) + "\n", "events.txt")
-                self._events_pending = False
+                self._events_pending = False  # first: another event may come meanwhile
+                client.log_text(self._run_id, "\n".join(list(self._events)) + "\n", "events.txt")
         except Exception as error:
+            self._events_pending = bool(self._events)
             self._complain(str(error))
+
+    def _take_new(self) -> None:
+        while self._new:
+            self._pending.append(self._new.popleft())
 
     def _save_id(self) -> None:
         if self._id_saved:
             return
         with suppress(OSError):  # a full disk: tried again with the next line
             with atomic_write(self._id_file) as file:
-                file.write(json.dumps({"uri": self.uri, "run_id": self.run_id}).encode())
+                file.write(json.dumps({"uri": self.uri, "run_id": self._run_id}).encode())
             self._id_saved = True
 
     def _forget_what_is_known(self, client: mlflow.MlflowClient, run_id: str) -> None:
@@ -237,10 +275,22 @@ def _event_step(line: str) -> int:
     return int(line.split("  step ")[1].split()[0])
 
 
-def _metrics(record: Mapping[str, float]) -> list[Metric]:
+def _mlflow() -> Any:
+    """The package, imported where it is first asked for."""
+    # Read when mlflow is imported: its defaults wait for minutes on a server that is down.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    import mlflow
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+def _metrics(record: Mapping[str, float]) -> list[_Metric]:
     """MLflow's form of a line of log.jsonl."""
     stamp, step = round(record["time"] * 1000), int(record["step"])
-    return [Metric(key, float(value), stamp, step) for key, value in record.items() if key not in ("time", "step")]
+    return [_Metric(key, float(value), stamp, step) for key, value in record.items() if key not in ("time", "step")]
 
 
 def _round(value: float) -> float:

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from functools import partial
@@ -21,6 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 
 os.environ.setdefault("DS_IGNORE_CUDA_DETECTION", "1")  # no nvcc warning on import: nothing is compiled here
+# Where mlflow is installed DeepSpeed 0.19.8 imports it, for its autotuner: seconds on every rank. Now it seems missing.
+if _mlflow_is_new := "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed
 from deepspeed.utils import (
     logger,
@@ -30,6 +34,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+
+if _mlflow_is_new:
+    del sys.modules["mlflow"]
 
 from pipeline.config.load import Config
 from pipeline.ops import kernels

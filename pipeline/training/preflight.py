@@ -1,22 +1,24 @@
-"""What can be known to be wrong before ranks are started: configuration, files, batch, checkpoints, start weights."""
+"""What can be known to be wrong before ranks are started: configuration, files, batch, checkpoints, start weights.
+
+Nothing here imports torch or timm, which take seconds, unless the configuration asks for what they alone can judge.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import re
 import sys
-
-import torch
 
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
-from pipeline.checkpoints import transfer
-from pipeline.checkpoints.state import newest_of_run
+from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
-from pipeline.data.beton import beton_path
-from pipeline.data.decode import COMPILED
-from pipeline.data.device_augment import DeviceAugment
-from pipeline.data.loader import training_order
-from pipeline.data.shards import ShardReader, check_remote_files
-from pipeline.models.build import build_model
+from pipeline.data.order import training_order
+from pipeline.data.shards import ShardReader, beton_path, check_remote_files
+
+# RandAugment that augments on the device for certain; what else they may do, and why not, timm has to say.
+_PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*")
 
 
 def note(text: str) -> None:
@@ -48,22 +50,22 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
     training_order(config, manifest)
-    if config.augment.where == "device":
-        DeviceAugment(config.augment)
     if ranks is not None:
         config.train.accumulation_steps(ranks)
     _tell_of_lanes(config, manifest, nodes)
-    if config.data.format == "webdataset" and not COMPILED:
+    if config.data.format == "webdataset" and importlib.util.find_spec("pipeline.data._jpeg") is None:
         note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
-    for split in ("train", "val"):
-        if config.data.format == "ffcv":
-            beton_path(config.data.path, manifest, split)
-        else:
+    if config.data.format == "webdataset":
+        for split in ("train", "val"):
             ShardReader(config.data, manifest, split)
     if config.data.is_remote:
         check_remote_files(config.data, manifest)
-    with torch.device("meta"):
-        build_model(config.model, manifest.num_classes, config.data.resolution)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
-        transfer.check_model(transfer.find_source(config.init), config.model.name)
+        check_model(find_source(config.init), config.model.name)
+    policy = config.augment.rand_augment
+    if config.augment.where == "device" and policy and not _PLAIN_RAND_AUGMENT.fullmatch(policy):
+        importlib.import_module("pipeline.data.device_augment").DeviceAugment(config.augment)
+    if config.data.format == "ffcv":  # last: it imports FFCV, and with it torch
+        for split in ("train", "val"):
+            beton_path(config.data.path, manifest, split)

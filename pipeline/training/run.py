@@ -14,11 +14,13 @@ import torch
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.storage import atomic_write
-from pipeline.checkpoints import transfer
+from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind
-from pipeline.checkpoints.state import CheckpointWriter, newest_of_run, read_optimizer, read_tensors
+from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
+from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
-from pipeline.data.loader import training_batches, training_order
+from pipeline.data.loader import training_batches
+from pipeline.data.order import training_order
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
@@ -90,9 +92,9 @@ class Run:
             model.load_state_dict(read_tensors(last / "model.safetensors"))
             origin = f"resumed from {last}"
         elif config.init.checkpoint is not None:
-            source = transfer.find_source(config.init)
-            transfer.check_model(source, config.model.name)
-            origin = transfer.load_into(model, source, manifest.synsets)
+            source = find_source(config.init)
+            check_model(source, config.model.name)
+            origin = load_into(model, source, manifest.synsets)
         if config.model.compile:
             model.compile_blocks()
         self.first_step = meta.step if meta else 0
@@ -152,6 +154,8 @@ class Run:
             result = self.engine.train_step(
                 self.feed.step(step), self.loss, self.guard.judge, lambda: self.stop.requested
             )
+            if self.tracker:
+                self.tracker.start()  # not before: importing mlflow would hold the first step up
             rewound = False
             if result.refused is None:
                 self.meter.add(result.loss, resolution)

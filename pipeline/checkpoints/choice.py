@@ -1,0 +1,132 @@
+"""Which checkpoint a run goes on from, and which weights it starts from: by names and JSON alone, without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.labels.spaces import imagenet_1k_synsets, published_hornet_22k_synsets
+from pipeline.checkpoints import files
+from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, locate, read_meta
+from pipeline.config.load import Config
+from pipeline.config.sections import Init
+
+# What a run may change between two starts and still be the same run. The guard is free because the run that it ended
+# has to be able to go on under another one.
+_FREE_KEYS = re.compile(
+    r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
+    r"|train\.(micro_batch|zero_stage|precision)"
+    r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
+)
+
+
+def newest_of_run(
+    config: Config, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
+) -> tuple[Path, Meta] | tuple[None, None]:
+    """The newest whole checkpoint that the run of `config` goes on from, or (None, None) where it has none at all.
+
+    Damaged newer ones are told on stderr and, with `quarantine`, renamed to damaged-step-NNNNNNNN. `hashes` as for
+    `verify`. Raises CheckpointError if all are damaged, if they are another run's, or if there is one and `resume` is
+    false.
+    """
+    folder = config.run_dir / "checkpoints"
+    if quarantine:
+        files.put_back(folder)
+    found, faults = files.newest_good(folder, hashes)
+    if found is None and not faults:
+        return None, None
+    if not resume:
+        raise CheckpointError(
+            f"{config.run_dir} already holds a run ({files.step_folders(folder)[-1].name}): leave out --resume never "
+            f"to continue it, set another name, or remove the folder"
+        )
+    if found is None:
+        raise files.none_good(config.run_dir, faults)
+    path, meta = found
+    _check_same_run(path, meta, config, dataset_id)
+    # What cannot be read now may be read another time: it stays where it is.
+    broken = {damaged: why for damaged, why in faults.items() if not any(files.UNREADABLE in fault for fault in why)}
+    files.warn_of_damage(broken, path, f"; it is kept as {files.SET_ASIDE}step-..." if quarantine else "")
+    files.warn_of_damage({damaged: why for damaged, why in faults.items() if damaged not in broken}, path)
+    for damaged in broken if quarantine else ():
+        _set_aside(damaged)
+    return path, meta
+
+
+def _set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint out of the way of its step's next save; one set aside before makes place for it."""
+    aside = path.with_name(files.SET_ASIDE + path.name)
+    files.remove(aside)
+    os.replace(path, aside)
+    files.sync(path.parent)
+
+
+def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
+    changes = differing_keys(meta.config, config.model_dump(mode="json"))
+    changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
+    if meta.dataset_id != dataset_id:
+        changes["data.path (dataset_id)"] = (meta.dataset_id[:12], dataset_id[:12])
+    if changes:
+        listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changes.items())
+        raise CheckpointError(f"{path} is of another configuration: {listed}. Set them back, or set another name")
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (old value, new value), where two nested mappings differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in {**old, **new}:
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= differing_keys(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[prefix + key] = (a, b)
+    return found
+
+
+@dataclass(frozen=True)
+class Source:
+    """Weights to start from: where they are, of which model (None: unknown), over which classes (None: unknown)."""
+
+    weights: Path
+    model_name: str | None
+    synsets: list[str] | None
+
+
+def find_source(init: Init) -> Source:
+    """What `init.checkpoint` names, checked to exist. Raises CheckpointError."""
+    assert init.checkpoint is not None
+    path = locate(init.checkpoint)
+    spaces = {"published-22k": published_hornet_22k_synsets, "imagenet-1k": imagenet_1k_synsets, "none": lambda: None}
+    if path.is_file() and not (path.parent / META_FILE).exists():
+        if init.label_space not in spaces:
+            raise CheckpointError(
+                f"{path} does not say which classes its head has: set init.label_space to published-22k, imagenet-1k, "
+                f"or none (a fresh head)"
+            )
+        return Source(path, None, spaces[init.label_space]())
+    meta = read_meta(path.parent if path.is_file() else path)
+    synsets = spaces.get(init.label_space, lambda: meta.synsets)()
+    if path.is_file():
+        return Source(path, meta.model_name, synsets)
+    weights = path / ("ema.safetensors" if init.weights == "ema" else "model.safetensors")
+    if not weights.exists():
+        other = "model" if init.weights == "ema" else "ema"
+        raise CheckpointError(f"{path} has no {weights.name}: set init.weights={other}")
+    return Source(weights, meta.model_name, synsets)
+
+
+def check_model(source: Source, model_name: str) -> None:
+    """Raise CheckpointError when the weights are known to be of another model; img384 variants share weights."""
+    if source.model_name is not None and _family(source.model_name) != _family(model_name):
+        raise CheckpointError(
+            f"{source.weights.parent} is a checkpoint of {source.model_name}, the configuration builds {model_name}: "
+            f"set model.name={source.model_name} or another init.checkpoint"
+        )
+
+
+def _family(model_name: str) -> str:
+    return model_name.removesuffix("_img384")

@@ -1,0 +1,56 @@
+"""The commands `pretrain` and `finetune`: their options, the check before a launch, the run.
+
+What takes seconds to import is imported where it is used: options and wrong keys need not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+EPILOG = """\
+examples
+  one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
+  all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+  many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+  other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
+The same command continues an interrupted run. To stop one and lose nothing: SIGUSR1 to any rank.
+exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of both."""
+    add = parser.add_argument
+    add("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
+    add("overrides", nargs="*", metavar="key=value", help="dotted overrides, values as in YAML")
+    add(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: go on from the newest checkpoint in the run folder; never: refuse a folder that has one",
+    )
+    add("--print-config", action="store_true", help="print the resolved configuration and leave")
+    add("--check", action="store_true", help="check configuration, data and weights, and leave")
+    add("--ranks", type=int, help="with --check: the number of ranks the run will have")
+    add("--nodes", type=int, default=1, help="with --check: the number of hosts they are on")
+    add("--debug", action="store_true", help="tracebacks instead of one-line errors")
+    add("--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
+
+
+def command(options: argparse.Namespace) -> int:
+    """Either command with its options parsed; returns the exit code. Raises what `run.main` and `preflight` raise."""
+    from pipeline.config.load import load
+
+    config = load(options.config, options.overrides)
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return 0
+    resume = options.resume == "auto"
+    if options.check:
+        from pipeline.training.preflight import preflight
+
+        preflight(config, options.ranks, options.nodes, resume)
+        return 0
+    from pipeline.training import run
+
+    return run.main(options.command, config, resume)
