@@ -6,9 +6,7 @@ object store by one upload, which shows nothing until it is complete.
 
 import fnmatch
 import os
-import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,7 +37,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     # Two hosts may write the same file, under the same process id.
-    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{os.urandom(4).hex()}")
     try:
         yield temp
         with open(temp, "rb+") as file:
@@ -184,6 +182,8 @@ class Folder:
             with atomic_path(path) as temp:
                 yield temp
             return
+        import tempfile  # every command imports this file, and few need it
+
         with tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
             temp = Path(scratch) / "file"
             yield temp

@@ -17,8 +17,8 @@ _COMMANDS = {
     "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "evaluate": ("pipeline.evaluation.command", "top-1 and top-5 of a checkpoint on the validation split"),
-    "checkpoint": ("pipeline.checkpoints.inspect", "what is in a run's checkpoints, and whether they are whole"),
-    "bench-data": ("pipeline.data.bench", "images per second of a configuration's data loader on this host"),
+    "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
+    "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
 }
 _EPILOG = """\
 examples

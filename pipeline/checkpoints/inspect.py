@@ -5,7 +5,6 @@ Only files are read, without torch: it answers in a moment, also while the run g
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections import Counter
 from datetime import datetime
@@ -24,16 +23,6 @@ from data_prep.storage import DataPrepError
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta
 from pipeline.config.sections import Checkpoint
-
-EPILOG = """\
-examples
-  all of a run's:       python -m pipeline checkpoint runs/NAME
-  the same, each byte:  python -m pipeline checkpoint runs/NAME --hashes
-  one of them:          python -m pipeline checkpoint runs/NAME/checkpoints/latest
-  its tensors' norms:   python -m pipeline checkpoint runs/NAME/checkpoints/best --tensors
-kept because: last (keep_last), every (keep_every_steps), best (best_metric), rewind (the guard goes back to it).
-A damaged one is passed over by the next start, which renames it to damaged-step-...: delete that when you have seen it.
-exit codes: 0 all whole, 1 one is damaged or there is none, 2 usage."""
 
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
@@ -55,26 +44,17 @@ class TensorFacts(NamedTuple):
         return self.elements * _ITEM_BYTES.get(self.dtype, 0)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add = parser.add_argument
-    add("path", type=Path, metavar="PATH", help="a run folder: all of its checkpoints; a checkpoint folder: that one")
-    add("--hashes", action="store_true", help="run folder: check every byte of each, not sizes alone")
-    add("--tensors", action="store_true", help="checkpoint folder: list each tensor with shape, dtype and L2 norm")
-    add("--debug", action="store_true", help="tracebacks instead of one-line errors")
-
-
-def command(options: argparse.Namespace) -> int:
-    """The command with its options parsed; returns the exit code: 1 where something is damaged."""
-    path, console = options.path, Console()
+def show(path: Path, hashes: bool, tensors: bool) -> bool:
+    """Print what a run folder or a checkpoint folder holds; returns whether all is whole. Raises CheckpointError."""
+    console = Console()
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
     folder = path / "checkpoints"
     if files.step_folders(folder, set_aside=True):
-        return 0 if show_run(path, options.hashes, console) else 1
+        return show_run(path, hashes, console)
     if folder.is_dir():
         raise CheckpointError(f"{path} has no checkpoint yet")
-    return 0 if show_checkpoint(files.locate(path), options.tensors, console) else 1
+    return show_checkpoint(files.locate(path), tensors, console)
 
 
 def show_run(run: Path, hashes: bool, console: Console) -> bool:

@@ -6,7 +6,6 @@ ahead before the clock started is thrown away first; then images, wall time and 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import math
@@ -22,16 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 from rich.table import Table
 
 from data_prep.manifest import Manifest
-from pipeline.config.load import Config, load
+from pipeline.config.load import Config
 from pipeline.config.sections import ConfigError
+from pipeline.data.loader import training_batches
+from pipeline.data.order import training_order
+from pipeline.data.ring import PREFETCHED_BATCHES
 from pipeline.data.shards import DataError
-
-# torch and what needs it are imported where they are used: the command line lists this command's options without them.
+from pipeline.ranks.collectives import Ranks
 
 _INDEXES = 32  # of so many shards the images' sizes are looked up
 _IDLE = 0.7  # below this share of the workers' cores, they wait for something that is not the CPU
@@ -82,35 +84,10 @@ class HostSpeed:
         return None if self.needed is None else self.images_per_second >= self.needed * _SLACK
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    add = parser.add_argument
-    add("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
-    add("overrides", nargs="*", metavar="key=value", help="dotted overrides, values as in YAML")
-    add("--seconds", type=float, default=20.0, help="how long to measure (20)")
-    add("--ranks-per-node", type=int, metavar="N", help="loaders at once; a run has one a GPU (GPUs here, or 1)")
-    add("--nodes", type=int, default=1, metavar="N", help="of the run that is meant (1)")
-    need = parser.add_mutually_exclusive_group()
-    need.add_argument("--need", type=float, metavar="IMAGES_PER_SECOND", help="what the GPUs of one node take")
-    need.add_argument("--run", type=Path, metavar="RUN_FOLDER", help="take that from a run's log", dest="of_run")
-    add("--debug", action="store_true", help="tracebacks instead of one-line errors")
-
-
-def command(options: argparse.Namespace) -> int:
-    """The command with its options parsed; returns the exit code: 3 where the loader does not keep up."""
-    config = load(options.config, options.overrides)
-    speed = run(config, options.seconds, options.ranks_per_node, options.need, options.of_run, options.nodes)
-    return 3 if speed.keeps_up is False else 0
-
-
 def run(
     config: Config, seconds: float, ranks_per_node: int | None, need: float | None, of_run: Path | None, nodes: int = 1
 ) -> HostSpeed:
     """Measure for `seconds`, print the table, return what is in it. Raises ConfigError, DataError, ManifestError."""
-    import torch
-
-    from pipeline.data.order import training_order
-
     ranks_per_node = torch.cuda.device_count() or 1 if ranks_per_node is None else ranks_per_node
     if seconds <= 0 or ranks_per_node < 1 or nodes < 1 or (need is not None and need <= 0):
         raise ConfigError("--seconds, --ranks-per-node, --nodes and --need have to be above 0")
@@ -259,11 +236,6 @@ def _rank(pipe: Any, parent: int, config: Config, rank: int, ranks: int, seconds
 
 
 def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) -> None:
-    from pipeline.data.loader import training_batches
-    from pipeline.data.order import training_order
-    from pipeline.data.ring import PREFETCHED_BATCHES
-    from pipeline.ranks.collectives import Ranks
-
     data, manifest = config.data, Manifest.load(config.data.path)
     order = training_order(config, manifest)
     first_step = max(data.resolution_by_epoch or {0: 0}) * order.steps_per_epoch  # the largest images

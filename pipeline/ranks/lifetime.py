@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -153,7 +152,7 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                 break
         file.seek(0)
         file.truncate()
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
 
@@ -168,7 +167,7 @@ def leave_with_launcher(request: StopRequest) -> None:
     if "LOCAL_RANK" not in os.environ:
         return
     host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
-    watched = [os.getppid()] + ([int(pid)] if host == socket.gethostname() and pid.isdigit() else [])
+    watched = [os.getppid()] + ([int(pid)] if host == os.uname().nodename and pid.isdigit() else [])
 
     def watch() -> None:
         while all(map(_is_alive, watched)):
