@@ -19,7 +19,7 @@ PORT ?= 5000
 DEMO_RANKS = $(or $(RANKS),$(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2))
 export HOSTFILE RANKS
 
-.PHONY: help setup plan data pretrain finetune evaluate review test chaos bench lint clean
+.PHONY: help setup plan data pretrain finetune evaluate review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -85,6 +85,9 @@ lint: $(STAMP) ## ruff (lint and format) and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+picture: $(STAMP) ## .readme/house.svg, drawn anew from the imports
+	@$(BIN)/python -m tests.support.picture
 
 clean: ## removes the demo's data and runs, and caches; data/ and runs/ of yours and .venv stay
 	rm -rf data/raw data/demo-22k data/demo-1k runs/demo-pretrain runs/demo-finetune

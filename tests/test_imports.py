@@ -1,65 +1,207 @@
-"""The import direction of CONTRIBUTING.md, checked on the source."""
+"""Imports go one way: no circle of files or rooms, the floors of CONTRIBUTING.md, one home for each heavy library."""
 
 import ast
 from pathlib import Path
 
-from tests.support.runs import ROOT
+import pytest
 
-# A file may import what stands in an earlier row, or in its own.
-LAYERS = [
-    {"config", "ops", "ranks"},
-    {"models", "data", "records", "checkpoints", "evaluation", "training"},
-    {"__main__"},
-]
+from tests.support.import_graph import (
+    ROOT,
+    Graph,
+    Order,
+    Tie,
+    against_order,
+    circles,
+    import_graph,
+    modules,
+    read_order,
+    room_graph,
+    room_of,
+)
+
+HEAVY = {"deepspeed", "mlflow", "ffcv", "pydantic"}
 
 
-def imported(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere."""
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    return import_graph()
+
+
+@pytest.fixture(scope="module")
+def order() -> Order:
+    return read_order((ROOT / "CONTRIBUTING.md").read_text())
+
+
+def told(lines: list[str]) -> str:
+    return "\n".join(["", *lines])
+
+
+def test_no_circle_of_files(graph: Graph) -> None:
+    found = circles(graph)
+    assert not found, told([str(circle) for circle in found])
+
+
+def test_no_circle_of_rooms(graph: Graph) -> None:
+    found = circles(room_graph(graph))
+    assert not found, told([str(circle) for circle in found])
+
+
+def test_rooms_stand_in_the_order_of_contributing(graph: Graph, order: Order) -> None:
+    faults = against_order(room_graph(graph), order)
+    assert not faults, told(faults)
+
+
+def test_packages_keep_apart(graph: Graph, order: Order) -> None:
+    taken = {room_of(target) for module in graph if module.startswith("pipeline") for target in graph[module]}
+    allowed = {f"data_prep.{name}" for name in ("manifest", "labels", "storage", "foreign")}
+    assert {room for room in taken if room.startswith("data_prep")} <= allowed
+    assert {room for room in order.open if room.startswith("data_prep")} == allowed
+    for module, imported in graph.items():
+        if module.startswith("data_prep"):
+            assert not [target for target in imported if not target.startswith("data_prep")], module
+        if room_of(module) in ("pipeline.models", "pipeline.ops"):
+            # The model of a run is made from its section of the configuration at one place.
+            own = {"pipeline.models", "pipeline.ops"} | (
+                {"pipeline.config"} if module == "pipeline.models.build" else set()
+            )
+            assert {room_of(target) for target in imported} <= own, module
+    for path in [path for room in ("models", "ops") for path in (ROOT / "pipeline" / room).rglob("*.py")]:
+        assert not libraries(path) & (HEAVY | {"data_prep"}), path
+
+
+def libraries(path: Path) -> set[str]:
+    """First names of all that a file imports anywhere."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def files(package: str) -> dict[str, set[str]]:
-    return {str(path.relative_to(ROOT)): imported(path) for path in sorted((ROOT / package).rglob("*.py"))}
-
-
-def only_in(library: str) -> list[str]:
-    everything = files("pipeline") | files("data_prep")
-    return [path for path, names in everything.items() if any(name.split(".")[0] == library for name in names)]
-
-
-def test_layers() -> None:
-    rank = {module: level for level, modules in enumerate(LAYERS) for module in modules}
-    for path, names in files("pipeline").items():
-        module = Path(path).parts[1].removesuffix(".py")
-        if module == "__init__":
-            continue
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in rank:
-                assert rank[parts[1]] <= rank[module], f"{path} imports {name}"
-
-
-def test_packages_keep_apart() -> None:
-    for path, names in files("data_prep").items():
-        assert not any(name.split(".")[0] == "pipeline" for name in names), path
-    for path, names in files("pipeline").items():
-        taken = {name.split(".")[1] for name in names if name.startswith("data_prep.")}
-        assert taken <= {"manifest", "labels", "storage", "foreign"}, path
-    for path, names in (files("pipeline/models") | files("pipeline/ops")).items():
-        outside = {name.split(".")[0] for name in names} & {"deepspeed", "mlflow", "ffcv", "pydantic", "data_prep"}
-        assert not outside, path
-        assert not any(name.startswith("pipeline.") and name.split(".")[1] not in ("models", "ops") for name in names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module)
+    return {name.partition(".")[0] for name in names}
 
 
 def test_one_home_each() -> None:
-    assert only_in("deepspeed") == ["pipeline/training/engine.py"]
-    assert only_in("mlflow") == ["pipeline/records/tracking.py"]
-    assert set(only_in("dask")) | set(only_in("distributed")) == {"data_prep/cluster.py"}
-    homes = {"beton.py", "ffcv_decoders.py", "ffcv_loader.py", "file.py", "write.py"}
-    assert {Path(path).name for path in only_in("ffcv")} <= homes
+    homes: dict[str, set[str]] = {}
+    for module, path in modules().items():
+        for library in libraries(path):
+            homes.setdefault(library, set()).add(module)
+    assert homes["deepspeed"] == {"pipeline.training.engine"}
+    assert homes["mlflow"] == {"pipeline.records.tracking"}
+    assert homes["dask"] | homes["distributed"] == {"data_prep.cluster"}
+    assert homes["ffcv"] <= {
+        *("data_prep.beton.file", "data_prep.beton.write"),
+        *("pipeline.data.beton", "pipeline.data.ffcv_decoders", "pipeline.data.ffcv_loader"),
+    }
+
+
+def written(root: Path, files: dict[str, str]) -> Graph:
+    """The graph of a made-up project."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return import_graph(root)
+
+
+def test_hidden_circles_are_found(tmp_path: Path) -> None:
+    """One side inside a function, the other for the type checker alone."""
+    graph = written(
+        tmp_path,
+        {
+            "pipeline/data/order.py": "def batches():\n    from pipeline.training import run\n    return run.Run\n",
+            "pipeline/training/run.py": (
+                "from typing import TYPE_CHECKING\n"
+                "if TYPE_CHECKING:\n"
+                "    from ..models.net import Net\n"
+                "class Run: ...\n"
+            ),
+            "pipeline/models/net.py": "from pipeline.data.order import (\n    batches,\n)\nclass Net: ...\n",
+        },
+    )
+    (circle,) = circles(graph)
+    assert str(circle) == (
+        "pipeline.data.order -> pipeline.training.run -> pipeline.models.net -> pipeline.data.order\n"
+        "  pipeline.data.order takes of pipeline.training.run: run (line 2)\n"
+        "  pipeline.training.run takes of pipeline.models.net: Net (line 3)\n"
+        "  pipeline.models.net takes of pipeline.data.order: batches (line 1)"
+    )
+
+
+def test_circles_of_rooms_need_no_circle_of_files(tmp_path: Path) -> None:
+    graph = written(
+        tmp_path,
+        {
+            "pipeline/data/order.py": "import pipeline.ops.kernels as kernels\n",
+            "pipeline/data/keyed.py": "",
+            "pipeline/ops/kernels.py": "",
+            "pipeline/ops/layers.py": "from pipeline.data.keyed import uniform\n",
+        },
+    )
+    assert circles(graph) == []
+    (circle,) = circles(room_graph(graph))
+    assert circle.path == ["pipeline.data", "pipeline.ops", "pipeline.data"]
+    assert "uniform in pipeline.ops.layers (line 1)" in str(circle)
+
+
+def test_names_of_modules_in_strings_count(tmp_path: Path) -> None:
+    graph = written(
+        tmp_path,
+        {
+            "data_prep/__main__.py": (
+                'COMMANDS = {"plan": ("data_prep.plan", "what data_prep.verify says")}\nPACKAGE = "data_prep"\n'
+            ),
+            "data_prep/plan.py": "",
+            "data_prep/verify.py": "",
+            "data_prep/__init__.py": "",
+        },
+    )
+    assert graph["data_prep.__main__"] == {"data_prep.plan": [Tie('"data_prep.plan"', 1)]}
+
+
+def test_packages_import_by_any_spelling(tmp_path: Path) -> None:
+    graph = written(
+        tmp_path,
+        {
+            "pipeline/__init__.py": "",
+            "pipeline/ops/__init__.py": "from . import layers\nfrom .layers import *\n",
+            "pipeline/ops/layers.py": "from pipeline import ops\nimport pipeline.ops.none_of_ours, numpy\n",
+        },
+    )
+    assert graph["pipeline.ops"] == {"pipeline.ops.layers": [Tie("layers", 1), Tie("*", 2)]}
+    assert graph["pipeline.ops.layers"] == {"pipeline.ops": [Tie("ops", 1), Tie("pipeline.ops.none_of_ours", 2)]}
+
+
+TABLE = """\
+| floor | `data_prep` | `pipeline` |
+|---|---|---|
+| 2 | `build` | `training` |
+| 1 | **`storage`** `images` | `data` `ghost` |
+"""
+
+
+def test_the_order_forbids(tmp_path: Path) -> None:
+    graph = written(
+        tmp_path,
+        {
+            "data_prep/storage.py": "import data_prep.build\n",
+            "data_prep/images.py": "import pipeline.data\n",
+            "data_prep/build.py": "import data_prep.storage\n",
+            "data_prep/extra.py": "",
+            "pipeline/data.py": "import data_prep.images, data_prep.storage\n",
+            "pipeline/training.py": "import pipeline.data\n",
+        },
+    )
+    assert against_order(room_graph(graph), read_order(TABLE)) == [
+        "data_prep.extra is not in the table",
+        "pipeline.ghost is in the table and does not exist",
+        "data_prep.images imports pipeline.data (pipeline.data in data_prep.images (line 1)): "
+        "packages use what is left of them",
+        "data_prep.storage imports data_prep.build (data_prep.build in data_prep.storage (line 1)): "
+        "data_prep.build stands on floor 2, data_prep.storage on 1",
+        "pipeline.data imports data_prep.images (data_prep.images in pipeline.data (line 1)): "
+        "data_prep.images is not open to other packages",
+    ]
+    with pytest.raises(ValueError, match="twice"):
+        read_order(TABLE.replace("`ghost`", "`training`"))
+    with pytest.raises(ValueError, match="no table"):
+        read_order("")
