@@ -2,7 +2,7 @@
 reads the same samples from either format.
 
 FFCV's `DatasetWriter` starts workers and waits for them for ever when one of them raises, and takes some 300 bytes of
-memory a sample. So the file is laid out here (`beton_file.py`): an error is an error, the same shards give the same
+memory a sample. So the file is laid out here (`file.py`): an error is an error, the same shards give the same
 bytes whatever the number of workers, and memory does not grow with the data set.
 
 Where pixels have to be decoded, workers do it: a task is a range of samples of one shard, its result a temporary file

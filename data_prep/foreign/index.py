@@ -1,6 +1,6 @@
 """The `index` command: WebDataset tars that somebody else wrote become a data set where they lie.
 
-Each tar's index is written when the tar has been read (`foreign_tar.py`), with what its samples say of their classes,
+Each tar's index is written when the tar has been read (`tar.py`), with what its samples say of their classes,
 so that the same command goes on after an interruption; `dataset.json` is last.
 """
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from pipeline.config.sections import Guard as GuardConfig
 
-_JUDGED_FROM_STEPS = 20  # config.Guard allows no shorter window; the MAD of fewer is a matter of chance
+_JUDGED_FROM_STEPS = 20  # the configuration allows no shorter window; the MAD of fewer is a matter of chance
 _MAD_TO_SIGMA = 1.4826  # the standard deviation of a normal distribution, by its median absolute deviation
 # The mean loss of a large batch varies by a percent or less, so a new resolution or another stretch of the schedule
 # would be many deviations. 5 % makes 1.8 times the loss an ordinary step with a z_max of 16.

@@ -5,7 +5,7 @@
 
 Everything runs on fake tensors, which have shapes, types and storages but no values: HorNet-L takes seconds a row on
 one core (three to four minutes in all), and the counts are those of the real thing. Drop path is off, the worst case.
-Markdown on the standard output, for README and RESULTS.md.
+Markdown on the standard output, for pipeline/README.md and RESULTS.md.
 
 - saved: storages that autograd saves in forward, each once and whole, as `saved_tensors_hooks` sees them: batch 2 less
   batch 1, so that parameters, their casts and whatever else does not grow with the batch is left out, to the byte. The
