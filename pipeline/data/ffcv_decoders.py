@@ -121,7 +121,7 @@ class BoxDecoder(ResizedCropRGBImageDecoder):
                 destination[slot, side, 0, 0] = 0 if failed == 0 else 1
             return destination[: len(batch_indices)]
 
-        decode.__dict__["is_parallel"] = True  # FFCV's mark for functions that numba may run in threads
+        decode.__dict__["is_parallel"] = True  # FFCV's mark: numba may run it in threads, with num_workers > 1
         return decode
 
 

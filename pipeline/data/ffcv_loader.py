@@ -1,4 +1,4 @@
-"""FFCV's Loader with an order of ours, and its hangs and leaks cured. What is cured:
+"""FFCV's Loader (1.0.2) with an order of ours, and its hangs and leaks cured. What is cured:
 
 - it waits for ever once its thread has died: here a dead thread is an error within two seconds;
 - it takes no notice of a JPEG that does not decode and hands out what the buffer held: here each slot is checked;

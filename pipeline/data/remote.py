@@ -1,7 +1,8 @@
 """Shards behind an fsspec URL (s3://, gs://, http://...): single images by range requests, whole shards by read-ahead.
 
-No shard has to be whole for reading: what the cache does not hold yet is fetched image by image. Meanwhile a thread of
-each process downloads what is needed next into a folder that all processes of a host share (`shard_cache.py`).
+No shard has to be whole for reading: what the cache does not hold yet is fetched image by image. (A plain LRU of shards
+thrashes: one node alone would read 729 times its part, see tests/bench/RESULTS.md.) Meanwhile a thread of each process
+downloads what is needed next into a folder that all processes of a host share (`shard_cache.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Depthwise convolution of NHWC maps, with the layout and precision of each pass chosen for the device.
 
-On a CPU, PyTorch's weight gradient of a 7x7 costs 5 to 40 times the forward pass. But it is a depthwise convolution
+On a CPU, torch 2.15's weight gradient of a 7x7 costs 5 to 40 times the forward pass. But it is a depthwise convolution
 itself, of the input with the output's gradient for a kernel as large as the map, and that forward pass is 2 to 6 times
 as fast; that of a 3x3 is fast as it is. Either is taken in fp32: in bf16 it is slower. Figures: tests/bench/RESULTS.md.
 """

@@ -67,7 +67,10 @@ def exported() -> bool:
 
 
 def under_a_mode() -> bool:
-    """Whether a dispatch mode of this thread sees every operation: fake tensors, a counter of FLOPs."""
+    """Whether a dispatch mode of this thread sees every operation: fake tensors, a counter of FLOPs.
+
+    Not `is_in_torch_dispatch_mode`, which speaks for all threads of the process (torch 2.15).
+    """
     return torch._C._len_torch_dispatch_stack() > 0
 
 

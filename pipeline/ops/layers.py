@@ -1,7 +1,8 @@
 """Linear layers and norms in the dtype of their input, whatever that of their parameters.
 
 The model chooses one dtype for its activations (that of autocast, where it is on) and switches autocast off inside:
-so a GPU and a CPU, whose autocast rules differ, compute alike, and nothing is promoted on the way.
+so a GPU and a CPU, whose autocast rules differ, compute alike, and nothing is promoted on the way. A residual stream
+in bf16 keeps half the bytes of one in fp32, and costs a third more error (tests/bench/RESULTS.md).
 """
 
 from __future__ import annotations

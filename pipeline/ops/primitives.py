@@ -56,7 +56,7 @@ def layer_norm_backward(
         return dx.view(x.shape), dweight, dbias
     dtype, affine = x.dtype, weight is not None
     if x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != dtype)):
-        # In bf16 a CPU sums the affine parameters' gradients up in bf16: 5 to 50 % off. CUDA takes one dtype alone.
+        # In bf16 a CPU (torch 2.15) sums the parameters' gradients in bf16: 5 to 50 % off. CUDA takes one dtype alone.
         wide = torch.promote_types(dtype, torch.float32)
         dy, x = dy.to(wide), x.to(wide)
         weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))

@@ -96,7 +96,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(self.lock_seconds, file=2)
         self._watcher.start()
         if self.ranks > 1:
-            # Apart from the watcher: a store whose host is stopped does not even time out.
+            # Apart from the watcher: a TCPStore (torch 2.15) whose host is stopped does not even time out.
             threading.Thread(target=self._talk, name="heartbeat", daemon=True).start()
         return self
 

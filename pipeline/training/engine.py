@@ -230,7 +230,7 @@ class Engine:
     def _gather(self, state: str) -> dict[str, torch.Tensor]:
         """A state at stages 1 and 2, by parameter name, as views of one tensor a group.
 
-        DeepSpeed's own getter sums zero-filled tensors of full size, parameter by parameter: three times as slow.
+        DeepSpeed's own getter sums zero-filled tensors of full size, parameter by parameter: a fifth as fast.
         """
         found = {}
         groups = zip(self.optimizer.bit16_groups_flat, self._flat_partitions(), strict=True)
