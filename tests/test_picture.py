@@ -47,7 +47,7 @@ def test_every_stop_is_tied_to_the_one_before(graph: Graph) -> None:
         assert len(check(route, graph)) == len(route.stops) - 1
     told = check(IMAGE, graph)
     assert "data_prep.build.ingest imports data_prep.images.prepare" in told
-    assert "pipeline.data.loader imports both data_prep.manifest and pipeline.data.order" in told
+    assert "pipeline.data.order imports data_prep.manifest" in told
 
 
 def test_a_stop_that_is_gone_is_refused(graph: Graph, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,11 +28,12 @@ from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.augment import HostAugment
 from pipeline.data.beton import EvaluationBeton, TrainingBeton
+from pipeline.data.beton_file import beton_path
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.evaluation import EvaluationImages
 from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
-from pipeline.data.shards import DataError, ShardReader, beton_path
+from pipeline.data.shards import DataError, ShardReader
 from pipeline.data.views import Batch, Drawn, Views, numbers_of
 from pipeline.ranks.collectives import Ranks
 

@@ -14,8 +14,9 @@ from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
+from pipeline.data.beton_file import beton_path
 from pipeline.data.order import training_order
-from pipeline.data.shards import ShardReader, beton_path, check_remote_files
+from pipeline.data.shards import ShardReader, check_remote_files
 
 # RandAugment that augments on the device for certain; what else they may do, and why not, timm has to say.
 _PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*")

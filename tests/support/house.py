@@ -161,7 +161,8 @@ class House:
             package = room.partition(".")[0]
             wing = WINGS.get(package, WINGS["pipeline"])
             if package not in WINGS:
-                self.rooms[room] = Box(wing.x + wing.width / 2 - 88, 14, 176, 28)
+                place = len([other for other in self.rooms if other.partition(".")[0] not in WINGS])
+                self.rooms[room] = Box(wing.x + wing.width / 2 - 88 - 190 * place, 14, 176, 28)
             elif floor not in self.bands[package]:
                 self.bands[package][floor] = Box(wing.x, TOP + ROOF - 48, wing.width, 30)
                 self.rooms[room] = Box(wing.x + wing.width / 2 - 50, TOP + ROOF - 48, 100, 30)
