@@ -13,13 +13,14 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import mlflow
 import pytest
 
 from pipeline.config.load import Config, load
+from pipeline.records import tracking
 from pipeline.records.tracking import Tracker
 
 
@@ -75,6 +76,34 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
     raise AssertionError("the MLflow server did not answer for two minutes")
 
 
+def opened(config: Config, tags: Mapping[str, str] | None = None, first_step: int = 0) -> Tracker:
+    """A tracker whose first try to reach MLflow is over: what it logs is sent at once."""
+    tracker = Tracker(config, tags or {}, first_step)
+    tracker.start()
+    assert tracker.run_id is not None or tracker.uri.startswith("http")
+    return tracker
+
+
+def test_nothing_waits_for_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers and events that come while MLflow is being reached are sent once, when it is."""
+    reached, package = threading.Event(), tracking._mlflow
+    monkeypatch.setattr(tracking, "_mlflow", lambda: reached.wait(60) and package())
+    config = configured(root)
+    tracker = Tracker(config, {}, first_step=0)
+    tracker.start()
+    for step in (1, 2, 3):
+        tracker.log(step, {"loss": float(step)}, "")
+    tracker.event(3, "LEFT OUT")
+    assert steps_logged(config) == [1, 2, 3]
+    assert not (config.run_dir / "mlflow_run.json").exists()
+    reached.set()
+    tracker.finish("FINISHED", [])
+    assert [(step, value) for step, value, _ in history(tracker.uri, tracker.run_id)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [item.path for item in mlflow.MlflowClient(tracker.uri).list_artifacts(str(tracker.run_id))] == [
+        "events.txt"
+    ]
+
+
 def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Training goes on, says so once, and every number arrives later with the time at which it was logged."""
     with socket.socket() as free:
@@ -82,7 +111,7 @@ def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixt
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     config = configured(tmp_path, f"tracking.uri={uri}")
-    tracker = Tracker(config, {"stage": "pretrain"}, first_step=0)
+    tracker = opened(config, {"stage": "pretrain"})
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1 / step, "lr": 0.1}, f"step {step}")
     tracker.event(3, "something\nhappened")
@@ -111,7 +140,7 @@ def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_going_on_with_a_run(root: Path) -> None:
     """The MLflow run is found again; lines past the checkpoint, and one that was cut, leave log.jsonl."""
     config = configured(root)
-    first = Tracker(config, {}, first_step=0)
+    first = opened(config)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)}, "")
     with open(config.run_dir / "log.jsonl", "a") as file:
@@ -140,13 +169,13 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
     """Steps that are run again after a kill are logged again, but MLflow keeps its first values of them."""
     config = configured(root)
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
-    first = Tracker(config, {}, first_step=0)
+    first = opened(config)
     for step in range(1, 7):
         first.log(step, {"loss": 1 / step}, "")
     first.log(4, {"top1": 40.0}, "")
     before = history(first.uri, first.run_id)
 
-    second = Tracker(config, {}, first_step=2)
+    second = opened(config, first_step=2)
     for step in range(3, 9):
         second.log(step, {"loss": 1 / step}, "")
         if step % 4 == 0:
@@ -163,7 +192,7 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
     # A process that was killed while MLflow was away left lines that MLflow never got: it gets them now.
     with open(config.run_dir / "log.jsonl", "a") as file:
         file.write('{"time": 1.5, "step": 9, "loss": 0.5}\n')
-    third = Tracker(config, {}, first_step=9)
+    third = opened(config, first_step=9)
     third.log(10, {"loss": 0.25}, "")
     found = history(third.uri, third.run_id)
     assert (len(found), found[8]) == (10, (9, 0.5, 1500))
@@ -176,7 +205,7 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
         raise mlflow.MlflowException("no history")
 
     monkeypatch.setattr(mlflow.MlflowClient, "get_metric_history", refused)
-    fourth = Tracker(config, {}, first_step=9)
+    fourth = opened(config, first_step=9)
     fourth.log(10, {"loss": 0.125}, "")
     monkeypatch.undo()
     assert [step for step, *_ in history(fourth.uri, fourth.run_id)][-3:] == [9, 10, 10]
@@ -201,7 +230,7 @@ def small_disk(tmp_path: Path, database: Path) -> Iterator[Path]:
 def test_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Lines wait, whole and in order, and so do MLflow's numbers, until there is room again."""
     config = configured(small_disk)
-    tracker = Tracker(config, {}, first_step=0)
+    tracker = opened(config)
     log = config.run_dir / "log.jsonl"
     tracker.log(1, {"loss": 1.0}, "")
     filler = small_disk / "filler"
@@ -257,9 +286,9 @@ def test_console_that_is_gone(root: Path, monkeypatch: pytest.MonkeyPatch, gone:
 
 def test_events_of_all_restarts(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = configured(root)
-    first = Tracker(config, {}, first_step=0)
+    first = opened(config)
     first.event(3, "LEFT OUT: gradient 1e9")
-    second = Tracker(config, {}, first_step=2)
+    second = opened(config, first_step=2)
     second.event(2, "resumed\nwith 2 ranks")
     assert capsys.readouterr().out == "step 3  LEFT OUT: gradient 1e9\nstep 2  resumed\nwith 2 ranks\n"
     told = ["step 2  resumed with 2 ranks"]  # step 3 is done again, and tells then
@@ -272,7 +301,7 @@ def test_events_of_all_restarts(root: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_last_words_while_the_main_thread_hangs(root: Path) -> None:
     config = configured(root)
-    tracker = Tracker(config, {}, first_step=0)
+    tracker = opened(config)
     tracker.log(1, {"loss": 1.0}, "")
     watchdog = threading.Thread(target=tracker.fail_from_thread, args=("no progress for 600 s",))
     watchdog.start()
@@ -290,7 +319,7 @@ def test_the_first_end_counts(root: Path) -> None:
     left out.
     """
     config = configured(root)
-    tracker = Tracker(config, {}, first_step=0)
+    tracker = opened(config)
     tracker.finish("KILLED", [config.run_dir / "summary.json"], reason="SIGUSR1")
     with pytest.raises(ZeroDivisionError), tracker:
         raise ZeroDivisionError
