@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from data_prep.labels.spaces import imagenet_1k_synsets, published_hornet_22k_synsets
-from pipeline.checkpoints import state as checkpoint
-from pipeline.checkpoints import transfer
+from pipeline.checkpoints import choice
 from pipeline.checkpoints.choice import differing_keys, newest_of_run
 from pipeline.checkpoints.files import (
     CheckpointError,
@@ -33,6 +32,7 @@ from pipeline.checkpoints.files import (
     verify,
 )
 from pipeline.checkpoints.state import CheckpointWriter, read_tensors
+from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config, load
 from pipeline.config.sections import Checkpoint
 from pipeline.models.build import build_model
@@ -69,11 +69,11 @@ def saved(config: Config) -> Path:
 
 def test_head_follows_wordnet_ids(config: Config, saved: Path) -> None:
     """Shuffled classes, one of them new, at another resolution: rows, filters and body land where they belong."""
-    source = transfer.find_source(config.init.model_copy(update={"checkpoint": saved, "weights": "model"}))
+    source = choice.find_source(config.init.model_copy(update={"checkpoint": saved, "weights": "model"}))
     target = ["n07739125", "n02958343", "n02084071"]
     model = build_model(config.model, 3, 96)
     fresh = model.head.weight[0].detach().clone()
-    report = transfer.load_into(model, source, target)
+    report = load_into(model, source, target)
     assert "2 of 3 classes" in report
     assert "1 fresh: n07739125 (apple)" in report
     given = read_tensors(saved / "model.safetensors")
@@ -93,15 +93,15 @@ def test_published_file(config: Config, tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
     init = config.init.model_copy(update={"checkpoint": tmp_path / "published.pth", "label_space": "published-22k"})
     target = build_model(config.model, 1000, 64)
-    assert "1000 of 1000" in transfer.load_into(target, transfer.find_source(init), imagenet_1k_synsets())
+    assert "1000 of 1000" in load_into(target, choice.find_source(init), imagenet_1k_synsets())
     space = published_hornet_22k_synsets()
     assert [space[int(row)] for row in target.head.weight[:, 0]] == imagenet_1k_synsets()
     unsaid = init.model_copy(update={"label_space": "checkpoint"})
     with pytest.raises(CheckpointError, match=r"published\.pth does not say which classes its head has"):
-        transfer.find_source(unsaid)
+        choice.find_source(unsaid)
     wrong = init.model_copy(update={"label_space": "imagenet-1k"})
     with pytest.raises(CheckpointError, match="head of 10459 classes, its label space 1000"):
-        transfer.load_into(target, transfer.find_source(wrong), imagenet_1k_synsets())
+        load_into(target, choice.find_source(wrong), imagenet_1k_synsets())
 
 
 def test_what_does_not_fit_is_named(config: Config, saved: Path, tmp_path: Path) -> None:
@@ -110,15 +110,15 @@ def test_what_does_not_fit_is_named(config: Config, saved: Path, tmp_path: Path)
     given["stages.0.0.gamma1"] = torch.zeros(7)
     given["extra"] = torch.zeros(1)
     save_file(given, tmp_path / "odd.safetensors")
-    source = transfer.Source(tmp_path / "odd.safetensors", None, None)
+    source = choice.Source(tmp_path / "odd.safetensors", None, None)
     with pytest.raises(CheckpointError, match=r"lacks norm\.weight; has extra, .*gamma1 is \(7,\)"):
-        transfer.load_into(build_model(config.model, 3, 64), source, SYNSETS)
+        load_into(build_model(config.model, 3, 64), source, SYNSETS)
     with pytest.raises(CheckpointError, match=r"has no ema\.safetensors: set init\.weights=model"):
-        transfer.find_source(config.init.model_copy(update={"checkpoint": saved}))
-    other = transfer.Source(saved, "hornet_base_gf", None)
-    transfer.check_model(other, "hornet_base_gf_img384")
+        choice.find_source(config.init.model_copy(update={"checkpoint": saved}))
+    other = choice.Source(saved, "hornet_base_gf", None)
+    choice.check_model(other, "hornet_base_gf_img384")
     with pytest.raises(CheckpointError, match="is a checkpoint of hornet_base_gf, the configuration builds"):
-        transfer.check_model(other, "hornet_tiny_gf")
+        choice.check_model(other, "hornet_tiny_gf")
 
 
 def test_damage_and_absence(config: Config, saved: Path, tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_reasons_are_named() -> None:
 
 
 def test_what_makes_it_another_run(config: Config, saved: Path) -> None:
-    found, meta = checkpoint.newest_of_run(config, DATASET, resume=True)
+    found, meta = choice.newest_of_run(config, DATASET, resume=True)
     assert found == saved
     assert meta is not None
     tree = json.loads(json.dumps(meta.config))
@@ -308,13 +308,13 @@ def test_what_makes_it_another_run(config: Config, saved: Path) -> None:
     tree["train"] |= {"zero_stage": 3, "micro_batch": 8}
     tree["guard"] |= {"z_max": 99.0}
     same = Config.model_validate(tree)
-    assert checkpoint.newest_of_run(same, DATASET, resume=True)[0] == saved
+    assert choice.newest_of_run(same, DATASET, resume=True)[0] == saved
     tree["optimizer"]["lr_peak"] = 1.0
     with pytest.raises(CheckpointError, match=r"optimizer\.lr_peak was 0\.0015, is 1\.0"):
-        checkpoint.newest_of_run(Config.model_validate(tree), DATASET, resume=True)
+        choice.newest_of_run(Config.model_validate(tree), DATASET, resume=True)
     with pytest.raises(CheckpointError, match=r"data\.path \(dataset_id\) was"):
-        checkpoint.newest_of_run(config, "1" * 32, resume=True)
-    assert checkpoint.newest_of_run(config.model_copy(update={"name": "none-yet"}), DATASET, True) == (None, None)
+        choice.newest_of_run(config, "1" * 32, resume=True)
+    assert choice.newest_of_run(config.model_copy(update={"name": "none-yet"}), DATASET, True) == (None, None)
     assert differing_keys({"a": {"b": 1, "c": 2}}, {"a": {"b": 1}, "d": 3}) == {"a.c": (2, None), "d": (None, 3)}
 
 

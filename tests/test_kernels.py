@@ -47,7 +47,7 @@ def test_kernels_are_tried_before_they_are_used(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
         real = selfcheck.disagreement
-        monkeypatch.setattr(selfcheck, "disagreement", lambda device: real(torch.device("cpu")))
+        monkeypatch.setattr(kernels, "_trial", lambda device: real(torch.device("cpu")))
     monkeypatch.setattr(kernels, "_verdicts", {})
     with torch.inference_mode(), torch.autocast(DEVICE, torch.bfloat16):
         assert kernels.why_not(0) is None

@@ -1,5 +1,6 @@
 """What the check says before a start without refusing it, and the ledger of skipped samples across a resume."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def test_notes(datasets: Datasets, capsys: pytest.CaptureFixture[str], monkeypat
     assert "what does not fit is read image by image" in lines[1]
     preflight._tell_of_lanes(configured(datasets, "data.shuffle_lanes=16"), manifest, 4)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(preflight, "COMPILED", False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.preflight(configured(datasets), 2, 1, True)
     assert "note: the compiled JPEG decoder is missing" in capsys.readouterr().err
 

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from pipeline.config.load import load
-from pipeline.config.sections import ConfigError
+from pipeline.config.sections import MODELS, ConfigError
 from pipeline.models.build import build_model
 from pipeline.training.recipe import AdamWithEma, mixing_and_loss, parameter_groups, schedule
 
@@ -86,6 +87,7 @@ def test_ema_is_the_average_of_the_weights() -> None:
 
 
 def test_unknown_model() -> None:
-    config = load(DEMO, ["model.name=hornet_larg_gf"])
+    """The configuration knows what timm does, without timm."""
     with pytest.raises(ConfigError, match="did you mean 'hornet_large_gf'"):
-        build_model(config.model, 10, 64)
+        load(DEMO, ["model.name=hornet_larg_gf"])
+    assert sorted(MODELS) == timm.list_models("hornet_*")
