@@ -76,7 +76,7 @@ test: $(STAMP) ## the test suite
 
 chaos: $(STAMP) ## 25 short pretrainings killed at random (half an hour), and long walks between world sizes
 	@$(BIN)/python -m tests.chaos $(ARGS)
-	@RESUME_STEPS=54 $(BIN)/python -m pytest -q tests/test_resume.py
+	@RESUME_STEPS=54 $(BIN)/python -m pytest -q tests/pipeline/training/test_resume.py
 
 bench: $(STAMP) ## the benchmarks in tests/bench (ratios against named baselines)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit; done

@@ -23,12 +23,12 @@ TESTS = Path(__file__).parent
 RANKS = [
     TESTS / file
     for file in (
-        "test_resume.py",
+        "pipeline/training/test_resume.py",
         "test_end_to_end.py",
-        "test_engine.py",
-        "test_launchers.py",
-        "test_watchdog.py",
-        "test_lifetime.py",
+        "pipeline/training/test_engine.py",
+        "launch/test_launchers.py",
+        "pipeline/ranks/test_watchdog.py",
+        "pipeline/ranks/test_lifetime.py",
     )
 ]
 assert all(map(Path.is_file, RANKS)), "a file of RANKS is gone: name it anew"

@@ -3,8 +3,8 @@
 Source: HorNet, Rao et al. 2022, and the description of the released models; written anew. What costs time there is
 kept: eager, activations in NCHW, LayerNorm over channels by hand (mean, squared deviation, square root, affine), 1x1
 convolutions, layer scale, scale and drop path as operations of their own, permutes around the MLP. The state-dict keys
-are the published ones, so weights of our `HorNet` load strictly. tests/test_published.py holds it to
-tests/golden. Not for training: no initialisation recipe, no checkpointing.
+are the published ones, so weights of our `HorNet` load strictly. tests/pipeline/models/test_published.py
+holds it to tests/golden. Not for training: no initialisation recipe, no checkpointing.
 """
 
 import contextlib

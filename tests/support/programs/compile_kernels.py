@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, as training HorNet-L launches it, and look at the machine code.
 
-    python tests/programs/compile_kernels.py [--quick] [--arch 80 90] [--dtype float32 bfloat16] [--only NAME]
+    python tests/support/programs/compile_kernels.py [--quick] [--arch 80 90] [--dtype float32 bfloat16] [--only NAME]
 
 Needs triton (with the ptxas and cuobjdump it brings), no GPU. The public functions are called on meta tensors, and what
 they would launch is compiled instead; without --quick, of more shapes, and what the functions offer but training

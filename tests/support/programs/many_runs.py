@@ -1,6 +1,6 @@
 """Many short runs, one after the other, in the processes of one launch: importing torch costs more than a run does.
 
-    torchrun ... tests/programs/many_runs.py JOBS.json
+    torchrun ... tests/support/programs/many_runs.py JOBS.json
 
 JOBS is a list of objects: "arguments", as for `python -m pipeline`; and what happens to the run, on its last rank
 alone, at steps counted from 1:

@@ -1,7 +1,7 @@
 """Two ranks, every ZeRO stage in turn: EMA, refused updates, setting the state back, policies of checkpointing,
 compiled blocks, and DeepSpeed's faults.
 
-Run by tests/test_engine.py under torchrun; prints "agreed" on rank 0.
+Run by tests/pipeline/training/test_engine.py under torchrun; prints "agreed" on rank 0.
 """
 
 from __future__ import annotations

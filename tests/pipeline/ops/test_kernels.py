@@ -1,6 +1,6 @@
 """The block with Triton kernels in place: dispatch, values and gradients, and what happens where a kernel is wrong.
 
-Without a GPU in Triton's interpreter; tests/test_triton.py takes the kernels one by one.
+Without a GPU in Triton's interpreter; test_triton.py takes the kernels one by one.
 """
 
 import os
