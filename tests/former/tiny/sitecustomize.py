@@ -1,0 +1,43 @@
+"""With this folder on PYTHONPATH, every `python -m pipeline` knows `hornet_former_gf`, a HorNet of 5,116 weights.
+
+It is registered with timm as the published ones are, when `pipeline.models` has been imported; all else runs as it is.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from typing import Any
+
+OPTIONS = {"depths": (1, 1, 1, 1), "dims": (4, 8, 8, 8), "orders": (2, 3, 3, 3)}
+
+
+def hornet_former_gf(pretrained: bool = False, **kwargs: Any) -> Any:
+    """The smallest registered variant, smaller."""
+    import timm
+
+    return timm.create_model("hornet_nano_gf", pretrained, **OPTIONS, **kwargs)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "pipeline.models":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            from timm.models import register_model
+
+            register_model(hornet_former_gf)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())
