@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from former_commands import evaluated, indexing, libraries, log_lines, odd_build, shards_build
 from safetensors.numpy import load_file
 
 from data_prep.__main__ import main as data_prep
 from pipeline.__main__ import main as pipeline
+from tests.former.former_commands import evaluated, indexing, libraries, log_lines, odd_build, shards_build
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

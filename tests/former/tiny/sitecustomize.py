@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 OPTIONS = {"depths": (1, 1, 1, 1), "dims": (4, 8, 8, 8), "orders": (2, 3, 3, 3)}
 
@@ -20,11 +20,25 @@ def hornet_former_gf(pretrained: bool = False, **kwargs: Any) -> Any:
     return timm.create_model("hornet_nano_gf", pretrained, **OPTIONS, **kwargs)
 
 
+def _register(_: Any) -> None:
+    from timm.models import register_model
+
+    register_model(hornet_former_gf)
+
+
+def _name(sections: Any) -> None:
+    sections.MODELS = (*sections.MODELS, hornet_former_gf.__name__)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
+    """Calls a function of ours when a module has been executed."""
+
+    after: ClassVar = {"pipeline.models": _register, "pipeline.config.sections": _name}
+
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "pipeline.models":
+        then = self.after.pop(name, None)
+        if then is None:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         assert spec.loader is not None
@@ -32,9 +46,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            from timm.models import register_model
-
-            register_model(hornet_former_gf)
+            then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
