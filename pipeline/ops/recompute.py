@@ -4,7 +4,7 @@ Each joins a cheap prologue (LayerNorm, GELU, the gating product) to the linear 
 the prologue's output for the weight gradient; these keep its input, which is there anyway, and go through the
 prologue once more in the backward pass: no matrix product is done twice, and about half of the bytes are kept. Every
 Function equals its plain spelling in `gnconv.py` and `models/hornet.py` in value and gradient
-(tests/test_recompute.py).
+(a test holds them equal).
 
 All activations (B, H, W, C) in one dtype, contiguous; weights of linear layers (out, in) in that dtype, affine
 parameters of norms in any. `rows` are the samples of the batch that drop path keeps (int64, ascending), or None for

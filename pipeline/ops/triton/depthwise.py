@@ -17,7 +17,7 @@ instructions. (A 3x3 has 2 a byte, and is bound by memory.) So:
   known to lie on the map. Per row and pixel that leaves the load and, in bf16, its conversion.
 
 Counted in sm_90 code, 7x7 bf16, per row of a strip of 6: 692 instructions, 588 (85 %) of them multiply-adds; see
-`tests/programs/compile_kernels.py`. The three rows above a map's first cost 12 / (7 H) of the work for nothing.
+`tests/support/programs/compile_kernels.py`. The three rows above a map's first cost 12 / (7 H) of the work for nothing.
 
 The weight gradient is the same walk, with K K sums in registers and K rows of the output's gradient waiting: those
 do have to move from register to register, so `unroll` rows are taken at a time (80 % at 3). Each program sums over its
