@@ -1,9 +1,9 @@
 """What a command costs before and after its work: this checkout against another, turn by turn.
 
-    python tests/bench/bench_launch.py --before DIR [--rounds 5] [--quick-rounds 9]
+    python tests/bench/bench_launch.py [--before 8e2bc49] [--rounds 5] [--quick-rounds 9]
 
-DIR is a checkout of another version (`git worktree add DIR REVISION`; copy pipeline/data/_jpeg*.so into it). Both run
-in this environment, on the same small data set and pretrained run, made here. Wall seconds:
+The other one is a revision, or the folder of a checkout. Both run in this environment, on the same small data set and
+pretrained run, made here. Wall seconds:
 
 - first step: `launch/deepspeed.sh finetune configs/demo_finetune.yaml`, two gloo ranks, from the command to the line of
   the first step;
@@ -23,10 +23,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+BEFORE = "8e2bc49"  # the last one whose check imported torch
 sys.path.insert(0, str(ROOT))
 from tests.support.datasets import Datasets, build_datasets  # noqa: E402
 from tests.support.runs import small_run  # noqa: E402
@@ -103,18 +105,33 @@ def row(name: str, theirs: list[float], ours: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--before", type=Path, required=True, metavar="DIR", help="checkout of the other version")
+    parser.add_argument(
+        "--before", default=BEFORE, metavar="REVISION", help=f"or a folder; what to compare with ({BEFORE})"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of whole runs (5)")
     parser.add_argument("--quick-rounds", type=int, default=9, help="of the other commands (9)")
     options = parser.parse_args()
-    checkouts = [options.before.resolve(), ROOT]
-    for checkout in checkouts:
-        if not (checkout / "launch" / "deepspeed.sh").exists():
-            sys.exit(f"{checkout} is no checkout of this project")
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, checked_out(options.before, Path(scratch) / "before") as before:
         folder = Path(scratch)
         datasets = build_datasets(folder / "data")
-        measure_all(checkouts, folder, datasets, options)
+        measure_all([before, ROOT], folder, datasets, options)
+
+
+@contextmanager
+def checked_out(other: str, folder: Path) -> Iterator[Path]:
+    """The other version's checkout: where it is one already, else made at `folder` for the time being."""
+    if (Path(other) / "launch" / "deepspeed.sh").exists():
+        yield Path(other).resolve()
+        return
+    git = ["git", "-C", str(ROOT), "worktree"]
+    if subprocess.run([*git, "add", "--quiet", "--detach", str(folder), other], check=False).returncode:
+        sys.exit(f"{other} is neither a checkout nor a revision of this one: give one with --before")
+    try:
+        for decoder in (ROOT / "pipeline" / "data").glob("_jpeg*.so"):
+            shutil.copy(decoder, folder / "pipeline" / "data")
+        yield folder
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
 
 
 def measure_all(checkouts: list[Path], folder: Path, datasets: Datasets, options: argparse.Namespace) -> None:
