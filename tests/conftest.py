@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 pytest.register_assert_rewrite("tests.support")  # before it is imported
 
 from tests.support.datasets import Datasets, build_datasets  # noqa: E402
 from tests.support.object_store import ObjectStore  # noqa: E402
-from tests.support.processes import Workers  # noqa: E402
+from tests.support.processes import Workers, children  # noqa: E402
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -72,9 +71,9 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> Datasets:
 
 @pytest.fixture
 def data_workers() -> Workers:
-    """This process's children that were not there before the test."""
-    before = {child.pid for child in psutil.Process().children()}
-    return lambda: [child for child in psutil.Process().children() if child.pid not in before]
+    """This process's running children that were not there before the test."""
+    before = {child.pid for child in children()}
+    return lambda: [child for child in children() if child.pid not in before]
 
 
 @pytest.fixture(scope="session")
