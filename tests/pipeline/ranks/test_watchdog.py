@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -15,8 +16,9 @@ import pytest
 from torch.distributed import TCPStore
 
 from pipeline.ranks.watchdog import Beat, Sight, Watchdog, blame
+from tests.support.processes import PATIENCE_SECONDS, wait_for
 
-SECONDS = 2.0
+SECONDS = 4.0  # half of it unheard is what counts: a busy machine keeps no process waiting for so long
 LOCK_SECONDS = 3 * SECONDS  # after which stacks come from C
 # One process imports torch, and the ranks are forked from it.
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,7 +30,7 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     with open(folder / f"{rank}.err", "w") as errors:
         os.dup2(errors.fileno(), 2)
-    store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=30), wait_for_workers=False)
+    store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=PATIENCE_SECONDS), wait_for_workers=False)
     told = folder / f"{rank}.told"
     seconds = 10 * SECONDS if "fail" in habit else SECONDS
     with Watchdog(rank, ranks, seconds, folder / "stacks", lambda reason: (told.write_text(reason), None)[1]) as dog:
@@ -51,8 +53,9 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
             time.sleep(0.05)
             dog.tick("training")
             collective(store, step, ranks)
-    if rank == 0:
-        time.sleep(1.0)  # the store's holder leaves last
+    (folder / f"{rank}.over").touch()
+    if rank == 0:  # the store's holder leaves last
+        wait_for(lambda: len(list(folder.glob("*.over"))) == ranks)
 
 
 def wait_for_a_batch() -> None:
@@ -73,9 +76,7 @@ def collective(store: TCPStore, step: int, ranks: int) -> None:
 def test_a_rank_that_fails_takes_the_others_along(tmp_path: Path) -> None:
     """They sit in a collective that tells nothing, as NCCL's: they leave, and say why, long before that is a stall."""
     ranks = start(tmp_path, "meets a failure", "fails")
-    for rank in ranks:
-        rank.join(30)
-    assert [rank.exitcode for rank in ranks] == [1, 1]
+    assert codes(*ranks) == [1, 1]
     assert (tmp_path / "0.told").read_text() == "rank 1 failed: ValueError"
     assert "no progress" not in (tmp_path / "0.err").read_text()
 
@@ -101,10 +102,7 @@ def start(folder: Path, *habits: str) -> list[BaseProcess]:
     ]
     for process in ranks:
         process.start()
-    deadline = time.monotonic() + 60
-    while len(list(folder.glob("*.ready"))) < len(ranks):
-        assert time.monotonic() < deadline, errors(folder)
-        time.sleep(0.02)
+    wait_for(lambda: len(list(folder.glob("*.ready"))) == len(ranks), told=lambda: errors(folder))
     return ranks
 
 
@@ -115,7 +113,7 @@ def send(process: BaseProcess, number: int) -> None:
 
 def codes(*ranks: BaseProcess) -> list[int | None]:
     for process in ranks:
-        process.join(60)
+        process.join(PATIENCE_SECONDS)
     return [process.exitcode for process in ranks]
 
 
@@ -130,7 +128,7 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path) -> None:
     send(ranks[1], signal.SIGSTOP)
     assert codes(ranks[0], ranks[2]) == [1, 1]
     (line,) = errors(tmp_path)
-    assert line.startswith("error: no progress for 2 s: rank 1 did not answer for more than 1 s: stopped, ")
+    assert re.match(r"error: no progress for \d+ s: rank 1 did not answer for more than \d+ s: stopped, ", line)
     assert "; last waiting for data; " in line or "; last training; " in line
     assert line.endswith(f"; stacks are in {tmp_path}/stacks")
     for rank in (0, 2):
@@ -159,7 +157,7 @@ def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_
     (line,) = errors(tmp_path / "halved")
     assert "rank 0, which holds the job's store, has not answered for " in line
     assert line.endswith(f"; rank 1 is training; stacks are in {tmp_path}/halved/stacks")
-    time.sleep(max(0.0, stopped_at + LOCK_SECONDS + SECONDS - time.monotonic()))
+    time.sleep(max(0.0, stopped_at + LOCK_SECONDS + SECONDS - time.monotonic()))  # or longer: it counts from there on
     for process in resumed:
         send(process, signal.SIGCONT)
     assert codes(*resumed) == [0, 0]  # and rank 1 has waited for rank 0, which ticked, for twice SECONDS
@@ -174,16 +172,16 @@ def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_
 def test_a_rank_that_holds_the_lock_of_python_shows_where_and_may_go_on(tmp_path: Path) -> None:
     assert codes(*start(tmp_path, "holds Python's lock, a slow one")) == [0]
     lines = errors(tmp_path)
-    assert lines[0] == "Timeout (0:00:06)!"
+    assert lines[0] == f"Timeout (0:00:{LOCK_SECONDS:02.0f})!"
     assert any("in hold_the_lock" in line for line in lines)
-    assert lines[-1].startswith("note: rank 0 goes on after 9 s in which it was stopped ")
+    assert re.match(r"note: rank 0 goes on after \d+ s in which it was stopped ", lines[-1])
 
 
 def test_one_rank_alone(tmp_path: Path) -> None:
     assert codes(*start(tmp_path, "hangs")) == [1]
-    assert errors(tmp_path) == [
-        f"error: no progress for 2 s: the rank is waiting for data; stacks are in {tmp_path}/stacks"
-    ]
+    (line,) = errors(tmp_path)
+    assert re.match(r"error: no progress for \d+ s: the rank is waiting for data; stacks are in ", line)
+    assert line.endswith(f"{tmp_path}/stacks")
 
 
 @pytest.mark.parametrize(
