@@ -5,22 +5,23 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.processes import PATIENCE_SECONDS, wait_for
 from tests.support.runs import ROOT
 
 RANK = """
 import os, signal, sys, time
 if sys.argv[1] == "waits":
     open(f"begun.{os.environ['RANK']}", "w").close()
-    time.sleep(0.5)
+    while not os.path.exists("go"):
+        time.sleep(0.05)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
     open(f"ready.{os.environ['RANK']}", "w").close()
-    time.sleep(100)
+    time.sleep(1000)
 sys.exit(int(sys.argv[1]))
 """
 
@@ -62,18 +63,23 @@ def asked(checkout: Path) -> list[str]:
     return (checkout / "asked").read_text().splitlines() if (checkout / "asked").exists() else []
 
 
+def pending(pid: int, number: int) -> bool:
+    """Whether a process has yet to take a signal that it was sent."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
 def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
     """SIGUSR1 reaches the task alone, which is the agent; both ranks get it from there, once they have a handler."""
     (checkout / "slurm-41.requeue").touch()  # of an earlier try: does not count
     job = sbatch(checkout, "waits", RANKS="2")
-    deadline = time.monotonic() + 60
-    while not all((checkout / f"begun.{rank}").exists() for rank in (0, 1)):
-        assert job.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: all((checkout / f"begun.{rank}").exists() for rank in (0, 1)), job)
     (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
     os.kill(task, signal.SIGUSR1)
-    _, errors = job.communicate(timeout=60)
+    wait_for(lambda: not pending(task, signal.SIGUSR1), job)
+    (checkout / "go").touch()
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 0, errors
     assert "Traceback" not in errors
     assert "FAILED" not in errors
@@ -84,7 +90,7 @@ def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
 
 def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
     job = sbatch(checkout, "75", REFUSED="1")
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert (job.returncode, asked(checkout)) == (75, ["requeue 41"])
     assert "submit the same command, it goes on from the checkpoint" in errors
 
@@ -92,20 +98,19 @@ def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_job_that_ended_does_not_queue_again(checkout: Path, code: int) -> None:
     job = sbatch(checkout, str(code))
-    _, errors = job.communicate(timeout=60)
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert (job.returncode, asked(checkout)) == (code, []), errors
     assert ("FAILED" in errors) == (code == 3)
     assert "Traceback" not in errors
 
 
 def test_sigterm_to_the_agent_is_the_ranks_to_answer(checkout: Path) -> None:
+    (checkout / "go").touch()
     agent = [sys.executable, str(ROOT / "launch" / "torchrun_agent.py"), "--standalone", "rank.py", "waits"]
     with subprocess.Popen(agent, cwd=checkout, stderr=subprocess.DEVNULL) as process:
-        while not (checkout / "ready.0").exists():
-            assert process.poll() is None
-            time.sleep(0.1)
+        wait_for((checkout / "ready.0").exists, process)
         process.terminate()
-        assert process.wait(60) == 75
+        assert process.wait(PATIENCE_SECONDS) == 75
 
 
 @pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh", "setup.sh", "slurm.sbatch"])
