@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep.__main__ import main
+from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import ROOT
 
 WNIDS = ("n00000003", "n00000001", "n00000002")  # not sorted in the archive; labels are by sorted id
@@ -77,7 +78,13 @@ def command(source: Path | str, output: Path | str, *options: str) -> list[str]:
 def run(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a command to its end."""
     return subprocess.run(
-        arguments, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120, check=False
+        arguments,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
     )
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.support.processes import PATIENCE_SECONDS
+
 if TYPE_CHECKING:
     from tests.support.datasets import Datasets
 
@@ -23,7 +25,7 @@ def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProce
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 
@@ -36,7 +38,7 @@ def launch(*arguments: str, ranks: int = 2, launcher: str = "deepspeed") -> subp
         env=launch_environment(ranks),
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
 

@@ -20,6 +20,7 @@ from data_prep.beton.write import add_betons, write_beton
 from data_prep.cluster import open_cluster
 from data_prep.manifest import BetonEntry, Manifest, ShardEntry, file_sha256
 from tests.support.datasets import has_ffcv, needs_ffcv
+from tests.support.processes import PATIENCE_SECONDS
 
 RAW = 1  # FFCV's IMAGE_MODES
 
@@ -111,7 +112,7 @@ def without_betons(manifest):
 
 def read_with_loader(beton, out):
     command = [sys.executable, "-c", READ_WITH_LOADER, str(beton), str(out)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert run.returncode == 0, run.stderr
     return np.load(out)
 

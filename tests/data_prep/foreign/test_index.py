@@ -24,7 +24,6 @@ from tests.support.datasets import SYNSETS_22K, drawing
 from tests.support.object_store import ObjectStore
 from tests.support.runs import run_module
 
-pytestmark = pytest.mark.timeout(60)
 A, B, C = "n01440764", "n02084071", "n07739125"
 
 
@@ -370,7 +369,6 @@ def test_on_an_object_store(tmp_path: Path, s3: ObjectStore) -> None:
     )
 
 
-@pytest.mark.timeout(300)
 def test_a_run_on_them(tmp_path: Path) -> None:
     """Training needs nothing but the tars and one command."""
     tars = tmp_path / "tars"

@@ -12,7 +12,6 @@ from pipeline.data.bench import HostSpeed, RankSpeed, advice
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.runs import run_module, small_run
 
-pytestmark = pytest.mark.timeout(300)
 FFCV = ("data.format=ffcv", "augment.where=device")
 
 

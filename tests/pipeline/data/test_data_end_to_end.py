@@ -14,7 +14,6 @@ from tests.support.loading import ON_DEVICE, damage, read, same_images
 from tests.support.object_store import ObjectStore
 from tests.support.runs import launch, log_of, run_module, small_run
 
-pytestmark = pytest.mark.timeout(500)
 SKIP = ("augment.where=device", "data.on_bad_sample=skip")
 
 

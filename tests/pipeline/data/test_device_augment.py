@@ -225,7 +225,7 @@ def test_cuda_gives_the_bits_of_the_cpu_without_waiting(interpolation):
 
 def test_torch_numpy_and_timm_are_enough():
     code = "import sys; sys.modules.update(dict.fromkeys(('pydantic', 'yaml', 'deepspeed', 'webdataset', 'ffcv')));"
-    subprocess.run([sys.executable, "-c", code + "import pipeline.data.device_augment"], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code + "import pipeline.data.device_augment"], check=True)
 
 
 # ---------------------------------------------------------------------------------------------------- distributions

@@ -13,7 +13,7 @@ from pipeline.data.shards import DataError
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.loading import ON_DEVICE, expected, numbers, read
 
-pytestmark = [needs_ffcv, pytest.mark.timeout(200)]
+pytestmark = needs_ffcv
 FFCV = ("data.format=ffcv", "data.workers_per_rank=1", ON_DEVICE)
 
 

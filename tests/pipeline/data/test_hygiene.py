@@ -18,8 +18,6 @@ from tests.support.loading import configured, read
 from tests.support.processes import Workers
 from tests.support.runs import ROOT, run_module, small_run
 
-pytestmark = pytest.mark.timeout(240)
-
 WAYS = [
     pytest.param(("augment.where=host", "data.workers_per_rank=2"), id="host"),
     pytest.param(("augment.where=device", "data.workers_per_rank=2"), id="device"),

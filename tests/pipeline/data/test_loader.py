@@ -17,8 +17,6 @@ from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.loading import ON_DEVICE, configured, damage, expected, numbers, read, same_images
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.mark.parametrize("where", ["host", "device"])
 @pytest.mark.parametrize("workers", [0, 2])

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +29,9 @@ from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OpenFile, OpenFiles, ShardCache
 from tests.support.datasets import Datasets
 from tests.support.object_store import ObjectStore
-from tests.support.remote import CONTENTS, ENTRIES, SHARD_BYTES, piece
+from tests.support.processes import PATIENCE_SECONDS, wait_for
+from tests.support.remote import CONTENTS, ENTRIES, SHARD_BYTES, look_again, looks_of, piece
 from tests.support.runs import ROOT
-
-pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +48,6 @@ def upload(s3: ObjectStore) -> str:
     for entry, content in zip(ENTRIES, CONTENTS, strict=True):
         s3.put(f"set/{entry.file}", content)
     return "s3://bucket/set"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def cached(folder: Path) -> list[int]:
@@ -101,6 +93,17 @@ def test_no_cache(s3: ObjectStore, tmp_path: Path) -> None:
     assert "read-ahead" not in [thread.name for thread in threading.enumerate()]
 
 
+def read_last(shards: RemoteShards, shard: int) -> None:
+    """A read that comes after all others, also by the clock of the file system, which goes in steps."""
+    newest = max(path.stat().st_mtime_ns for path in shards.cache.glob("*.tar"))
+
+    def read() -> bool:
+        piece(shards, shard)
+        return shards._whole.path(shard).stat().st_mtime_ns > newest
+
+    wait_for(read)
+
+
 def test_budget_and_order(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url, cache, most = upload(s3), tmp_path / "cache", [0]
 
@@ -113,15 +116,16 @@ def test_budget_and_order(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.M
     claimed = ShardCache.claim
     monkeypatch.setattr(ShardCache, "claim", watched)
     shards = RemoteShards(url, ENTRIES, "id", cache, 3 * SHARD_BYTES + 10)
+    looks = looks_of(shards)
     (cache / "of-somebody-else").write_bytes(b"keep me")
     shards.ahead([4, 2, 0, 1])  # the budget is smaller than the list: its tail is not downloaded
     wait_for(lambda: cached(cache) == [0, 2, 4])
-    time.sleep(0.5)
+    look_again(looks)
     assert cached(cache) == [0, 2, 4]
     shards.ahead([])
+    wait_for(lambda: looks[-1] == [])  # from here on it touches none
     for shard in (2, 4, 0):  # least recently used first
-        piece(shards, shard)
-        time.sleep(0.02)
+        read_last(shards, shard)
     assert shards.ranged_reads == 0
     shards.ahead([1])
     wait_for(lambda: cached(cache) == [0, 1, 4])
@@ -138,15 +142,28 @@ def test_budget_and_order(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_what_others_use_is_spared(s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "_SPARED_SECONDS", 1.0)
+    monkeypatch.setattr(shard_cache, "_SPARED_SECONDS", PATIENCE_SECONDS)
     url = upload(s3)
     one, two = (RemoteShards(url, ENTRIES, "id", tmp_path, 2 * SHARD_BYTES) for _ in range(2))
+    looks_of_one, looks_of_two = looks_of(one), looks_of(two)
+    paths = [one._whole.path(shard) for shard in (0, 1)]
+
+    def forget() -> None:
+        """As if nobody had touched them for long."""
+        for path in paths:
+            os.utime(path, (0, 0))
+
     one.ahead([0, 1])
     wait_for(lambda: cached(tmp_path) == [0, 1])
+    forget()
+    look_again(looks_of_one)
+    assert all(path.stat().st_mtime > 0 for path in paths)
     two.ahead([2])
-    time.sleep(1.5)
+    look_again(looks_of_two)
     assert cached(tmp_path) == [0, 1]
     one.ahead([1])
+    wait_for(lambda: looks_of_one[-1] == [1])
+    forget()
     wait_for(lambda: cached(tmp_path) == [1, 2])
     one.close()
     two.close()
@@ -184,9 +201,9 @@ def test_fork_while_reading_and_downloading(s3: ObjectStore, tmp_path: Path) -> 
     workers = [context.Process(target=_read_all, args=(shards, results)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    found = [results.get(timeout=40) for _ in workers]
+    found = [results.get(timeout=PATIENCE_SECONDS) for _ in workers]
     for worker in workers:
-        worker.join(20)
+        worker.join(PATIENCE_SECONDS)
         assert worker.exitcode == 0
     assert len({pid for pid, *_ in found}) == 3
     piece(shards, 5)
@@ -195,16 +212,17 @@ def test_fork_while_reading_and_downloading(s3: ObjectStore, tmp_path: Path) -> 
     assert total - ranged == len(ENTRIES) * SHARD_BYTES  # each shard was downloaded once
     again = context.Process(target=_read_all, args=(shards, results))
     again.start()
-    assert results.get(timeout=40)[1:] == (0, 2 * len(ENTRIES) * 5000, 0)
-    again.join(20)
+    assert results.get(timeout=PATIENCE_SECONDS)[1:] == (0, 2 * len(ENTRIES) * 5000, 0)
+    again.join(PATIENCE_SECONDS)
     shards.close()
 
 
 def _read_at_random(shards: RemoteShards, seed: int, results: Any) -> None:
-    rng, end = np.random.default_rng(seed), time.monotonic() + 3
-    while time.monotonic() < end:
+    rng, rounds = np.random.default_rng(seed), 0
+    while rounds < 8 or not shards.bytes_from_cache:
+        rounds += 1
         shards.ahead(rng.permutation(6)[:2].tolist())
-        for _ in range(40):
+        for _ in range(10):
             piece(shards, int(rng.integers(6)), int(rng.integers(90_000)))
     results.put((shards.bytes_from_cache, shards.bytes_fetched))
 
@@ -221,9 +239,9 @@ def test_processes_that_need_different_shards_stay_within_the_budget(s3: ObjectS
         with shards._whole.locked():
             most = max(most, sum(entry.stat().st_size for entry in os.scandir(tmp_path)))
         time.sleep(0.005)
-    found = [results.get(timeout=20) for _ in workers]
+    found = [results.get(timeout=PATIENCE_SECONDS) for _ in workers]
     for worker in workers:
-        worker.join(20)
+        worker.join(PATIENCE_SECONDS)
         assert worker.exitcode == 0
     assert SHARD_BYTES < most <= 3 * SHARD_BYTES
     assert all(min(amounts) > 0 for amounts in found)
@@ -236,13 +254,14 @@ def test_another_process_reads_the_cache(s3: ObjectStore, tmp_path: Path) -> Non
     wait_for(lambda: cached(tmp_path) == [0, 1])
     first.close()
     script = (
-        "import sys, time; sys.path.insert(0, '.'); from pathlib import Path\n"
-        "from pipeline.data.remote import RemoteShards; from tests.support.remote import ENTRIES, piece\n"
+        "import sys; sys.path.insert(0, '.'); from pathlib import Path\n"
+        "from pipeline.data.remote import RemoteShards\n"
+        "from tests.support.remote import ENTRIES, look_again, looks_of, piece\n"
         f"shards = RemoteShards({url!r}, ENTRIES, 'id', Path({str(tmp_path)!r}), 1 << 30)\n"
-        "shards.ahead([0, 1]); time.sleep(0.3); piece(shards, 0); piece(shards, 1)\n"
+        "looks = looks_of(shards); shards.ahead([0, 1]); look_again(looks, 1); piece(shards, 0); piece(shards, 1)\n"
         "print(shards.bytes_fetched, shards.bytes_from_cache)"  # it ends without close: no thread may hold it
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == ["0", "10000"], done.stderr
     assert done.returncode == 0
     other_build = RemoteShards(url, ENTRIES, "another id", tmp_path, 1 << 30)
@@ -251,24 +270,27 @@ def test_another_process_reads_the_cache(s3: ObjectStore, tmp_path: Path) -> Non
 
 
 def test_killed_while_downloading(tmp_path: Path) -> None:
-    with web_server(delay_seconds=0.3) as (url, _):
+    with web_server() as (url, server):
+        server.gate.clear()
         context = multiprocessing.get_context("fork")
         shards = RemoteShards(url, ENTRIES, "id", tmp_path, 2 * SHARD_BYTES)
+        looks = looks_of(shards)
 
         def download() -> None:
             shards.ahead([0])
-            time.sleep(60)
+            signal.pause()
 
         worker = context.Process(target=download)
         worker.start()
-        wait_for(lambda: bool(list(tmp_path.glob(".*.tmp-*"))))
+        wait_for(lambda: list(tmp_path.glob(".*.tmp-*")))
         shards.ahead([0])
-        time.sleep(0.3)
+        look_again(looks)
         assert len(list(tmp_path.glob(".*.tmp-*"))) == 1  # the worker's: it lives
         os.kill(worker.pid or 0, signal.SIGKILL)
         worker.join()
         piece(shards, 0)
         assert shards.ranged_reads == 1
+        server.gate.set()
         wait_for(lambda: cached(tmp_path) == [0])
         piece(shards, 0)
         assert shards.ranged_reads == 1
@@ -280,6 +302,7 @@ def test_disk_full(
     s3: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shards = RemoteShards(upload(s3), ENTRIES, "id", tmp_path, 1 << 30)
+    looks = looks_of(shards)
     shards.ahead([0])
     wait_for(lambda: cached(tmp_path) == [0])
 
@@ -289,9 +312,9 @@ def test_disk_full(
     monkeypatch.setattr(os, "pwrite", full)
     shards.ahead([0, 1, 2, 3])
     wait_for(lambda: not shards._growing)
-    time.sleep(0.4)
+    look_again(looks)
     shards.ahead([3, 2])
-    time.sleep(0.3)
+    look_again(looks)
     piece(shards, 0)
     piece(shards, 1)
     assert (shards.bytes_from_cache, shards.ranged_reads) == (5000, 1)
@@ -310,6 +333,7 @@ def test_cache_folder_that_cannot_be(tmp_path: Path) -> None:
 
 def test_damaged_and_removed_cache_files(s3: ObjectStore, tmp_path: Path) -> None:
     shards = RemoteShards(upload(s3), ENTRIES, "id", tmp_path, 1 << 30)
+    looks = looks_of(shards)
     path = shards._whole.path(0)
     path.write_bytes(b"too short")
     piece(shards, 0)
@@ -318,8 +342,9 @@ def test_damaged_and_removed_cache_files(s3: ObjectStore, tmp_path: Path) -> Non
     wait_for(lambda: path.stat().st_size == SHARD_BYTES)
     piece(shards, 0)
     assert shards.ranged_reads == 1
-    path.unlink()
     shards.ahead([])
+    wait_for(lambda: looks[-1] == [])  # or it would be downloaded anew
+    path.unlink()
     wait_for(lambda: not len(shards._whole.files))  # an open file would keep its room on the disk
     piece(shards, 0)
     assert shards.ranged_reads == 2
@@ -379,7 +404,7 @@ def test_missing_wrong_size_and_denied(s3: ObjectStore, tmp_path: Path) -> None:
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Serves CONTENTS; `server.plan` says how the next requests fail."""
+    """Serves CONTENTS; `server.plan` says how the next requests fail, `server.gate` holds up chunks of downloads."""
 
     server: Any
     protocol_version = "HTTP/1.1"
@@ -392,7 +417,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with server.lock:
             server.requests += 1
             failure = server.plan.pop(0) if server.plan else None
-        time.sleep(server.delay_seconds)
         if failure == "hang up":
             self.close_connection = True
             return
@@ -413,6 +437,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if asked and server.ranges:
             start, stop = asked.removeprefix("bytes=").split("-")
             body, status = body[int(start) : int(stop) + 1], 206
+            if len(body) == remote._CHUNK_BYTES:
+                server.gate.wait(PATIENCE_SECONDS)
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
@@ -424,13 +450,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def web_server(plan: list[str] | None = None, ranges: bool = True, delay_seconds: float = 0) -> Iterator[Any]:
+def web_server(plan: list[str] | None = None, ranges: bool = True) -> Iterator[Any]:
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
     server.daemon_threads = True
-    server.lock, server.requests, server.ranges, server.delay_seconds = threading.Lock(), 0, ranges, delay_seconds
+    server.lock, server.requests, server.ranges, server.gate = threading.Lock(), 0, ranges, threading.Event()
     server.plan = list(plan or [])
+    server.gate.set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/set", server
+    server.gate.set()
     server.shutdown()
     server.server_close()
 
@@ -489,17 +517,24 @@ def test_a_server_without_ranges(tmp_path: Path) -> None:
 
 
 def test_a_download_nobody_needs_is_given_up(tmp_path: Path) -> None:
-    with web_server(delay_seconds=0.3) as (url, server):
+    """Where it is between two requests: those under way come to their end."""
+    with web_server() as (url, server), ThreadPoolExecutor(1) as other:
+        server.gate.clear()
         shards = RemoteShards(url, ENTRIES, "id", tmp_path, 1 << 30)
         shards.ahead([0, 1])
-        wait_for(lambda: server.requests > 2)
+        wait_for(lambda: list(tmp_path.glob(".*0.tar.tmp-*")))
         shards.ahead([1])
+        server.gate.set()
         wait_for(lambda: cached(tmp_path) == [1])
+        server.gate.clear()
         shards.ahead([2])
-        wait_for(lambda: bool(list(tmp_path.glob(".*2.tar.tmp-*"))))
-        begun = time.monotonic()
-        shards.close()
-        assert time.monotonic() - begun < 4
+        wait_for(lambda: list(tmp_path.glob(".*2.tar.tmp-*")))
+        closed = other.submit(shards.close)
+        wait_for(shards._closed.is_set)
+        server.gate.set()
+        closed.result(PATIENCE_SECONDS)
+        assert shards._thread is not None
+        shards._thread.join(PATIENCE_SECONDS)
         assert cached(tmp_path) == [1]
         assert not list(tmp_path.glob(".*.tmp-*"))
 
@@ -509,7 +544,7 @@ def test_the_folder_lock_is_not_inherited(tmp_path: Path) -> None:
     with shards._whole.locked():
         child = os.fork()
         if child == 0:
-            time.sleep(20)
+            signal.pause()
             os._exit(0)
     with open(tmp_path / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

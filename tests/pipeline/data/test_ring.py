@@ -17,7 +17,6 @@ from tests.support.loading import ON_DEVICE, configured, numbers, read
 from tests.support.processes import Workers
 from tests.support.runs import ROOT
 
-pytestmark = pytest.mark.timeout(120)
 WORKER = (ON_DEVICE, "data.workers_per_rank=2")
 
 

@@ -35,7 +35,7 @@ STEPS = {stage: int(os.environ.get("RESUME_STEPS", 54 if stage == 1 else 18)) fo
 SHRUNK_STAGES = STAGES if "RESUME_STEPS" in os.environ else (1, 3)
 SAME, ONE, TWO, SHRUNK = 4, 8, 12, 7  # where a walk goes on: with as many ranks, with one, with two; with two of four
 FFCV_STEPS, FFCV_CUT = 7, 3
-pytestmark = pytest.mark.timeout(900)  # the fixture's share
+pytestmark = pytest.mark.timeout(3600)  # the fixture's share, and of a busy machine
 
 Job = dict[str, Any]
 
@@ -116,7 +116,6 @@ def launch_jobs(ranks: int, root: Path, jobs: list[Job]) -> str:
         env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=800,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
