@@ -10,6 +10,9 @@ import sys
 from data_prep.storage import DataPrepError
 from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 
+# Before pydantic is imported, which would look for plugins in the metadata of every installed package.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.

@@ -46,8 +46,9 @@ class Config(Section):
     evaluate: Evaluate
     init: Init
     guard: Guard
-    checkpoint: Checkpoint = Checkpoint()
-    tracking: Tracking = Tracking()
+    # Factories: an instance made here would have its section built at import (see Section).
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    tracking: Tracking = Field(default_factory=Tracking)
 
     @property
     def run_dir(self) -> Path:
@@ -167,7 +168,7 @@ def _nearest(key: str, known: set[str]) -> str:
     return f"; did you mean {best!r}?" if best else "; --print-config lists the keys"
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # C where libyaml is there
     """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
