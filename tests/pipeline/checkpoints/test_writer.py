@@ -21,6 +21,7 @@ from pipeline.checkpoints.files import locate, read_meta, verify
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
 from pipeline.config.sections import Checkpoint
 from tests.support.checkpoints import SYNSETS, TinyEngine, meta_at
+from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import ROOT
 
 MB = 2**20
@@ -74,7 +75,7 @@ def test_training_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     gate = threading.Event()
 
     def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        assert gate.wait(30)
+        assert gate.wait(PATIENCE_SECONDS)
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", slow)
@@ -92,7 +93,13 @@ def test_training_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return full_state(state, everywhere)
 
     engine.full_state = watched  # type: ignore[method-assign]
-    threading.Timer(0.3, gate.set).start()
+    wait = writer.wait
+
+    def waited() -> bool:
+        gate.set()  # not before somebody waits for the write
+        return wait()
+
+    writer.wait = waited  # type: ignore[method-assign]
     assert save(writer, engine, 2)
     assert gathered_early == [False] * 4
     assert names(tmp_path) == ["latest", "step-00000001", "step-00000002"]
@@ -248,16 +255,24 @@ from pipeline.checkpoints.state import CheckpointWriter
 from pipeline.checkpoints.files import step_folders, step_of, verify
 from pipeline.config.sections import Checkpoint
 
+def there():  # what was begun, or what is whole, in turn
+    begin = "step-" if attempts % 2 else ".tmp-step-"
+    return {{(entry.name, entry.inode()) for entry in os.scandir(folder) if entry.name.startswith(begin)}}
+
 folder, interrupted, attempts, newest = Path(sys.argv[1]), 0, 0, 0
+folder.mkdir()
 while (attempts < 10 or interrupted < 4) and attempts < 100:
     attempts += 1
+    before = there()
     child = os.fork()
     if child == 0:
         writer, engine = CheckpointWriter(folder, Checkpoint(keep_last=2), 0), TinyEngine(floats=500_000)
         for engine.step in range(newest + 1, newest + 1000):
             writer.save(engine, meta_at(engine.step))
         os._exit(3)
-    time.sleep(random.uniform(0.02, 0.2))
+    while not there() - before:
+        time.sleep(0.001)
+    time.sleep(random.uniform(0, 0.05))
     os.kill(child, signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     interrupted += any(folder.glob(".tmp-step-*"))
@@ -270,7 +285,9 @@ print(interrupted, newest)
 
 
 def test_sigkill_leaves_only_whole_ones(tmp_path: Path) -> None:
-    """Runs killed at random moments, one continuing the other: what has a final name is whole, and nothing is lost."""
+    """Runs killed soon after something new is in the folder, one continuing the other: what has a final name is whole,
+    and nothing is lost.
+    """
     script = tmp_path / "saves.py"
     script.write_text(KILLED.format(root=str(ROOT)))
     folder = tmp_path / "checkpoints"
@@ -280,7 +297,6 @@ def test_sigkill_leaves_only_whole_ones(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

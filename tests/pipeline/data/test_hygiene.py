@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,7 +14,7 @@ from pipeline.data.loader import training_batches
 from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets, needs_ffcv
 from tests.support.loading import configured, read
-from tests.support.processes import Workers
+from tests.support.processes import PATIENCE_SECONDS, Workers, wait_for
 from tests.support.runs import ROOT, run_module, small_run
 
 WAYS = [
@@ -70,9 +69,11 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
         "batches = training_batches(config, manifest, order, Ranks(), 0, 60)\n"
         "held = [next(batches) for _ in range(3)]\n"
         "print('reading', flush=True)\n"
-        "import time; time.sleep(100)\n"
+        "sys.stdin.read()\n"  # until it is killed
     )
-    process = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout
     assert process.stdout.readline() == "reading\n"
     workers = psutil.Process(process.pid).children(recursive=True)
@@ -81,7 +82,7 @@ def test_sigkill_leaves_no_process_and_no_shared_memory(
         assert "/dev/shm/torch" not in Path(f"/proc/{pid}/maps").read_text()
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
+    _, alive = psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)
     assert not alive
     names = {str(pid) for pid in (process.pid, *(worker.pid for worker in workers))}
     assert not [name for name in os.listdir("/dev/shm") if names & set(re.split(r"[^0-9]+", name))]
@@ -94,10 +95,7 @@ def test_a_consumer_that_stops_early_ends_its_workers(datasets: Datasets, data_w
         next(batches)
         assert data_workers()
         del batches
-        deadline = time.monotonic() + 20
-        while data_workers() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not data_workers()
+        wait_for(lambda: not data_workers())
 
 
 def test_a_split_smaller_than_a_batch(datasets: Datasets, tmp_path: Path) -> None:
