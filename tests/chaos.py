@@ -25,7 +25,8 @@ import psutil
 from safetensors.torch import load_file
 
 from tests.support.datasets import Datasets, build_datasets
-from tests.support.runs import ROOT, log_of, small_run
+from tests.support.processes import PATIENCE_SECONDS
+from tests.support.runs import RECORDER, ROOT, log_of, small_run
 
 EPOCHS, STEPS_PER_EPOCH, GLOBAL_BATCH = 6, 6, 16
 STEPS = EPOCHS * STEPS_PER_EPOCH
@@ -59,7 +60,7 @@ class Chaos:
             process = self._start(name, launcher)
             if left:
                 outcome.disturbances.append(self._disturb(name, process, draw))
-            outcome.exit_codes.append(process.wait(timeout=300))
+            outcome.exit_codes.append(process.wait(timeout=PATIENCE_SECONDS))
             if outcome.exit_codes[-1] == 0:
                 break
         if outcome.exit_codes[-1] != 0:
@@ -75,7 +76,7 @@ class Chaos:
         record = self.folder / f"{name}.samples"
         record.mkdir(exist_ok=True)
         environment = {**os.environ, "RANKS": "2", "VENV": sys.prefix, "RECORD_SAMPLES": str(record)}
-        environment["PYTHONPATH"] = str(ROOT / "tests" / "support" / "programs" / "recorder")
+        environment["PYTHONPATH"] = str(RECORDER)
         with open(self.folder / f"{name}.out", "ab") as output:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 

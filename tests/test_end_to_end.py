@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -32,7 +31,8 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from tests.chaos import STEPS, Chaos, rank_process
 from tests.support.datasets import Datasets
-from tests.support.runs import ROOT, launch, launch_environment, log_of, run_module, small_run
+from tests.support.processes import PATIENCE_SECONDS, wait_for
+from tests.support.runs import RECORDER, ROOT, launch, launch_environment, log_of, run_module, small_run
 
 NAME = "demo-pretrain"
 
@@ -141,16 +141,19 @@ def test_killed_at_random_same_command_same_weights(datasets: Datasets, tmp_path
 
 def test_asked_to_stop(pretrained: Path, datasets: Datasets, root: Path) -> None:
     """SIGUSR1 to one rank: all save at the next step, the launcher ends with 75, and the same command goes on."""
-    process, out = started(datasets, root, "asked", "torchrun")
-    wait_for(lambda: '"step": 8' in text_of(root / "asked" / "log.jsonl"), process, out)
+    go_on = root / "asked.go-on"
+    process, out = started(datasets, root, "asked", "torchrun", HOLD_AT=f"8:{go_on}")
+    wait_for(lambda: '"step": 8' in text_of(root / "asked" / "log.jsonl"), process, out.read_text)
     os.kill(rank_process(process.pid, 1), signal.SIGUSR1)
-    assert process.wait(timeout=120) == EXIT_REQUEUE, out.read_text()
+    wait_for(lambda: "SIGUSR1" in out.read_text(), process, out.read_text)
+    go_on.touch()
+    assert process.wait(timeout=PATIENCE_SECONDS) == EXIT_REQUEUE, out.read_text()
     said = out.read_text()
     assert "SIGUSR1: a checkpoint follows at the next step" in said
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if "stopped (SIGUSR1) with" in line]
     stopped = int(line.split()[1])
-    assert 8 <= stopped < 18
+    assert stopped == 9
     assert (root / "asked" / "checkpoints" / "latest").readlink() == Path(f"step-{stopped:08d}")
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
     (run,) = client.search_runs(["1"], "attributes.run_name = 'asked'")
@@ -168,10 +171,10 @@ def test_asked_to_stop(pretrained: Path, datasets: Datasets, root: Path) -> None
 
 def test_a_rank_that_hangs_ends_the_run(datasets: Datasets, root: Path) -> None:
     """SIGSTOP to rank 1: rank 0 says which rank to look at, leaves its stacks, and the run is over, not hanging."""
-    process, out = started(datasets, root, "hanging", "deepspeed", "guard.stall_seconds=6", "train.epochs=50")
-    wait_for(lambda: '"step": 3' in text_of(root / "hanging" / "log.jsonl"), process, out)
+    process, out = started(datasets, root, "hanging", "deepspeed", "guard.stall_seconds=20", "train.epochs=50")
+    wait_for(lambda: '"step": 3' in text_of(root / "hanging" / "log.jsonl"), process, out.read_text)
     os.kill(rank_process(process.pid, 1), signal.SIGSTOP)
-    assert process.wait(timeout=120) == 1, out.read_text()  # the launcher kills what is left after 30 s
+    assert process.wait(timeout=PATIENCE_SECONDS) == 1, out.read_text()  # the launcher kills what is left after 30 s
     (line,) = [line for line in out.read_text().splitlines() if line.startswith("error:")]
     assert "rank 1" in line
     stacks = (root / "hanging" / "stacks" / "rank-00000.txt").read_text()
@@ -183,21 +186,14 @@ def test_a_rank_that_hangs_ends_the_run(datasets: Datasets, root: Path) -> None:
 
 
 def started(
-    datasets: Datasets, root: Path, name: str, launcher: str, *more: str
+    datasets: Datasets, root: Path, name: str, launcher: str, *more: str, **environment: str
 ) -> tuple[subprocess.Popen[bytes], Path]:
     """A run under its launcher, and the file that takes what it prints."""
     command = [str(ROOT / "launch" / f"{launcher}.sh"), *small_run(datasets, root, f"name={name}", *more)]
     out = root / f"{name}.out"
+    environment = {**launch_environment(), "PYTHONPATH": str(RECORDER), **environment}
     with open(out, "w") as output:
-        return subprocess.Popen(command, cwd=ROOT, env=launch_environment(), stdout=output, stderr=output), out
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], out: Path) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, out.read_text()
-        assert time.monotonic() < deadline, out.read_text()
-        time.sleep(0.02)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output), out
 
 
 def text_of(path: Path) -> str:

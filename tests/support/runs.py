@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tests.support.datasets import Datasets
 
 ROOT = Path(__file__).parents[2]
+RECORDER = ROOT / "tests" / "support" / "programs" / "recorder"  # to be on a run's PYTHONPATH
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

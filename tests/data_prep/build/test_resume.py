@@ -6,12 +6,13 @@ import gzip
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 
 from data_prep.manifest import Manifest
 from tests.support.archives import WNIDS, archive, command, digests, image_bytes, run, shard, tar_bytes
+from tests.support.processes import PATIENCE_SECONDS, wait_for
 from tests.support.runs import ROOT
 
 KILLS = 10
@@ -72,17 +74,18 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, undisturbed, tmp_
                 time.sleep(0.01)
                 continue
             if victim == "worker":
-                found[choose.randrange(len(found))].kill()
+                with suppress(psutil.NoSuchProcess):
+                    found[choose.randrange(len(found))].kill()
             else:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
-                assert not psutil.wait_procs(found, timeout=30)[1], "workers outlive their command"
+                assert not psutil.wait_procs(found, timeout=PATIENCE_SECONDS)[1], "workers outlive their command"
                 # Whatever has its final name is complete.
                 there = digests(output) if output.exists() else {}
                 assert {n: d for n, d in there.items() if not n.startswith(".")}.items() <= undisturbed.items()
             kills[victim] += 1
             break
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         if process.returncode == 0:
             assert digests(output) == undisturbed
             assert not (output / ".data_prep").exists()
@@ -92,16 +95,28 @@ def test_killed_at_random_moments_gives_the_same_bytes(source, undisturbed, tmp_
     assert min(kills.values()) > 0
 
 
+def under_way(build: list[str], output: Path, more: int) -> subprocess.Popen[str]:
+    """A build that has written so many more files; from the start, where it was over before that was seen."""
+    while True:
+        process = subprocess.Popen(
+            build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        wanted = _files(output) + more
+        while process.poll() is None and _files(output) < wanted:
+            time.sleep(0.005)
+        if process.poll() is None:
+            return process
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        shutil.rmtree(output)
+
+
 def test_killed_while_a_compressed_archive_is_spooled(source, undisturbed, tmp_path):
     zipped, output = tmp_path / "source.tar.gz", tmp_path / "out"
     zipped.write_bytes(gzip.compress(source.read_bytes(), 1))
     build = command(zipped, output, "--workers", "1")
     for more in (3, 9, 15):
-        process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        wanted = _files(output) + more
-        while process.poll() is None and _files(output) < wanted:
-            time.sleep(0.005)
-        assert process.poll() is None
+        process = under_way(build, output, more)
         process.kill()
         process.wait()
     (damaged := tmp_path / "cut.tar.gz").write_bytes(zipped.read_bytes()[:-5000])
@@ -117,7 +132,11 @@ def test_killed_while_a_compressed_archive_is_spooled(source, undisturbed, tmp_p
 
 
 def _files(output: Path) -> int:
-    return sum(1 for _ in output.rglob("*")) if output.exists() else 0
+    return sum(len(folders) + len(files) for _, folders, files in os.walk(output))
+
+
+def _chunks(output: Path) -> int:
+    return len(list(output.glob(".data_prep/chunks/*.parquet")))
 
 
 def _command_line(process: psutil.Process) -> list[str]:
@@ -140,13 +159,6 @@ def dask(*arguments: str) -> Iterator[subprocess.Popen[bytes]]:
         process.wait()
 
 
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_dask_cluster_loses_a_worker_then_its_scheduler(source, undisturbed, tmp_path):
     file, output = str(tmp_path / "scheduler.json"), tmp_path / "out"
     scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", file)
@@ -155,23 +167,22 @@ def test_dask_cluster_loses_a_worker_then_its_scheduler(source, undisturbed, tmp
     with dask(*scheduler) as first_scheduler, dask(*worker) as first, dask(*worker):
         wait_for(lambda: os.path.exists(file))
         process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) >= 2)
+        wait_for(lambda: _chunks(output) >= 2, process)
         first.kill()
-        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) >= 8)
-        assert process.poll() is None
+        wait_for(lambda: _chunks(output) >= 8, process)
         first_scheduler.kill()
-        _, errors = process.communicate(timeout=90)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 1
         assert "scheduler" in errors.splitlines()[-1]
         assert "give the same command again" in errors.splitlines()[-1]
     os.unlink(file)
-    kept = len(list(output.rglob("chunks/*.parquet")))
+    kept = _chunks(output)
     with dask(*scheduler), dask(*worker) as second, dask(*worker):
         wait_for(lambda: os.path.exists(file))
         process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda: len(list(output.rglob("chunks/*.parquet"))) > kept)
+        wait_for(lambda: _chunks(output) > kept, process)
         second.kill()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, errors
     assert digests(output) == undisturbed
 
@@ -179,20 +190,15 @@ def test_dask_cluster_loses_a_worker_then_its_scheduler(source, undisturbed, tmp
 def test_ctrl_c_ends_the_command_and_its_workers_with_one_line(source, undisturbed, tmp_path):
     output = tmp_path / "out"
     build = command(source, output, "--workers", "2")
-    for wait_files in (0, 6, 12):
-        process = subprocess.Popen(
-            build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        wanted = _files(output) + wait_files
-        while process.poll() is None and _files(output) <= wanted:
-            time.sleep(0.01)
+    for more in (1, 7, 13):
+        process = under_way(build, output, more)
         workers = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 130, errors
         assert "Traceback" not in errors
         assert errors.splitlines()[-1] == "error: interrupted; the same command goes on from there"
-        assert not psutil.wait_procs(workers, timeout=30)[1]
+        assert not psutil.wait_procs(workers, timeout=PATIENCE_SECONDS)[1]
     assert run(build).returncode == 0
     assert digests(output) == undisturbed
 
@@ -233,7 +239,7 @@ def test_full_disk_is_clear_and_resumable(source, undisturbed, tmp_path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE_SECONDS,
             check=False,
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
         )

@@ -5,7 +5,6 @@ import gzip
 import io
 import pickle
 import struct
-import time
 import warnings
 import zlib
 
@@ -15,6 +14,7 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from data_prep.images import prepare
 from data_prep.images.jpeg import JpegFrame, jpeg_frame, jpeg_header, metadata
 from data_prep.images.pixels import REASONS, ImageRejected
 from data_prep.images.prepare import REPAIRS, ImagePolicy, prepare_image
@@ -393,9 +393,9 @@ def test_bombs_are_refused_at_once(monkeypatch):
     header = bytearray(JPEG)
     at = header.index(b"\xff\xc0")
     header[at + 5 : at + 9] = struct.pack(">HH", 20_000, 20_000)
-    start = time.perf_counter()
+    for name in ("decode_pil", "decode_turbo", "decodes_cleanly"):
+        monkeypatch.setattr(prepare, name, None)  # nothing of it is decoded
     assert rejection(bytes(header)).reason == "too_large"
-    assert time.perf_counter() - start < 0.5
 
 
 @pytest.mark.parametrize(("scale", "bound"), [(2, 36), (4, 37), (8, 37)])

@@ -3,15 +3,19 @@
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_prep.manifest import Manifest
 from pipeline.data.keyed import crop_box, uniform_one
+from pipeline.data.loader import Ranks, training_batches
 from pipeline.data.shards import DataError
+from pipeline.data.views import Batch
 from tests.support.datasets import Datasets, needs_ffcv
-from tests.support.loading import ON_DEVICE, expected, numbers, read
+from tests.support.loading import ON_DEVICE, configured, expected, numbers, read
+from tests.support.processes import PATIENCE_SECONDS
 
 pytestmark = needs_ffcv
 FFCV = ("data.format=ffcv", "data.workers_per_rank=1", ON_DEVICE)
@@ -19,7 +23,7 @@ FFCV = ("data.format=ffcv", "data.workers_per_rank=1", ON_DEVICE)
 
 @pytest.fixture
 def changed(datasets: Datasets, tmp_path: Path):
-    """A copy of the set, and a function that wipes the first bytes of samples in its training `.beton`."""
+    """A copy of the set, and a function that zeroes the first bytes of a sample of its training `.beton`."""
     copy = tmp_path / "copy"
     shutil.copytree(datasets.in22k, copy)
     path = copy / Manifest.load(copy).split("train").betons[0].file
@@ -52,20 +56,22 @@ def test_a_record_that_does_not_decode(datasets: Datasets, changed) -> None:
 
 
 def test_a_thread_that_dies(datasets: Datasets, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A decoder that raises ends FFCV's thread, for which FFCV's own consumer would wait."""
-    from pipeline.data.ffcv_decoders import BoxDecoder
+    """FFCV's consumer would wait for it for ever. What it had read before is still given."""
+    from ffcv.loader.epoch_iterator import EpochIterator
 
-    def raising(self: BoxDecoder):
-        def decode(batch_indices, storage, metadata, storage_state):
-            if len(batch_indices):
-                raise ValueError("a stand-in for what FFCV cannot decode")
-            return storage[0][:0]
+    run = EpochIterator.run_pipeline
 
-        return decode
+    def fails(self: EpochIterator, number: int, *rest: Any) -> Any:
+        if number == 2:
+            raise RuntimeError("a reading thread that fails, as its test wants it")
+        return run(self, number, *rest)
 
-    monkeypatch.setattr(BoxDecoder, "generate_code", raising)
+    monkeypatch.setattr(EpochIterator, "run_pipeline", fails)  # the data worker is forked from this process
+    config, manifest, order = configured(datasets, *FFCV)
+    found: list[Batch] = []
     with pytest.raises(DataError, match=r"train\.beton: FFCV's reading thread died"):
-        read(datasets, 0, 6, *FFCV)
+        found.extend(training_batches(config, manifest, order, Ranks(), 0, 6))
+    assert (numbers(found) == expected(datasets, 0, 6)[:, :8]).all()
 
 
 def test_an_epoch_left_early_gives_its_thread_back(datasets: Datasets) -> None:
@@ -82,7 +88,7 @@ def test_an_epoch_left_early_gives_its_thread_back(datasets: Datasets) -> None:
     # The page readers of FFCV's process cache end by themselves a moment later.
     for thread in threading.enumerate():
         if type(thread).__name__ == "PageReader":
-            thread.join(timeout=20)
+            thread.join(PATIENCE_SECONDS)
     assert threading.active_count() == before
     assert [len(pixels) for pixels, _ in loader.batches(np.arange(10))] == [4, 4, 2]
 

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ import pytest
 from pipeline.config.load import Config, load
 from pipeline.records import tracking
 from pipeline.records.tracking import Tracker
+from tests.support.processes import PATIENCE_SECONDS, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +66,16 @@ def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    for _ in range(240):
+
+    def answers() -> bool:
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1)
-            return server
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=PATIENCE_SECONDS)
         except OSError:
-            assert server.poll() is None, "the MLflow server ended"
-            time.sleep(0.5)
-    raise AssertionError("the MLflow server did not answer for two minutes")
+            return False
+        return True
+
+    wait_for(answers, server, lambda: "the MLflow server ended, or does not answer")
+    return server
 
 
 def opened(config: Config, tags: Mapping[str, str] | None = None, first_step: int = 0) -> Tracker:
@@ -99,12 +101,13 @@ def test_nothing_waits_for_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -
     reached.set()
     tracker.finish("FINISHED", [])
     assert [(step, value) for step, value, _ in history(tracker.uri, tracker.run_id)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert [item.path for item in mlflow.MlflowClient(tracker.uri).list_artifacts(str(tracker.run_id))] == [
-        "events.txt"
-    ]
+    artifacts = mlflow.MlflowClient(tracker.uri).list_artifacts(str(tracker.run_id))
+    assert [item.path for item in artifacts] == ["events.txt"]
 
 
-def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_server_that_is_down_at_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training goes on, says so once, and every number arrives later with the time at which it was logged."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -121,6 +124,7 @@ def test_server_that_is_down_at_first(tmp_path: Path, capsys: pytest.CaptureFixt
     assert captured.err.count("warning: MLflow at") == 1
     logged = [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
     server = start_server(tmp_path, port)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE_SECONDS)))  # now that it answers
     try:
         tracker.finish("FINISHED", [config.run_dir / "log.jsonl"])
         assert tracker.run_id is not None
