@@ -4,6 +4,7 @@ group that the engine started.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,16 @@ class Ranks:
 
     rank: int = 0
     count: int = 1
+
+
+def own_threads(local: int) -> int:
+    """This rank's share of the host's cores, among `local` ranks: never more threads than OMP_THREAD_LIMIT allows.
+
+    Where OpenMP gives fewer threads than torch (2.13, 2.15) asked for, the weight gradients of convolutions are wrong,
+    without an error: findings/torch_omp_thread_limit.sh.
+    """
+    threads, limit = len(os.sched_getaffinity(0)) // local, os.environ.get("OMP_THREAD_LIMIT", "")
+    return max(1, min(threads, int(limit)) if limit.isdigit() else threads)
 
 
 def barrier() -> None:

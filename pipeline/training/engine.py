@@ -40,7 +40,7 @@ if _mlflow_is_new:
 
 from pipeline.config.load import Config
 from pipeline.ops import kernels
-from pipeline.ranks.collectives import Ranks, gather, max_over_ranks, sum_over_ranks
+from pipeline.ranks.collectives import Ranks, gather, max_over_ranks, own_threads, sum_over_ranks
 from pipeline.training.recipe import AdamWithEma, Loss
 
 Judge = Callable[[float, float], str | None]
@@ -88,7 +88,7 @@ def start_ranks() -> tuple[Ranks, torch.device]:
         agree_on_kernels(kernels.why_not(local_rank))  # tried before the run, not within its first step
     count = dist.get_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else count))
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    torch.set_num_threads(own_threads(local))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), count), device
 
