@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config, load
+from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.views import BadSample, BadSampleLedger
 from pipeline.training import preflight
 from tests.support.datasets import Datasets
-from tests.support.runs import small_run
+from tests.support.runs import ROOT, small_run
 
 
 def configured(datasets: Datasets, *more: str) -> Config:
@@ -30,6 +33,34 @@ def test_notes(datasets: Datasets, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.preflight(configured(datasets), 2, 1, True)
     assert "note: the compiled JPEG decoder is missing" in capsys.readouterr().err
+
+
+def test_the_check_needs_no_torch(datasets: Datasets, tmp_path: Path) -> None:
+    """Seconds that a wrong key, a wrong path, or a check before every launch need not wait for."""
+    program = "import sys\nfrom pipeline.__main__ import main\ncode = main(sys.argv[1:])\n"
+    program += "print(code, sorted({'torch', 'timm', 'pyarrow', 'mlflow', 'deepspeed'} & sys.modules.keys()))\n"
+    for more in ((), ("augment.where=device",), ("train.global_batch=512",), ("init.checkpoint=runs/none",)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *small_run(datasets, tmp_path, *more), "--check", "--ranks", "2"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout == f"{int('=512' in str(more) or 'none' in str(more))} []\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["rand", "rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.4", "rand-n1-inc0-mstd101", "3-augment"]
+)
+def test_policies_that_are_waved_through_are_served(datasets: Datasets, text: str) -> None:
+    """The pattern of the check against timm, which reads the policy when the run starts."""
+    settings = configured(datasets, "augment.where=device", f"augment.rand_augment={text}").augment
+    if preflight._PLAIN_RAND_AUGMENT.fullmatch(text):
+        DeviceAugment(settings)
+    else:
+        with pytest.raises(ValueError, match=r"augment\.rand_augment"):
+            DeviceAugment(settings)
 
 
 def test_the_ledger_goes_on_where_the_run_does(tmp_path: Path) -> None:
