@@ -60,7 +60,8 @@ class CheckpointWriter:
         if rank == 0:
             found, _ = files.newest_good(folder, hashes=False)
             self.last = found[0] if found else None
-            self._thread = ThreadPoolExecutor(1, "checkpoint")  # Python ends only after what it writes is written
+            # A rank leaves without waiting for it: the end of a run calls `wait`, or `finish` after an error.
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
 
     def save(self, engine: Stateful, meta: Meta) -> None:
         """Gather the state of `engine` and begin to write it. A collective: all ranks must call it.
