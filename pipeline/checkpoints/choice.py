@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.labels.spaces import imagenet_1k_synsets, published_hornet_22k_synsets
+from data_prep.labels.spaces import label_space
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, locate, read_meta
 from pipeline.config.load import Config
@@ -89,34 +89,46 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 
 @dataclass(frozen=True)
 class Source:
-    """Weights to start from: where they are, of which model (None: unknown), over which classes (None: unknown)."""
+    """Weights to start from: where they are, of which model (None: unknown), over which classes (None: no head wanted).
+
+    `which`: "ema" or "model", for a file that has both. `is_ours`: this code wrote it.
+    """
 
     weights: Path
     model_name: str | None
     synsets: list[str] | None
+    which: str = "model"
+    is_ours: bool = False
 
 
 def find_source(init: Init) -> Source:
-    """What `init.checkpoint` names, checked to exist. Raises CheckpointError."""
+    """What `init.checkpoint` names, checked to exist. Raises CheckpointError, and LabelError for `init.label_space`."""
     assert init.checkpoint is not None
     path = locate(init.checkpoint)
-    spaces = {"published-22k": published_hornet_22k_synsets, "imagenet-1k": imagenet_1k_synsets, "none": lambda: None}
     if path.is_file() and not (path.parent / META_FILE).exists():
-        if init.label_space not in spaces:
+        if init.label_space == "checkpoint":
             raise CheckpointError(
                 f"{path} does not say which classes its head has: set init.label_space to published-22k, imagenet-1k, "
-                f"or none (a fresh head)"
+                f"another known name, a text file with a WordNet id a line, or none (a fresh head)"
             )
-        return Source(path, None, spaces[init.label_space]())
+        return Source(path, None, _label_space(init.label_space), init.weights)
     meta = read_meta(path.parent if path.is_file() else path)
-    synsets = spaces.get(init.label_space, lambda: meta.synsets)()
+    synsets = meta.synsets if init.label_space == "checkpoint" else _label_space(init.label_space)
     if path.is_file():
-        return Source(path, meta.model_name, synsets)
+        return Source(path, meta.model_name, synsets, init.weights)
     weights = path / ("ema.safetensors" if init.weights == "ema" else "model.safetensors")
-    if not weights.exists():
+    if weights.name not in meta.files:
         other = "model" if init.weights == "ema" else "ema"
         raise CheckpointError(f"{path} has no {weights.name}: set init.weights={other}")
-    return Source(weights, meta.model_name, synsets)
+    if fault := files.file_fault(weights, meta.files[weights.name], hashes=False):
+        raise CheckpointError(f"checkpoint {path} is damaged: {fault}; set init.checkpoint to another one")
+    return Source(weights, meta.model_name, synsets, init.weights, is_ours=True)
+
+
+def _label_space(name: str) -> list[str] | None:
+    if name == "none":
+        return None
+    return label_space("hornet-22k" if name == "published-22k" else name)
 
 
 def check_model(source: Source, model_name: str) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import difflib
 import re
+import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -24,6 +25,7 @@ from pipeline.config.sections import (
     Evaluate,
     Guard,
     Init,
+    LocalPath,
     Model,
     Optimizer,
     Section,
@@ -37,7 +39,7 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder under output_root")
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    output_root: Path = Path("runs")
+    output_root: LocalPath = Path("runs")
     data: Data
     augment: Augment
     model: Model
@@ -69,6 +71,11 @@ class Config(Section):
         late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
         if late:
             raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
+        if self.checkpoint.best_metric and self.evaluate.every_epochs is None:
+            raise ValueError(
+                f"checkpoint.best_metric {self.checkpoint.best_metric} is measured by evaluations, and "
+                f"evaluate.every_epochs is null: set checkpoint.best_metric=null too"
+            )
         if self.model.compile and train.zero_stage == 3:
             raise ValueError(
                 "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "
@@ -106,11 +113,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} must hold a mapping of sections, not {type(tree).__name__}")
+        raise ConfigError(f"{path} must hold a mapping of sections, not {type(_value(tree)).__name__}")
     for override in overrides:
         _apply(tree, override)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(_as_declared(tree, Config))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, path))) from None
 
@@ -140,7 +147,43 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     try:
         tree[leaf] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        raise ConfigError(f"override {override!r}: the value is not valid YAML (a text may stand in quotes)") from None
+
+
+class _Scalar(NamedTuple):
+    """A scalar of a YAML file that YAML takes for something other than a string, and how it is written there."""
+
+    value: Any
+    text: str
+
+
+def _as_declared(tree: Any, kind: Any) -> Any:
+    """`tree` with each scalar as its key's type has it: `name: 2024-05-01` is a name, not a date."""
+    if isinstance(tree, _Scalar):
+        return tree.text if tree.value is not None and _takes_text(kind, tree.value) else tree.value
+    if isinstance(tree, dict):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        declared = {name: field.annotation for name, field in fields.items()}
+        return {_value(key): _as_declared(value, declared.get(_value(key))) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_as_declared(value, next(iter(get_args(kind)), None)) for value in tree]
+    return tree
+
+
+def _value(scalar: Any) -> Any:
+    return scalar.value if isinstance(scalar, _Scalar) else scalar
+
+
+def _takes_text(kind: Any, value: Any) -> bool:
+    """Whether a key of this type is better given how `value` is written: it takes strings, or would count with `on`."""
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        return any(_takes_text(part, value) for part in get_args(kind))
+    if origin is Annotated:
+        return _takes_text(get_args(kind)[0], value)
+    if origin is Literal:
+        return isinstance(value, bool) or isinstance(get_args(kind)[0], str)
+    return kind in (str, Path) or (isinstance(value, bool) and kind in (int, float))
 
 
 def _explain(error: ValidationError, path: Path) -> Iterator[str]:
@@ -153,7 +196,8 @@ def _explain(error: ValidationError, path: Path) -> Iterator[str]:
         elif fault["type"] == "missing":
             yield f"{path}: key {key!r} is missing"
         elif fault["type"] == "value_error":
-            yield f"{path}: {fault['ctx']['error']}"
+            text = str(fault["ctx"]["error"])
+            yield f"{path}: {text}" if not key or key in text else f"{path}: {key}: {text}"
         else:
             yield f"{path}: {key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
@@ -169,13 +213,24 @@ def _nearest(key: str, known: set[str]) -> str:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # C where libyaml is there
-    """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here."""
+    """YAML 1.1 reads 1e-3 as a string and lets a later duplicate key win: both surprise, both are mended here.
+
+    So does it when it takes `on`, 17 or 2024-05-01 for what they are not: scalars keep how they are written.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        if isinstance(node, yaml.ScalarNode) and not isinstance(value, str | _Scalar):
+            return _Scalar(value, node.value)
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice.pop()!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {_value(twice.pop())!r} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from data_prep.manifest import MANIFEST_NAME
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -17,15 +20,30 @@ class ConfigError(ValueError):
     """The configuration cannot be run. The message names the file and key, and what to change."""
 
 
+def _at_home(path: str | Path) -> Any:
+    """`path` with a leading ~ or ~user as the shell reads it; a URL as it is."""
+    found = os.path.expanduser(path)
+    if str(found).startswith("~"):
+        raise ValueError(f"{found}: there is no home folder of that name; a folder called so is ./{found}")
+    return type(path)(found)
+
+
+LocalPath = Annotated[Path, AfterValidator(_at_home)]
+
+
 class Section(BaseModel):
     # Deferred: sections are built as parts of Config, and then only where a configuration is loaded.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
+def _folder_of(path: str) -> str:
+    return path.removesuffix(f"/{MANIFEST_NAME}") if path != MANIFEST_NAME else "."
+
+
 class Data(Section):
     """Which shards, read how."""
 
-    path: Annotated[str, Field(min_length=1)] = Field(
+    path: Annotated[str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(_folder_of)] = Field(
         description="folder or fsspec URL (s3://bucket/in22k) made by `python -m data_prep shard`, or of plain "
         "WebDataset tars indexed by `python -m data_prep index`"
     )
@@ -50,7 +68,7 @@ class Data(Section):
     bad_samples_max: Annotated[int, Field(ge=0)] = Field(
         description="with skip: the run ends when an epoch has had more than these, over all ranks"
     )
-    cache_folder: Path = Field(
+    cache_folder: Path = Field(  # a ~ is read on the host that caches
         default=Path("~/.cache/hornet-pretraining/shards"),
         description="where shards of a remote path are kept, per host",
     )
@@ -227,7 +245,7 @@ class Train(Section):
 class Evaluate(Section):
     """Accuracy over the validation split, every image once."""
 
-    every_epochs: Count
+    every_epochs: Count | None = Field(description="and after the last one; null: never, for sets without validation")
     micro_batch: Count
     resize: Literal["crop", "warp"] = Field(
         description="crop: shorter side to resolution / crop_ratio, then the centre; warp: whole image to the square"
@@ -238,22 +256,25 @@ class Evaluate(Section):
 class Init(Section):
     """Where the weights come from before the first step."""
 
-    checkpoint: Path | None = Field(description="a run folder, one of its checkpoints, or a weight file; null: random")
-    weights: Literal["ema", "model"] = "ema"
-    label_space: Literal["checkpoint", "published-22k", "imagenet-1k", "none"] = Field(
-        default="checkpoint",
-        description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head",
+    checkpoint: LocalPath | None = Field(
+        description="a run folder, one of its checkpoints, or a weight file; null: random"
     )
-
-
-def _off_is_a_word(value: Any) -> Any:
-    return "off" if value is False else value  # YAML 1.1 reads a bare off as false
+    weights: Literal["ema", "model"] = Field(
+        default="ema",
+        description="which of the two, where both are there; a file with `model` alone serves for ema too",
+    )
+    label_space: Annotated[str, Field(min_length=1), AfterValidator(_at_home)] = Field(
+        default="checkpoint",
+        description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head; else "
+        "published-22k, another name that `python -m data_prep labels` knows, a data set, or a text file with a "
+        "WordNet id a line",
+    )
 
 
 class Guard(Section):
     """Steps that would harm the weights, and ranks that hang."""
 
-    mode: Annotated[Literal["off", "skip", "rewind"], BeforeValidator(_off_is_a_word)] = Field(
+    mode: Literal["off", "skip", "rewind"] = Field(
         description="skip: no update from a step whose loss or gradient is not finite or a spike; rewind: and after "
         "steps_in_a_row of them, back to the weights of the last checkpoint, past those batches"
     )

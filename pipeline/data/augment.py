@@ -55,21 +55,28 @@ def training_transform(augment: Augment, resolution: int) -> tuple[Compose, Comp
     """(crop, rest): PIL image of any size -> cropped PIL image -> normalised float tensor (3, resolution, resolution).
 
     They are apart because FFCV does the first part itself while it decodes. The crop does not flip; the rest does.
+    Raises ValueError for a policy that timm cannot read.
     """
-    parts = create_transform(
-        input_size=resolution,
-        is_training=True,
-        scale=(augment.crop_area_min, 1.0),
-        hflip=augment.horizontal_flip,
-        auto_augment=augment.rand_augment,
-        color_jitter=augment.color_jitter,
-        interpolation=augment.interpolation,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        re_prob=augment.random_erasing,
-        re_mode="pixel",
-        separate=True,
-    )
+    try:
+        parts = create_transform(
+            input_size=resolution,
+            is_training=True,
+            scale=(augment.crop_area_min, 1.0),
+            hflip=augment.horizontal_flip,
+            auto_augment=augment.rand_augment,
+            color_jitter=augment.color_jitter,
+            interpolation=augment.interpolation,
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            re_prob=augment.random_erasing,
+            re_mode="pixel",
+            separate=True,
+        )
+    except Exception as error:  # timm's parser fails in many ways
+        raise ValueError(
+            f"augment.rand_augment {augment.rand_augment!r}: timm cannot read it ({error or type(error).__name__}); "
+            f"rand-m9-mstd0.5-inc1 is the published one, null is none"
+        ) from error
     crop, *flips = parts[0].transforms
     return Compose([crop]), Compose([*flips, *parts[1].transforms, *parts[2].transforms])
 

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, ManifestError
 from pipeline.config.load import Config
 from pipeline.data.keyed import view_numbers
 
@@ -244,6 +244,22 @@ class _Windows(OrderedDict[tuple[int, ...], np.ndarray]):
 
 
 _windows = _Windows()
+
+
+def validation_samples(config: Config, manifest: Manifest) -> int:
+    """How many images each evaluation of the run looks at; 0 where the configuration asks for none.
+
+    Raises ManifestError where it asks for some and there are none: no accuracy is better than a made-up one.
+    """
+    if config.evaluate.every_epochs is None:
+        return 0
+    samples = manifest.splits["val"].samples if "val" in manifest.splits else 0
+    if not samples:
+        raise ManifestError(
+            f"{config.data.path} has no validation images: set evaluate.every_epochs=null to train without any, or "
+            f"build the data set with --val-source or --val-per-class"
+        )
+    return samples
 
 
 def training_order(config: Config, manifest: Manifest) -> SampleOrder:

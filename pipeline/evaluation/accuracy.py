@@ -13,7 +13,7 @@ from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, ManifestError
 from pipeline.checkpoints.files import CheckpointError, locate, read_meta
 from pipeline.checkpoints.state import read_tensors
 from pipeline.config.load import Config
@@ -51,7 +51,8 @@ def evaluate(
         share = len(labels) / 100
         sums += torch.stack([loss, top1 * share, top5 * share, torch.tensor(len(labels), device=device)]).double()
     loss_sum, hits1, hits5, samples = reduce(sums).tolist()
-    samples = max(1.0, samples)
+    if not samples:
+        raise ValueError("there are no images to evaluate on: no accuracy is better than a made-up one")
     return {
         "top1": 100 * hits1 / samples,
         "top5": 100 * hits5 / samples,
@@ -79,7 +80,11 @@ def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> di
         raise CheckpointError(
             f"{config.data.path} has {manifest.num_classes} classes, {path} was trained on {len(meta.synsets)} others"
         )
-    weights = weights or ("ema" if (path / "ema.safetensors").exists() else "model")
+    if "val" not in manifest.splits or not manifest.split("val").samples:
+        raise ManifestError(f"{config.data.path} has no validation images: give another data set with --data")
+    weights = weights or ("ema" if "ema.safetensors" in meta.files else "model")
+    if f"{weights}.safetensors" not in meta.files:
+        raise CheckpointError(f"{path} has no {weights}.safetensors: leave --weights out")
     model = build_model(config.model, meta.num_classes, config.data.resolution)
     model.load_state_dict(read_tensors(path / f"{weights}.safetensors"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,6 +19,7 @@ from rich.table import Table
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.config.sections import Guard
+from pipeline.data.order import validation_samples
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.log_file import say
 
@@ -163,7 +164,9 @@ class Eta:
 def print_summary(config: Config, summary: dict[str, Any]) -> None:
     """The table at the end of a run: what happened, where it is, what to type next."""
     table = Table(title=f"{summary['stage']} {summary['name']}: done", show_header=False)
-    table.add_row("top-1 / top-5", f"{summary['top1']:.2f} % / {summary['top5']:.2f} % of {summary['val_samples']:.0f}")
+    if "top1" in summary:
+        accuracy = f"{summary['top1']:.2f} % / {summary['top5']:.2f} % of {summary['val_samples']:.0f}"
+        table.add_row("top-1 / top-5", accuracy)
     table.add_row("images seen", f"{summary['samples_seen']:,}")
     table.add_row("time", f"{summary['seconds'] / 60:.1f} min")
     table.add_row("checkpoint", summary["checkpoint"])
@@ -190,13 +193,19 @@ def print_plan(
     origin: str,
 ) -> None:
     """The table at the start of a run: what will be trained on what, how, from where."""
-    train_split, val_split = manifest.split("train"), manifest.split("val")
+    validation = validation_samples(config, manifest)
     table = Table(title=f"{command} {config.name}", show_header=False)
     table.add_row("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.data.resolution} px")
     table.add_row(
         "data",
-        f"{manifest.name} ({config.data.format}): {train_split.samples:,} training and {val_split.samples:,} "
-        f"validation images, {manifest.num_classes:,} classes",
+        f"{manifest.name} ({config.data.format}): {manifest.split('train').samples:,} training images, "
+        f"{manifest.num_classes:,} classes",
+    )
+    table.add_row(
+        "validation",
+        f"{validation:,} images, every {config.evaluate.every_epochs} epochs and at the end"
+        if validation
+        else "none (evaluate.every_epochs is null)",
     )
     accumulation = config.train.accumulation_steps(ranks)
     table.add_row(

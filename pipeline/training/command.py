@@ -40,11 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def command(options: argparse.Namespace) -> int:
     """Either command with its options parsed; returns the exit code. Raises what `run.main` and `preflight` raise."""
     from pipeline.config.load import load
+    from pipeline.config.sections import ConfigError
 
     config = load(options.config, options.overrides)
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
+    if options.command == "finetune" and config.init.checkpoint is None:
+        raise ConfigError(
+            f"{options.config}: finetune starts from weights, and init.checkpoint is null: set init.checkpoint to a "
+            f"run folder, a checkpoint or a weight file; training from random weights is `pretrain`"
+        )
     resume = options.resume == "auto"
     if options.check:
         from pipeline.training.preflight import preflight

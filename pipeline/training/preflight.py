@@ -15,10 +15,10 @@ from data_prep.manifest import Manifest
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
-from pipeline.data.order import training_order
+from pipeline.data.order import training_order, validation_samples
 from pipeline.data.shards import ShardReader, check_remote_files
 
-# RandAugment that augments on the device for certain; what else they may do, and why not, timm has to say.
+# RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
 _PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*")
 
 
@@ -51,22 +51,29 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
     training_order(config, manifest)
+    splits = ("train", "val") if validation_samples(config, manifest) else ("train",)
     if ranks is not None:
         config.train.accumulation_steps(ranks)
     _tell_of_lanes(config, manifest, nodes)
     if config.data.format == "webdataset" and importlib.util.find_spec("pipeline.data._jpeg") is None:
         note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
     if config.data.format == "webdataset":
-        for split in ("train", "val"):
+        for split in splits:
             ShardReader(config.data, manifest, split)
     if config.data.is_remote:
         check_remote_files(config.data, manifest)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
-        check_model(find_source(config.init), config.model.name)
+        source = find_source(config.init)
+        check_model(source, config.model.name)
+        if not source.is_ours:
+            importlib.import_module("pipeline.checkpoints.transfer").check_fit(config, source, manifest.synsets)
     policy = config.augment.rand_augment
-    if config.augment.where == "device" and policy and not _PLAIN_RAND_AUGMENT.fullmatch(policy):
-        importlib.import_module("pipeline.data.device_augment").DeviceAugment(config.augment)
+    if policy and not _PLAIN_RAND_AUGMENT.fullmatch(policy):
+        if config.augment.where == "device":
+            importlib.import_module("pipeline.data.device_augment").DeviceAugment(config.augment)
+        else:
+            importlib.import_module("pipeline.data.augment").training_transform(config.augment, config.data.resolution)
     if config.data.format == "ffcv":  # last: it imports FFCV, and with it torch
-        for split in ("train", "val"):
+        for split in splits:
             beton_path(config.data.path, manifest, split)

@@ -20,7 +20,7 @@ from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_te
 from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
 from pipeline.data.loader import training_batches
-from pipeline.data.order import training_order
+from pipeline.data.order import training_order, validation_samples
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
@@ -79,6 +79,7 @@ class Run:
         self.command, self.config, self.ranks, self.device, self.stop = command, config, ranks, device, stop
         self.manifest = manifest = Manifest.load(config.data.path)
         self.order = training_order(config, manifest)
+        validation_samples(config, manifest)
         self.steps = self.order.steps_per_epoch * config.train.epochs
 
         # Weights: the run's own newest checkpoint, else the configured start, else random.

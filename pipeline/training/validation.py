@@ -30,8 +30,11 @@ class Validation:
 
     def is_due(self, done: int) -> bool:
         """Whether to measure after `done` steps. Also where a run goes on: its last try may have been stopped there."""
+        every = self.config.evaluate.every_epochs
+        if every is None:
+            return False
         epochs, rest = divmod(done, self.steps_per_epoch)
-        due = done == self.steps or (done > 0 and rest == 0 and epochs % self.config.evaluate.every_epochs == 0)
+        due = done == self.steps or (done > 0 and rest == 0 and epochs % every == 0)
         return due and self.step != done
 
     def measure(

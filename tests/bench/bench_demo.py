@@ -26,7 +26,7 @@ def top1(stage: str, name: str, *overrides: str) -> float:
         print(f"... {name}", flush=True)
         command = [
             str(ROOT / "launch" / "deepspeed.sh"),
-            stage,
+            "pretrain" if "init.checkpoint=null" in overrides else stage,
             f"configs/demo_{stage}.yaml",
             f"name={name}",
             *overrides,

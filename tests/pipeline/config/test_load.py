@@ -86,6 +86,13 @@ def test_published_numbers(name: str) -> None:
         (["model.compile=true", "train.zero_stage=3"], ["model.compile", "train.zero_stage=2"]),
         (["train.epochs=[1"], ["YAML"]),
         (["optimizer.lr_peak=.nan"], ["optimizer.lr_peak"]),
+        (["train.epochs=on"], ["train.epochs", "'on'"]),
+        (["train.zero_stage=off"], ["train.zero_stage", "'off'"]),
+        (["output_root=~nobody-of-that-name/runs"], ["output_root: ~nobody-of-that-name/runs", "home folder"]),
+        (
+            ["evaluate.every_epochs=null", "checkpoint.best_metric=top1"],
+            ["checkpoint.best_metric top1", "evaluate.every_epochs is null"],
+        ),
     ],
 )
 def test_mistakes_are_named(overrides: list[str], parts: list[str]) -> None:
@@ -122,6 +129,30 @@ def test_overrides_speak_yaml_and_win() -> None:
     assert (config.optimizer.lr_peak, config.augment.rand_augment, config.name) == (2e-3, None, "other")
     with pytest.raises(Exception, match="frozen"):
         config.name = "again"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["2024-05-01", "17", "1e3", "on", "0x1F", "12:30:00", "1_000", ".5"])
+def test_texts_stay_as_they_are_written(tmp_path: Path, text: str) -> None:
+    """YAML takes them for dates, numbers and truths; where a key wants a text, they are one."""
+    config = load(DEMO, [f"tracking.experiment={text}", f"output_root={text}", f"data.path={text}"])
+    assert (config.tracking.experiment, str(config.output_root), config.data.path) == (text, text, text)
+    file = tmp_path / "run.yaml"
+    file.write_text(DEMO.read_text().replace("experiment: hornet-demo", f"experiment: {text}"))
+    assert load(file).tracking.experiment == text
+    assert load(DEMO, ["guard.mode=off"]).guard.mode == "off"
+    if ":" not in text and not text.startswith("."):
+        assert load(DEMO, [f"name={text}"]).name == text
+
+
+def test_home_folders_and_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    keys = ("data.path=~/set", "output_root=~/runs", "init.checkpoint=~/w.pth", "init.label_space=~/classes.txt")
+    config = load(DEMO, keys)
+    assert (config.data.path, config.output_root) == ("/somewhere/set", Path("/somewhere/runs"))
+    assert (config.init.checkpoint, config.init.label_space) == (Path("/somewhere/w.pth"), "/somewhere/classes.txt")
+    assert load(DEMO, ["data.path=s3://bucket/~/set"]).data.path == "s3://bucket/~/set"
+    for path in ("~/set/dataset.json", "/somewhere/set/dataset.json"):
+        assert load(DEMO, [f"data.path={path}"]).data.path == "/somewhere/set"
 
 
 def test_progressive_resolution() -> None:
