@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from data_prep.credentials import keep_out_of_output
 from data_prep.storage import DataPrepError
 
 EPILOG = """\
@@ -86,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_out_of_output()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

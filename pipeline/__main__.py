@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 
+from data_prep.credentials import keep_out_of_output
 from data_prep.storage import DataPrepError
 from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 
@@ -112,6 +113,7 @@ def _explain(error: Exception) -> str | None:
 
 
 if __name__ == "__main__":
+    keep_out_of_output()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -145,9 +145,13 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is not a section in the file")
     try:
-        tree[leaf] = yaml.load(text, Loader=_Loader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML (a text may stand in quotes)") from None
+        if not _is_text(_declared(key)):
+            raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+        value = text
+    # `a: b` and [x] are texts where a text is wanted.
+    tree[leaf] = text if isinstance(value, dict | list) and _is_text(_declared(key)) else value
 
 
 class _Scalar(NamedTuple):
@@ -170,8 +174,22 @@ def _as_declared(tree: Any, kind: Any) -> Any:
     return tree
 
 
+def _declared(key: str) -> Any:
+    kind: Any = Config
+    for part in key.split("."):
+        kind = kind.model_fields[part].annotation
+    return kind
+
+
 def _value(scalar: Any) -> Any:
     return scalar.value if isinstance(scalar, _Scalar) else scalar
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a key of this type takes any text, and nothing but that and null."""
+    parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
+    return all(part in (str, Path, types.NoneType) for part in bare)
 
 
 def _takes_text(kind: Any, value: Any) -> bool:

@@ -7,8 +7,18 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
+from data_prep.credentials import without_credentials
 from data_prep.manifest import MANIFEST_NAME
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -80,6 +90,8 @@ class Data(Section):
         description="os: the .beton is mapped, pages are shared by ranks and kept by the system; process: each rank "
         "reads whole pages ahead into its own memory; auto: os where the file fits into RAM",
     )
+
+    _no_credentials = field_serializer("path")(without_credentials)
 
     @property
     def is_remote(self) -> bool:
@@ -305,4 +317,12 @@ class Tracking(Section):
 
     log_every_steps: Count = 50
     experiment: str = "hornet"
-    uri: str | None = Field(default=None, description="MLflow tracking URI; null: SQLite file mlflow.db in output_root")
+    uri: str | None = Field(
+        default=None,
+        description="MLflow tracking URI; null: MLFLOW_TRACKING_URI, and without that the SQLite file mlflow.db in "
+        "output_root",
+    )
+
+    @field_serializer("uri")
+    def _no_credentials(self, uri: str | None) -> str | None:
+        return uri and without_credentials(uri)

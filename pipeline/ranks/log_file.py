@@ -42,6 +42,13 @@ class LogFile:
         os.truncate(self.path, self._bytes)
         return kept
 
+    def lines(self) -> list[str]:
+        """Every line so far, on disk or waiting for it."""
+        with suppress(FileNotFoundError):
+            on_disk = self.path.read_bytes()[: self._bytes].splitlines()
+            return [line.decode() for line in (*on_disk, *(waiting.rstrip(b"\n") for waiting in self._waiting))]
+        return [line.decode().rstrip("\n") for line in self._waiting]
+
     def append(self, line: str) -> None:
         """Write a line, behind those that wait. Never raises; the first line that has to wait is told on stderr."""
         were_waiting = len(self._waiting)

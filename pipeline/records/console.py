@@ -16,12 +16,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.credentials import without_credentials
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.config.sections import Guard
 from pipeline.data.order import validation_samples
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.log_file import say
+from pipeline.records.address import is_default, tracking_uri
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -172,7 +174,7 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     table.add_row("checkpoint", summary["checkpoint"])
     table.add_row("log", str(config.run_dir / "log.jsonl"))
     table.add_row("MLflow run", summary["mlflow_run_id"] or "not reached")
-    review = "make review" if config.tracking.uri is None else f"the runs at {config.tracking.uri}"
+    review = "make review" if is_default(config) else f"the runs at {without_credentials(tracking_uri(config))}"
     if summary["stage"] == "finetune":
         table.add_row("next", review)
     elif config.name == "demo-pretrain":

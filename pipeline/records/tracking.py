@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, `log.jsonl`, and MLflow. The only file that imports mlflow. Rank 0 only.
+"""Where a run's numbers go: the console, `log.jsonl`, and MLflow. Rank 0 only.
 
 `log.jsonl` is the record; MLflow gets the same numbers with the same times. Where one of the three does not take them
 (a server that is down, a full disk, a terminal that is gone) training goes on: the numbers wait and go with the next
@@ -8,39 +8,25 @@ ones, or at the end. So they do while a thread imports mlflow and reaches it: th
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Self
 
-from data_prep.storage import atomic_write
+from data_prep.credentials import without_credentials
 from pipeline.config.load import Config
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say
-
-if TYPE_CHECKING:
-    import mlflow
+from pipeline.records.mlflow_run import Metric, MlflowRun, is_permanent
 
 _RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
-_BATCH = 500  # metrics a request may hold are limited by the server
 _EVENTS = 1000  # shown in MLflow, where each new one sends all again
-_REASON_CHARS = 500
 _LAST_WORDS_SECONDS = 15.0
-
-
-class _Metric(NamedTuple):
-    """The fields of MLflow's, before mlflow is imported; timestamp in ms."""
-
-    key: str
-    value: float
-    timestamp: int
-    step: int
 
 
 class Tracker:
@@ -51,21 +37,15 @@ class Tracker:
 
         Lines of `log.jsonl` past `first_step` come from a try that was killed after its last checkpoint: they are
         dropped, since the steps are run again. MLflow, which forgets nothing, keeps its values of those steps, and is
-        not sent them twice.
+        not sent them twice. Raises ConfigError for an MLflow address that can never be reached.
         """
-        self.config = config
-        self._run_id: str | None = None
+        self.mlflow = MlflowRun(config, tags, first_step)
         # While it lives it alone talks to MLflow, and afterwards who logs does.
         self._starting = threading.Thread(target=self._reach_and_send, name="mlflow", daemon=True)
-        self._new: deque[_Metric] = deque()  # not yet among those that wait to be sent
-        self._id_file = config.run_dir / "mlflow_run.json"
-        self._tags = dict(tags)
+        self._new: deque[Metric] = deque()  # not yet among those that wait to be sent
         self._complained = self._reached = self._finished = False
+        self._last_error: Exception | None = None
         self._retry_at = 0.0
-        self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
-        root = config.output_root.resolve()
-        self.uri = config.tracking.uri or f"sqlite:///{root / 'mlflow.db'}"
-        self._artifacts = None if config.tracking.uri else (root / "mlartifacts").as_uri()
         self._log = LogFile(config.run_dir / "log.jsonl")
         kept = self._log.cut(lambda line: json.loads(line)["step"] <= first_step)
         # All that is kept: to a new MLflow run, and to one that goes on if it was not reached when they were logged.
@@ -75,18 +55,13 @@ class Tracker:
             self._event_log.cut(lambda line: first_step > 0 and _event_step(line) <= first_step), maxlen=_EVENTS
         )
         self._events_pending = bool(self._events)
-        if first_step and self._id_file.exists():
-            known = json.loads(self._id_file.read_text())
-            if known["uri"] == self.uri:
-                self._run_id = known["run_id"]
-        self._goes_on = self._id_saved = self._run_id is not None
 
     @property
     def run_id(self) -> str | None:
         """MLflow's, or None as long as MLflow could not be reached; waits for the first try to reach it."""
         self.start()
         self._wait()
-        return self._run_id
+        return self.mlflow.id
 
     def start(self) -> None:
         """Begin to reach MLflow; a second call does nothing."""
@@ -112,7 +87,8 @@ class Tracker:
         that name.
         """
         say(f"step {step}  {line}", sys.stdout)
-        self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  step {step}  {' '.join(line.split())}")
+        line = without_credentials(" ".join(line.split()))
+        self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  step {step}  {line}")
         self._event_log.append(self._events[-1])
         self._events_pending = True
         self._send()
@@ -136,17 +112,14 @@ class Tracker:
         self._log.flush()
         self._send(now=True)
         self._take_new()
-        if self._run_id is None or self._pending:
-            self._complain(f"{len(self._pending)} numbers of {self._log.path} did not reach it", last=True)
+        if not self._reached or self._pending:
+            unsent = f"{len(self._pending)} numbers did not reach it"
+            self._complain(self._last_error or OSError(unsent), last=True)
             return
         try:
-            client = _mlflow().MlflowClient(self.uri)
-            self._end(client, self._run_id, status, reason)
-            for path in files:
-                if path.exists():
-                    client.log_artifact(self._run_id, str(path))
+            self.mlflow.end(status, reason, files)
         except Exception as error:  # a tracking server must never fail a run that is done
-            self._complain(str(error), last=True)
+            self._complain(error, last=True)
 
     def fail_from_thread(self, reason: str) -> None:
         """Mark the MLflow run as FAILED, with the tag "stopped", from another thread while the main thread hangs.
@@ -156,50 +129,13 @@ class Tracker:
 
         def fail() -> None:
             with suppress(Exception):
-                if self._run_id is not None:
-                    self._end(_mlflow().MlflowClient(self.uri), self._run_id, "FAILED", reason)
+                if self.mlflow.id is not None:
+                    self.mlflow.end("FAILED", reason)
 
         with suppress(Exception):
             thread = threading.Thread(target=fail, name="last words", daemon=True)
             thread.start()
             thread.join(_LAST_WORDS_SECONDS)
-
-    @staticmethod
-    def _end(client: mlflow.MlflowClient, run_id: str, status: str, reason: str | None) -> None:
-        if reason is not None:
-            client.set_tag(run_id, "stopped", " ".join(reason.split())[:_REASON_CHARS])
-        client.set_terminated(run_id, status)
-
-    def _reach(self) -> None:
-        """Create the MLflow run or go on with it. A server that is down is no reason not to train."""
-        try:
-            client = _mlflow().MlflowClient(self.uri)
-            if self._goes_on:
-                assert self._run_id is not None
-                tags = client.get_run(self._run_id).data.tags
-                client.update_run(self._run_id, status="RUNNING")
-                if "stopped" in tags:
-                    client.delete_tag(self._run_id, "stopped")
-                client.set_tag(self._run_id, "restarts", int(tags.get("restarts", 0)) + 1)
-            else:
-                self._create(client)
-            self._reached = True
-            self._save_id()
-        except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
-            self._complain(str(error))
-
-    def _create(self, client: mlflow.MlflowClient) -> None:
-        entities = _mlflow().entities
-        if self._run_id is None:
-            experiment = client.get_experiment_by_name(self.config.tracking.experiment)
-            experiment_id = (
-                experiment.experiment_id
-                if experiment
-                else client.create_experiment(self.config.tracking.experiment, artifact_location=self._artifacts)
-            )
-            self._run_id = client.create_run(experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
-        params = [entities.Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
-        client.log_batch(self._run_id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
 
     def _send(self, now: bool = False) -> None:
         self.start()
@@ -210,61 +146,69 @@ class Tracker:
         self._reach_and_send()
 
     def _reach_and_send(self) -> None:
-        if not self._reached:
-            self._reach()
-        if not self._reached:
+        """Create the MLflow run or go on with it, and send what waits. That it is down is no reason not to train."""
+        for _ in range(2):
+            try:
+                if not self._reached:
+                    if self.mlflow.goes_on and self.mlflow.is_gone():
+                        self._begin_anew()
+                    self.mlflow.open()
+                    self._reached = True
+                self.mlflow.save_id()
+                self._send_what_waits()
+                return
+            except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
+                failure = error
+            with suppress(Exception):
+                if is_permanent(failure) and self._reached and self.mlflow.is_gone():
+                    self._begin_anew()
+                    continue
+            self._complain(failure)
             return
-        assert self._run_id is not None
-        self._save_id()
+
+    def _send_what_waits(self) -> None:
         self._take_new()
-        try:
-            client, metric_of = _mlflow().MlflowClient(self.uri), _mlflow().entities.Metric
-            if self._goes_on:
-                self._forget_what_is_known(client, self._run_id)
-            while self._pending:
-                client.log_batch(self._run_id, metrics=[metric_of(*metric) for metric in self._pending[:_BATCH]])
-                self._last_steps = {metric.key: -1 for metric in self._pending[:_BATCH]} | self._last_steps
-                del self._pending[:_BATCH]
-                self._take_new()
-            if self._events_pending:
-                self._events_pending = False  # first: another event may come meanwhile
-                client.log_text(self._run_id, "\n".join(list(self._events)) + "\n", "events.txt")
-        except Exception as error:
-            self._events_pending = bool(self._events)
-            self._complain(str(error))
+        self._pending = self.mlflow.new_to_it(self._pending)
+        while self._pending:
+            self.mlflow.send(self._pending)
+            self._take_new()
+        if self._events_pending:
+            self._events_pending = False  # first: another event may come meanwhile
+            try:
+                self.mlflow.send_text("\n".join(list(self._events)) + "\n", self._event_log.path.name)
+            except Exception:
+                self._events_pending = True
+                raise
+
+    def _begin_anew(self) -> None:
+        """Another MLflow run in place of one that is gone, with every number of the log."""
+        say(
+            f"warning: MLflow at {self.mlflow.shown_uri} no longer has the run {self.mlflow.id}: a new one takes its "
+            f"place, with every number of {self._log.path}",
+            sys.stderr,
+        )
+        self.mlflow.forget()
+        self._reached = False
+        self._take_new()
+        logged = [metric for line in self._log.lines() for metric in _metrics(json.loads(line))]
+        known = {(metric.key, metric.step) for metric in logged}
+        self._pending = logged + [metric for metric in self._pending if (metric.key, metric.step) not in known]
+        self._events_pending = bool(self._events)
 
     def _take_new(self) -> None:
         while self._new:
             self._pending.append(self._new.popleft())
 
-    def _save_id(self) -> None:
-        if self._id_saved:
-            return
-        with suppress(OSError):  # a full disk: tried again with the next line
-            with atomic_write(self._id_file) as file:
-                file.write(json.dumps({"uri": self.uri, "run_id": self._run_id}).encode())
-            self._id_saved = True
-
-    def _forget_what_is_known(self, client: mlflow.MlflowClient, run_id: str) -> None:
-        """Drop from what waits the steps that MLflow has from before this process: it would show them twice.
-
-        Where it does not tell, they are sent: better twice than not at all.
-        """
-        for key in {metric.key for metric in self._pending} - self._last_steps.keys():
-            try:
-                history = client.get_metric_history(run_id, key)
-            except Exception:
-                break  # of one kind with the next keys; each try may cost seconds
-            self._last_steps[key] = max((metric.step for metric in history), default=-1)
-        self._pending = [metric for metric in self._pending if metric.step > self._last_steps.get(metric.key, -1)]
-
-    def _complain(self, reason: str, last: bool = False) -> None:
+    def _complain(self, error: Exception, last: bool = False) -> None:
+        self._last_error = error
         if last or not self._complained:
-            first_line = reason.splitlines()[0][:300] if reason else "no reason given"
-            then = "" if last else "training goes on, they are sent again later, and "
+            reason = without_credentials(" ".join(str(error).split()), self.mlflow.uri)[:300] or type(error).__name__
+            then = "training goes on, they are sent again later, and "
+            if is_permanent(error):
+                then = "training goes on; once that is mended they are sent, by this run or one that goes on with it; "
             say(
-                f"warning: MLflow at {self.uri} did not take the run ({first_line}); {then}{self._log.path} has every "
-                f"number",
+                f"warning: MLflow at {self.mlflow.shown_uri} did not take the run ({reason}); {'' if last else then}"
+                f"{self._log.path} has every number",
                 sys.stderr,
             )
         self._complained = True
@@ -275,31 +219,11 @@ def _event_step(line: str) -> int:
     return int(line.split("  step ")[1].split()[0])
 
 
-def _mlflow() -> Any:
-    """The package, imported where it is first asked for."""
-    # Read when mlflow is imported: its defaults wait for minutes on a server that is down.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-    import mlflow
-
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    return mlflow
-
-
-def _metrics(record: Mapping[str, float]) -> list[_Metric]:
+def _metrics(record: Mapping[str, float]) -> list[Metric]:
     """MLflow's form of a line of log.jsonl."""
     stamp, step = round(record["time"] * 1000), int(record["step"])
-    return [_Metric(key, float(value), stamp, step) for key, value in record.items() if key not in ("time", "step")]
+    return [Metric(key, float(value), stamp, step) for key, value in record.items() if key not in ("time", "step")]
 
 
 def _round(value: float) -> float:
     return float(f"{value:.7g}")
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

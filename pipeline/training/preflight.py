@@ -17,6 +17,7 @@ from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
 from pipeline.data.order import training_order, validation_samples
 from pipeline.data.shards import ShardReader, check_remote_files
+from pipeline.records.address import probe
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
 _PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*")
@@ -68,6 +69,7 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         check_model(source, config.model.name)
         if not source.is_ours:
             importlib.import_module("pipeline.checkpoints.transfer").check_fit(config, source, manifest.synsets)
+    probe(config, note)
     policy = config.augment.rand_augment
     if policy and not _PLAIN_RAND_AUGMENT.fullmatch(policy):
         if config.augment.where == "device":

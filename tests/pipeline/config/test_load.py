@@ -131,16 +131,19 @@ def test_overrides_speak_yaml_and_win() -> None:
         config.name = "again"  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("text", ["2024-05-01", "17", "1e3", "on", "0x1F", "12:30:00", "1_000", ".5"])
+@pytest.mark.parametrize(
+    "text", ["2024-05-01", "17", "1e3", "on", "0x1F", "12:30:00", "1_000", ".5", "a: b", "[x]", "@x"]
+)
 def test_texts_stay_as_they_are_written(tmp_path: Path, text: str) -> None:
     """YAML takes them for dates, numbers and truths; where a key wants a text, they are one."""
     config = load(DEMO, [f"tracking.experiment={text}", f"output_root={text}", f"data.path={text}"])
     assert (config.tracking.experiment, str(config.output_root), config.data.path) == (text, text, text)
     file = tmp_path / "run.yaml"
     file.write_text(DEMO.read_text().replace("experiment: hornet-demo", f"experiment: {text}"))
-    assert load(file).tracking.experiment == text
+    if text[0] not in "a[@":
+        assert load(file).tracking.experiment == text
     assert load(DEMO, ["guard.mode=off"]).guard.mode == "off"
-    if ":" not in text and not text.startswith("."):
+    if text.replace("-", "").isalnum():
         assert load(DEMO, [f"name={text}"]).name == text
 
 

@@ -19,7 +19,7 @@ import mlflow
 import pytest
 
 from pipeline.config.load import Config, load
-from pipeline.records import tracking
+from pipeline.records import mlflow_run
 from pipeline.records.tracking import Tracker
 from tests.support.processes import PATIENCE_SECONDS, wait_for
 
@@ -47,6 +47,10 @@ def configured(root: Path, *more: str) -> Config:
 
 def steps_logged(config: Config) -> list[float]:
     return [json.loads(line)["step"] for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
+
+
+def history_of(tracker: Tracker, key: str = "loss") -> list[tuple[int, float, int]]:
+    return history(tracker.mlflow.uri, tracker.run_id, key)
 
 
 def history(uri: str, run_id: str | None, key: str = "loss") -> list[tuple[int, float, int]]:
@@ -82,14 +86,14 @@ def opened(config: Config, tags: Mapping[str, str] | None = None, first_step: in
     """A tracker whose first try to reach MLflow is over: what it logs is sent at once."""
     tracker = Tracker(config, tags or {}, first_step)
     tracker.start()
-    assert tracker.run_id is not None or tracker.uri.startswith("http")
+    assert tracker.run_id is not None or tracker.mlflow.uri.startswith("http")
     return tracker
 
 
 def test_nothing_waits_for_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers and events that come while MLflow is being reached are sent once, when it is."""
-    reached, package = threading.Event(), tracking._mlflow
-    monkeypatch.setattr(tracking, "_mlflow", lambda: reached.wait(60) and package())
+    reached, package = threading.Event(), mlflow_run.package
+    monkeypatch.setattr(mlflow_run, "package", lambda: reached.wait(60) and package())
     config = configured(root)
     tracker = Tracker(config, {}, first_step=0)
     tracker.start()
@@ -100,8 +104,12 @@ def test_nothing_waits_for_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not (config.run_dir / "mlflow_run.json").exists()
     reached.set()
     tracker.finish("FINISHED", [])
-    assert [(step, value) for step, value, _ in history(tracker.uri, tracker.run_id)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    artifacts = mlflow.MlflowClient(tracker.uri).list_artifacts(str(tracker.run_id))
+    assert [(step, value) for step, value, _ in history_of(tracker)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+    ]
+    artifacts = mlflow.MlflowClient(tracker.mlflow.uri).list_artifacts(str(tracker.run_id))
     assert [item.path for item in artifacts] == ["events.txt"]
 
 
@@ -159,11 +167,15 @@ def test_going_on_with_a_run(root: Path) -> None:
     with Tracker(other, {}, first_step=3) as third:
         third.finish("FINISHED", [])
     assert third.run_id != first.run_id
-    assert [(step, value) for step, value, _ in history(third.uri, third.run_id)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(step, value) for step, value, _ in history_of(third)] == [
+        (1, 1.0),
+        (2, 2.0),
+        (3, 3.0),
+    ]
     assert steps_logged(config) == [1, 2, 3]
     with pytest.raises(ZeroDivisionError), Tracker(config, {}, first_step=0) as fourth:
         raise ZeroDivisionError("no\nway")
-    run = mlflow.MlflowClient(fourth.uri).get_run(str(fourth.run_id))
+    run = mlflow.MlflowClient(fourth.mlflow.uri).get_run(str(fourth.run_id))
     assert fourth.run_id not in (None, second.run_id)
     assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "ZeroDivisionError: no way")
     assert "restarts" not in run.data.tags
@@ -177,17 +189,17 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
     for step in range(1, 7):
         first.log(step, {"loss": 1 / step}, "")
     first.log(4, {"top1": 40.0}, "")
-    before = history(first.uri, first.run_id)
+    before = history_of(first)
 
     second = opened(config, first_step=2)
     for step in range(3, 9):
         second.log(step, {"loss": 1 / step}, "")
         if step % 4 == 0:
             second.log(step, {"top1": 10.0 * step}, "")
-    found = history(second.uri, second.run_id)
+    found = history_of(second)
     assert [step for step, *_ in found] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert found[:6] == before
-    assert [entry[:2] for entry in history(second.uri, second.run_id, "top1")] == [(4, 40.0), (8, 80.0)]
+    assert [entry[:2] for entry in history_of(second, "top1")] == [(4, 40.0), (8, 80.0)]
     assert steps_logged(config) == [1, 2, 3, 4, 4, 5, 6, 7, 8, 8]
     second.finish("KILLED", [], reason="SIGUSR1")
     run = client.get_run(str(second.run_id))
@@ -198,7 +210,7 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
         file.write('{"time": 1.5, "step": 9, "loss": 0.5}\n')
     third = opened(config, first_step=9)
     third.log(10, {"loss": 0.25}, "")
-    found = history(third.uri, third.run_id)
+    found = history_of(third)
     assert (len(found), found[8]) == (10, (9, 0.5, 1500))
     run = client.get_run(str(third.run_id))
     assert (run.info.status, run.data.tags["restarts"]) == ("RUNNING", "2")
@@ -212,7 +224,7 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
     fourth = opened(config, first_step=9)
     fourth.log(10, {"loss": 0.125}, "")
     monkeypatch.undo()
-    assert [step for step, *_ in history(fourth.uri, fourth.run_id)][-3:] == [9, 10, 10]
+    assert [step for step, *_ in history_of(fourth)][-3:] == [9, 10, 10]
 
 
 @pytest.fixture
@@ -252,13 +264,13 @@ def test_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None
     told = capsys.readouterr().err
     assert told.count("WARNING: ") == 2  # log.jsonl and events.txt, once each
     assert told.count("warning: MLflow") == 1
-    assert len(history(tracker.uri, tracker.run_id)) < 79
+    assert len(history_of(tracker)) < 79
 
     filler.unlink()
     tracker.log(80, {"loss": 0.5}, "")
     assert steps_logged(config) == list(range(1, 81))
     tracker.finish("FINISHED", [log])
-    assert [step for step, *_ in history(tracker.uri, tracker.run_id)] == list(range(1, 81))
+    assert [step for step, *_ in history_of(tracker)] == list(range(1, 81))
     artifacts = small_disk / "mlartifacts" / str(tracker.run_id) / "artifacts"
     assert (artifacts / "log.jsonl").read_bytes() == log.read_bytes()
     assert (artifacts / "events.txt").read_text().endswith("step 79  in trouble\n")
@@ -283,7 +295,7 @@ def test_console_that_is_gone(root: Path, monkeypatch: pytest.MonkeyPatch, gone:
         tracker.event(2, "stopped")
         tracker.finish("FINISHED", [])
     assert steps_logged(config) == [1, 2]
-    assert len(history(tracker.uri, tracker.run_id)) == 2
+    assert len(history_of(tracker)) == 2
     with contextlib.nullcontext() if gone == "pipe" else contextlib.suppress(OSError):
         stdout.close()  # as Python does at its exit
 
@@ -310,11 +322,11 @@ def test_last_words_while_the_main_thread_hangs(root: Path) -> None:
     watchdog = threading.Thread(target=tracker.fail_from_thread, args=("no progress for 600 s",))
     watchdog.start()
     watchdog.join()
-    client = mlflow.MlflowClient(tracker.uri)
+    client = mlflow.MlflowClient(tracker.mlflow.uri)
     run = client.get_run(str(tracker.run_id))
     assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "no progress for 600 s")
     client.set_terminated(str(tracker.run_id), "FINISHED")
-    tracker.uri = "nowhere://"
+    tracker.mlflow.uri = "nowhere://"
     tracker.fail_from_thread("MLflow is away")  # and nothing is raised
 
 
@@ -327,5 +339,5 @@ def test_the_first_end_counts(root: Path) -> None:
     tracker.finish("KILLED", [config.run_dir / "summary.json"], reason="SIGUSR1")
     with pytest.raises(ZeroDivisionError), tracker:
         raise ZeroDivisionError
-    run = mlflow.MlflowClient(tracker.uri).get_run(str(tracker.run_id))
+    run = mlflow.MlflowClient(tracker.mlflow.uri).get_run(str(tracker.run_id))
     assert (run.info.status, run.data.tags["stopped"]) == ("KILLED", "SIGUSR1")

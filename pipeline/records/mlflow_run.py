@@ -1,0 +1,186 @@
+"""One run in MLflow, by MLflow's client: the only file that imports mlflow, and only when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from data_prep.credentials import without_credentials
+from data_prep.storage import atomic_write
+from pipeline.config.load import Config
+from pipeline.records.address import check_address, is_default, make_database
+
+if TYPE_CHECKING:
+    import mlflow
+
+_BATCH = 500  # metrics a request may hold are limited by the server
+_REASON_CHARS = 500
+_PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
+
+
+class Metric(NamedTuple):
+    """The fields of MLflow's, before mlflow is imported; timestamp in ms."""
+
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class MlflowRun:
+    """The MLflow run of a run folder. Every method raises what MLflow, SQLAlchemy or requests do.
+
+    `id` is None until it is created or found; `goes_on`: it was there before this process.
+    """
+
+    def __init__(self, config: Config, tags: Mapping[str, str], first_step: int) -> None:
+        """A run folder that had an MLflow run at this address goes on with it, where it goes on itself.
+
+        Raises ConfigError for an address that can never be reached.
+        """
+        self.config, self._tags = config, dict(tags)
+        self.uri = check_address(config)
+        self.shown_uri = without_credentials(self.uri)
+        self.id: str | None = None
+        self._artifacts = (config.output_root.resolve() / "mlartifacts").as_uri() if is_default(config) else None
+        self._id_file = config.run_dir / "mlflow_run.json"
+        self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
+        if first_step and self._id_file.exists():
+            known = json.loads(self._id_file.read_text())
+            if known["uri"] == self.shown_uri:
+                self.id = known["run_id"]
+        self.goes_on = self._id_saved = self.id is not None
+
+    def open(self) -> None:
+        """Create it, or go on with it."""
+        make_database(self.uri, self._make_database)
+        client = self._client()
+        if self.goes_on:
+            assert self.id is not None
+            tags = client.get_run(self.id).data.tags
+            client.update_run(self.id, status="RUNNING")
+            if "stopped" in tags:
+                client.delete_tag(self.id, "stopped")
+            client.set_tag(self.id, "restarts", int(tags.get("restarts", 0)) + 1)
+            return
+        entities = package().entities
+        if self.id is None:
+            self.id = client.create_run(
+                self._experiment(client), run_name=self.config.name, tags=self._tags
+            ).info.run_id
+        params = [entities.Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
+        client.log_batch(self.id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
+
+    def is_gone(self) -> bool:
+        """Whether it was deleted in MLflow, or the database is another one now."""
+        if self.id is None:
+            return False
+        try:
+            return bool(self._client().get_run(self.id).info.lifecycle_stage != "active")
+        except package().MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return True
+
+    def forget(self) -> None:
+        """The next `open` creates another one."""
+        self.id, self.goes_on, self._id_saved, self._last_steps = None, False, False, {}
+
+    def new_to_it(self, metrics: Sequence[Metric]) -> list[Metric]:
+        """Without those of steps that MLflow has from before this process: it would show them twice.
+
+        Where it does not tell, they are all new: better twice than not at all.
+        """
+        if not self.goes_on:
+            return list(metrics)
+        assert self.id is not None
+        for key in {metric.key for metric in metrics} - self._last_steps.keys():
+            try:
+                history = self._client().get_metric_history(self.id, key)
+            except Exception:
+                break  # of one kind with the next keys; each try may cost seconds
+            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+        return [metric for metric in metrics if metric.step > self._last_steps.get(metric.key, -1)]
+
+    def send(self, metrics: list[Metric]) -> None:
+        """Log the first of `metrics`, as many as a request may hold, and take them out of the list."""
+        assert self.id is not None
+        metric_of, batch = package().entities.Metric, metrics[:_BATCH]
+        self._client().log_batch(self.id, metrics=[metric_of(*metric) for metric in batch])
+        self._last_steps = {metric.key: -1 for metric in batch} | self._last_steps
+        del metrics[: len(batch)]
+
+    def send_text(self, text: str, name: str) -> None:
+        """Make `text` its artifact `name`."""
+        assert self.id is not None
+        self._client().log_text(self.id, text, name)
+
+    def end(self, status: str, reason: str | None, files: Sequence[Path] = ()) -> None:
+        """End it with `status`, the tag "stopped" for a `reason`, and those of `files` that exist as artifacts."""
+        assert self.id is not None
+        client = self._client()
+        if reason is not None:
+            client.set_tag(self.id, "stopped", without_credentials(" ".join(reason.split()))[:_REASON_CHARS])
+        client.set_terminated(self.id, status)
+        for path in files:
+            if path.exists():
+                client.log_artifact(self.id, str(path))
+
+    def save_id(self) -> None:
+        """Write down which one it is, for the run that goes on."""
+        if self._id_saved or self.id is None:
+            return
+        with suppress(OSError):  # a full disk: tried again with the next line
+            with atomic_write(self._id_file) as file:
+                file.write(json.dumps({"uri": self.shown_uri, "run_id": self.id}).encode())
+            self._id_saved = True
+
+    def _client(self) -> mlflow.MlflowClient:
+        return package().MlflowClient(self.uri)
+
+    def _make_database(self, uri: str) -> None:
+        package()
+        store = importlib.import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, self._artifacts)
+        store.engine.dispose()
+
+    def _experiment(self, client: mlflow.MlflowClient) -> str:
+        name = self.config.tracking.experiment
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            try:
+                return str(client.create_experiment(name, artifact_location=self._artifacts))
+            except package().MlflowException:
+                experiment = client.get_experiment_by_name(name)  # another run was the first meanwhile
+                if experiment is None:
+                    raise
+        return str(experiment.experiment_id)
+
+
+def package() -> Any:
+    """mlflow, imported where it is first asked for."""
+    # Read when mlflow is imported: its defaults wait for minutes on a server that is down.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    mlflow = importlib.import_module("mlflow")
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return mlflow
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether MLflow refuses what it was asked, rather than being away: asking again changes nothing."""
+    return isinstance(error, ImportError) or getattr(error, "error_code", _PASSING[0]) not in _PASSING
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
