@@ -24,6 +24,10 @@ _WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+class RunFolderError(ValueError):
+    """A folder that a run needs cannot be written to."""
+
+
 class RunBusyError(ValueError):
     """Another live process writes to the run folder."""
 
@@ -125,12 +129,23 @@ def ignore_sigterm() -> None:
         _of_this_process.disarm()
 
 
+def check_writable(key: str, folder: Path) -> None:
+    """Raise RunFolderError where `folder`, made if need be, could not be written to by this user."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise RunFolderError(f"{key}: {there} is a file, not a folder: set another {key}")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{key} {folder} cannot be written to ({there} is read-only for you): set another {key}")
+
+
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
 
-    Waits for 150 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError.
+    Waits for 150 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError, and
+    RunFolderError where it cannot be written.
     """
+    check_writable("output_root", run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + _WAIT_SECONDS, False

@@ -39,10 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """Either command with its options parsed; returns the exit code. Raises what `run.main` and `preflight` raise."""
+    from data_prep.credentials import without_credentials
     from pipeline.config.load import load
     from pipeline.config.sections import ConfigError
 
     config = load(options.config, options.overrides)
+    shown = next((each for each in options.overrides if without_credentials(each) != each), None)
+    if shown is not None:
+        raise ConfigError(
+            f"{without_credentials(shown)} comes with a password on the command line, which `ps` and the launchers' "
+            f"logs show on every host: write it into a configuration file, or for MLflow into "
+            f"MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0

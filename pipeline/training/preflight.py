@@ -17,6 +17,7 @@ from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
 from pipeline.data.order import training_order, validation_samples
 from pipeline.data.shards import ShardReader, check_remote_files
+from pipeline.ranks.lifetime import check_writable
 from pipeline.records.address import probe
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
@@ -49,6 +50,9 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
 
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
+    check_writable("output_root", config.run_dir)
+    if config.data.is_remote and config.data.cache_gb:
+        check_writable("data.cache_folder", config.data.cache_folder.expanduser())
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
     training_order(config, manifest)

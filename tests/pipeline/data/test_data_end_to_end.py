@@ -1,11 +1,7 @@
 """Whole runs on data that is remote or damaged: the real launcher, two ranks, a real object store."""
 
-import http.server
 import json
-import threading
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,6 +9,7 @@ from tests.support.datasets import Datasets
 from tests.support.loading import ON_DEVICE, damage, read, same_images
 from tests.support.object_store import ObjectStore
 from tests.support.runs import launch, log_of, run_module, small_run
+from tests.support.web import web_server
 
 SKIP = ("augment.where=device", "data.on_bad_sample=skip")
 
@@ -74,45 +71,16 @@ def test_a_remote_set_with_a_shard_missing_is_refused_before_the_start(
     )
 
 
-class _Files(http.server.SimpleHTTPRequestHandler):
-    """A folder with byte ranges, as nginx serves it; `server.lists` says whether it shows what is in it."""
-
-    server: Any
-
-    def do_GET(self) -> None:
-        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
-        if path.is_dir() and not self.server.lists:
-            self.send_error(403)
-        elif asked and path.is_file():
-            first, last = (int(number) for number in asked.removeprefix("bytes=").split("-"))
-            body = path.read_bytes()[first : last + 1]
-            self.send_response(206)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        else:
-            super().do_GET()
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.mark.parametrize("lists", [True, False])
 def test_a_web_server(datasets: Datasets, tmp_path: Path, lists: bool) -> None:
     """Checked before the start, with and without a listing, and the same bytes as from the disk."""
-    server: Any = http.server.ThreadingHTTPServer(
-        ("127.0.0.1", 0), partial(_Files, directory=str(datasets.in22k.parent))
-    )
-    server.lists = lists
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    options = (f"data.path=http://127.0.0.1:{server.server_port}/in22k", f"data.cache_folder={tmp_path}", ON_DEVICE)
-    done = run_module("pipeline", *small_run(datasets, tmp_path, *options), "--check")
-    assert (done.returncode, done.stderr) == (0, "")
-    found = read(datasets, 0, 2, *options)
-    assert same_images(found, read(datasets, 0, 2, ON_DEVICE))
-    done = run_module("pipeline", *small_run(datasets, tmp_path, options[0] + "-none"), "--check")
-    assert done.returncode == 1
-    assert "http://127.0.0.1" in done.stderr
-    assert done.stderr.count("\n") == 1
-    server.shutdown()
-    server.server_close()
+    with web_server(datasets.in22k.parent, lists) as address:
+        options = (f"data.path={address}/in22k", f"data.cache_folder={tmp_path}", ON_DEVICE)
+        done = run_module("pipeline", *small_run(datasets, tmp_path, *options), "--check")
+        assert (done.returncode, done.stderr) == (0, "")
+        found = read(datasets, 0, 2, *options)
+        assert same_images(found, read(datasets, 0, 2, ON_DEVICE))
+        done = run_module("pipeline", *small_run(datasets, tmp_path, options[0] + "-none"), "--check")
+        assert done.returncode == 1
+        assert "http://127.0.0.1" in done.stderr
+        assert done.stderr.count("\n") == 1

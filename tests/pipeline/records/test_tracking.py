@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -179,6 +180,58 @@ def test_going_on_with_a_run(root: Path) -> None:
     assert fourth.run_id not in (None, second.run_id)
     assert (run.info.status, run.data.tags["stopped"]) == ("FAILED", "ZeroDivisionError: no way")
     assert "restarts" not in run.data.tags
+
+
+@pytest.mark.parametrize("how", ["deleted", "another database"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_run_that_is_gone(
+    root: Path, database: Path, capsys: pytest.CaptureFixture[str], how: str, when: str
+) -> None:
+    """A new one takes its place, with every number, and one warning says so."""
+    config, client = configured(root), mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    first = opened(config)
+    for step in (1, 2):
+        first.log(step, {"loss": float(step)}, "")
+    first.event(2, "LEFT OUT")
+    gone = str(first.run_id)
+    if how == "deleted":
+        client.delete_run(gone)
+    else:  # the file itself: MLflow holds it open
+        with (
+            contextlib.closing(sqlite3.connect(root / "mlflow.db")) as now,
+            contextlib.closing(sqlite3.connect(database)) as empty,
+        ):
+            empty.backup(now)
+    tracker = opened(config, first_step=2) if when == "before" else first
+    tracker.log(3, {"loss": 3.0, "top1": 1.0}, "")
+    assert capsys.readouterr().err == (
+        f"warning: MLflow at sqlite:///{root}/mlflow.db no longer has the run {gone}: a new one takes its place, with "
+        f"every number of {config.run_dir}/log.jsonl\n"
+    )
+    tracker.finish("FINISHED", [])
+    assert tracker.run_id != gone
+    assert [(step, value) for step, value, _ in history_of(tracker)] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert [(step, value) for step, value, _ in history_of(tracker, "top1")] == [(3, 1.0)]
+    assert [item.path for item in client.list_artifacts(str(tracker.run_id))] == ["events.txt"]
+    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
+    assert json.loads((config.run_dir / "mlflow_run.json").read_text())["run_id"] == tracker.run_id
+
+
+def test_refusals_are_not_called_passing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An experiment deleted under way: what has to be mended is said, not that it is sent again later."""
+    config, client = configured(root), mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    experiment = client.create_experiment(config.tracking.experiment)
+    client.delete_experiment(experiment)
+    tracker = Tracker(config, {}, first_step=0)
+    tracker.log(1, {"loss": 1.0}, "")
+    assert tracker.run_id is None
+    error = capsys.readouterr().err
+    assert "once that is mended they are sent, by this run or one that goes on with it" in error
+    assert "sent again later" not in error
+    client.restore_experiment(experiment)
+    tracker.finish("FINISHED", [])
+    assert [(step, value) for step, value, _ in history_of(tracker)] == [(1, 1.0)]
+    assert capsys.readouterr().err == ""
 
 
 def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
