@@ -195,7 +195,7 @@ def print_plan(
     origin: str,
 ) -> None:
     """The table at the start of a run: what will be trained on what, how, from where."""
-    validation = validation_samples(config, manifest)
+    validation, every = validation_samples(config, manifest), config.evaluate.every_epochs
     table = Table(title=f"{command} {config.name}", show_header=False)
     table.add_row("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.data.resolution} px")
     table.add_row(
@@ -205,7 +205,7 @@ def print_plan(
     )
     table.add_row(
         "validation",
-        f"{validation:,} images, every {config.evaluate.every_epochs} epochs and at the end"
+        f"{validation:,} images, {'each epoch' if every == 1 else f'every {every} epochs and at the end'}"
         if validation
         else "none (evaluate.every_epochs is null)",
     )
