@@ -43,8 +43,14 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--val-labels",
         metavar="FILE",
-        help="for ILSVRC2012_img_val.tar: the devkit archive, a text file "
-        "with one WordNet id per line, or Kaggle's LOC_val_solution.csv",
+        help="classes of the images of --val-source, or of the folder val/ of --source, that lie in no class: lines of "
+        "an image's name and its WordNet id; for ILSVRC2012_img_val.tar also the devkit archive, one WordNet id per "
+        "line, or Kaggle's LOC_val_solution.csv",
+    )
+    add(
+        "--rename-classes",
+        action="store_true",
+        help="take n01491361 for the class of folders and tars named n01491361_great_white_shark or N01491361",
     )
     add(
         "--val-per-class",
@@ -64,6 +70,13 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="images with the same bytes. leaks: a "
         "training image is left out where a validation image is the same; drop: and all but one in train; keep: all "
         "stay (default: %(default)s)",
+    )
+    add(
+        "--max-reject",
+        type=share,
+        default=0.05,
+        metavar="SHARE",
+        help="stop with exit code 3 where a larger share of the images cannot be used, or belongs to no class (0.05)",
     )
     add = parser.add_argument_group("what becomes of an image").add_argument
     add(
@@ -133,10 +146,15 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
     """The sources that the options name. Raises SourceError; DataPrepError when two of them give validation images."""
     from data_prep.sources.detect import open_source
 
-    train = open_source(place(args.source, "--source"), kind=args.source_kind)
+    rename, labels = args.rename_classes, args.val_labels
+    own = labels if args.val_source is None else None  # for the source's own folder val/
+    train = open_source(place(args.source, "--source"), kind=args.source_kind, labels=own, rename=rename)
     if args.val_source is None:
-        if args.val_labels is not None:
-            raise DataPrepError("--val-labels belongs to a --val-source: give ILSVRC2012_img_val.tar there")
+        if labels is not None and "val" not in train.splits:
+            raise DataPrepError(
+                "--val-labels belongs to a --val-source, or to a folder val/ of --source: give ILSVRC2012_img_val.tar "
+                "as --val-source"
+            )
         if args.val_per_class and "val" in train.splits:
             raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-per-class")
         return [train]
@@ -144,7 +162,7 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
         raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
     if "val" in train.splits:
         raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-source")
-    val = open_source(place(args.val_source, "--val-source"), split="val", labels=args.val_labels)
+    val = open_source(place(args.val_source, "--val-source"), split="val", labels=labels, rename=rename)
     if val.splits != ("val",):
         raise DataPrepError(
             f"{args.val_source} holds training images too: give its folder val as --val-source, or give it as --source"

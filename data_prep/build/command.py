@@ -11,9 +11,9 @@ from data_prep.build.arguments import (
     number,
     place,
     settings_of,
-    share,
     sources_of,
 )
+from data_prep.build.lost import notes_of_lost
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
 from data_prep.storage import DataPrepError, is_url
 
@@ -74,13 +74,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shrink images of the .beton to this longer side (0: as in the shards)",
     )
     add(
-        "--max-reject",
-        type=share,
-        default=0.05,
-        metavar="SHARE",
-        help="stop with exit code 3 where a larger share of the images cannot be used (0.05)",
-    )
-    add(
         "--salvage",
         action="store_true",
         help="go on where parts of an archive cannot be read; without it: exit code 3 when all else is read",
@@ -108,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
     for source in sources:
         _refuse_output_inside(output.folder.url, source.path)
         print(source.description, flush=True)
+    if not output.folder.exists("dataset.json"):
+        for note in notes_of_lost(sources, args.max_reject):
+            print(note, flush=True)
     if not args.ignore_disk and not output.folder.exists("dataset.json"):
         from data_prep.build.plan import refuse_small_disk
 
@@ -140,6 +136,7 @@ def _build(
         max_reject=args.max_reject,
         salvage=args.salvage,
         force=args.force,
+        rename=args.rename_classes,
     )
     if want_beton:
         from data_prep.beton.sample import BetonSettings

@@ -24,6 +24,7 @@ from data_prep.images.pixels import ImageRejected
 from data_prep.images.prepare import ImagePolicy, prepare_image
 from data_prep.ledger import SCHEMA
 from data_prep.sources.items import Damage, Record, Stray
+from data_prep.sources.layout import INTENDED
 from data_prep.sources.reading import Chunk
 from data_prep.storage import Folder
 
@@ -168,7 +169,7 @@ def _row(split: str, wnid: str, name: str, action: str, **more: Any) -> dict[str
 def _row_of_other(item: Stray | Damage) -> dict[str, Any]:
     if isinstance(item, Damage):
         return _row(item.split, "", _text(item.where), "rejected", reason="damaged_archive", detail=_text(item.detail))
-    action = "skipped" if item.reason == "small_class" else "rejected"
+    action = "skipped" if item.reason in INTENDED else "rejected"
     return _row(item.split, "", _text(item.name), action, reason=item.reason, bytes_in=item.bytes)
 
 

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,13 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.build.lost import RejectError, offer_of
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, index_path
-from data_prep.storage import TEMP_MARK, DataPrepError, Folder, LostWorkError, is_url
+from data_prep.sources.layout import is_lost_image
+from data_prep.storage import TEMP_MARK, Folder, LostWorkError, is_url
 from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, OUR_FILES, ShardError, clear_unfinished
 
 LOST_RECORD = "lost.json"
-
-
-class RejectError(DataPrepError):
-    """Too many images are rejected, or the archive is damaged. The work done is kept."""
-
-    exit_code = 3
 
 
 @dataclass
@@ -105,13 +102,14 @@ class Output:
             if self.folder.size(entry.file) == entry.bytes and self.folder.exists(str(index_path(entry.file)))
         }
 
-    def judge(self, chunks: list[str], *, max_reject: float, salvage: bool) -> None:
-        """Raise RejectError when the archive is damaged (unless `salvage`), or when the share of rejected images
-        passes `max_reject`.
+    def judge(self, chunks: list[str], *, max_reject: float, salvage: bool) -> list[str]:
+        """Raise RejectError when the archive is damaged (unless `salvage`), or when the share of rejected images, those
+        of no class among them, passes `max_reject`. Returns notes for the user.
         """
         images = rejected = 0
         damage: list[str] = []
-        reasons: dict[str, int] = {}
+        lost: list[str] = []
+        reasons: Counter[str] = Counter()
         for name in chunks:
             columns = ["action", "reason", "name", "detail", "sha256"]
             table = pq.read_table(io.BytesIO(self.work.folder("chunks").read(f"{name}.parquet")), columns=columns)
@@ -120,26 +118,34 @@ class Output:
             for row in table.filter(pc.equal(table.column("action"), "rejected")).to_pylist():
                 if row["reason"] == "damaged_archive":
                     damage.append(f"{row['name']}: {row['detail']}")
-                elif row["sha256"] is not None:
+                elif row["sha256"] is not None or is_lost_image(row["name"], row["reason"]):
                     rejected += 1
-                    reasons[row["reason"]] = reasons.get(row["reason"], 0) + 1
+                    reasons[row["reason"]] += 1
+                    if row["sha256"] is None:
+                        images += 1
+                        lost.append(row["name"])
         if damage and not salvage:
             raise RejectError(
                 f"the source is damaged in {len(damage)} place(s), first {damage[0]}: fetch it again; or give "
                 "--salvage to go on without what cannot be read (what is done is kept)"
             )
         if images and rejected / images > max_reject:
-            most = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items(), key=lambda r: -r[1])[:5])
+            most = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(5))
+            offer = offer_of(lost, begun=True)
             raise RejectError(
                 f"{rejected:,} of {images:,} images are rejected ({rejected / images:.1%}: {most}), more than "
-                f"--max-reject {max_reject:.1%} allows: look at the source, or raise it (what is done is kept)"
+                f"--max-reject {max_reject:.1%} allows: {f'{offer}; or ' if offer else ''}look at the source, or raise "
+                "it (what is done is kept)"
             )
+        offer = offer_of(lost)
+        left_out = f"{len(lost):,} images belong to no class and are left out, such as {lost[0]}" if lost else ""
+        return [f"{left_out}{f'; {offer}' if offer else ''}"] if lost else []
 
-    def first_reject(self, chunks: list[str]) -> str:
-        """Why nothing is usable, by the first example."""
+    def first_reject(self, chunks: list[str], split: str = "train") -> str:
+        """Why nothing of a split is usable, by the first example."""
         for name in chunks:
             table = pq.read_table(io.BytesIO(self.work.folder("chunks").read(f"{name}.parquet")))
-            for row in table.slice(0, 1).to_pylist():
+            for row in table.filter(pc.equal(table.column("split"), split)).slice(0, 1).to_pylist():
                 return f"the first file, {row['name']}, is {row['action']}: {row['reason']} {row['detail']}".rstrip()
         return "it holds no files"
 

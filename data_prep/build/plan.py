@@ -4,16 +4,19 @@ import argparse
 import math
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_prep.build.arguments import add_source_arguments, number, settings_of, sources_of
+from data_prep.build.lost import RejectError, offer_of
 from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images.pixels import ImageRejected
 from data_prep.images.prepare import prepare_image
-from data_prep.sources.items import Record
+from data_prep.sources.items import Record, Stray
+from data_prep.sources.layout import is_lost_image
 from data_prep.sources.streams import SourceError
 from data_prep.storage import DataPrepError
 from data_prep.writer import BUILD_FOLDER, is_ours
@@ -44,7 +47,8 @@ class Estimate:
 
     images: int
     classes: int | None
-    rejected_share: float
+    rejected_share: float  # of images, those of no class among them
+    lost: list[str]  # images of no class that were met
     bytes_in: int
     bytes_out: int
     out_error: float
@@ -62,7 +66,12 @@ def estimate(source: "Source", settings: "ShardSettings", images: int = SAMPLED_
     pixels = 0
     prepare_seconds = 0.0
     started = time.monotonic()
+    lost: list[str] = []
     for item in source.sample(images):
+        if isinstance(item, Stray) and is_lost_image(item.name, item.reason):
+            lost.append(item.name)
+            sizes_in.append(item.bytes)
+            sizes_out.append(0)
         if not isinstance(item, Record):
             continue
         sizes_in.append(len(item.data))
@@ -75,19 +84,22 @@ def estimate(source: "Source", settings: "ShardSettings", images: int = SAMPLED_
             sizes_out.append(0)
         prepare_seconds += time.process_time() - begun
     read_seconds = time.monotonic() - started - prepare_seconds
-    if not sizes_in:
-        raise SourceError(f"{source.path}: no images found to sample")
+    if len(lost) == len(sizes_in):
+        raise SourceError(f"{source.path}: no images {'of a class ' if lost else ''}found to sample")
     census = source.census()
     total = census.estimate_images(len(sizes_in), sum(sizes_in))
     scale = total / len(sizes_in)
     if settings.max_images_per_class and census.classes:
         scale = min(scale, settings.max_images_per_class * census.classes / len(sizes_in))
+    outside = source.lost_images()
+    in_all = scale * len(sizes_in) + outside.count
     mean = sum(sizes_out) / len(sizes_out)
     deviation = math.sqrt(sum((size - mean) ** 2 for size in sizes_out) / max(1, len(sizes_out) - 1))
     return Estimate(
-        images=round(scale * len(sizes_in)),
+        images=round(in_all),
         classes=census.classes,
-        rejected_share=sizes_out.count(0) / len(sizes_out),
+        rejected_share=(sizes_out.count(0) * scale + outside.count) / in_all,
+        lost=[*outside.names, *lost],
         bytes_in=census.payload_bytes,
         bytes_out=round(scale * sum(sizes_out)),
         out_error=deviation / math.sqrt(len(sizes_out)) / mean if mean else 0.0,
@@ -225,6 +237,23 @@ def run(args: argparse.Namespace) -> int:
     if free is not None and needed > free:
         console.print(f"the disk of {args.output} is too small", markup=False)
         return 1
+    return _tell_of_rejects(estimates, args.max_reject)
+
+
+def _tell_of_rejects(estimates: list[Estimate], max_reject: float) -> int:
+    """What `shard` would end with: 3 where more than `max_reject` of the images are of no use."""
+    names = [name for found in estimates for name in found.lost]
+    images = max(1, sum(found.images for found in estimates))
+    share = sum(found.rejected_share * found.images for found in estimates) / images
+    if names:
+        offer = offer_of(names)
+        print(f"note: images that lie in no class, such as {names[0]}, are left out{f'; {offer}' if offer else ''}")
+    if share > max_reject:
+        print(
+            f"error: {share:.1%} of the images are unusable: `shard` stops at --max-reject {max_reject:.1%}",
+            file=sys.stderr,
+        )
+        return RejectError.exit_code
     return 0
 
 

@@ -24,7 +24,7 @@ from data_prep.build.output import BuildResult, Output
 from data_prep.build.reclaim import Reclaimer
 from data_prep.cluster import Cluster
 from data_prep.images.prepare import ImagePolicy
-from data_prep.ledger import TRAIN, Assignment, Rows, write_ledger
+from data_prep.ledger import TRAIN, VAL, Assignment, Rows, write_ledger
 from data_prep.manifest import MANIFEST_NAME, Manifest, Split
 from data_prep.progress import Progress
 from data_prep.sources.chunking import Source
@@ -70,6 +70,7 @@ def build_shards(
     max_reject: float = 1.0,
     salvage: bool = False,
     force: bool = False,
+    rename: bool = False,
 ) -> BuildResult:
     """Build the data set in `output`, go on with an interrupted build, or find that it is there already.
 
@@ -77,6 +78,7 @@ def build_shards(
     gives no usable image, RejectError when too much of it is unusable.
     """
     wanted = {**asdict(settings), "exclude": _digest(exclude) if exclude else None}
+    wanted |= {"rename_classes": True} if rename else {}
     wanted |= dict.fromkeys(("source", "val_source"))
     for key, source in zip(("source", "val_source"), sources, strict=False):
         wanted[key] = {"file": source.name, "kind": source.kind}
@@ -89,7 +91,7 @@ def build_shards(
         rows = load_rows(output.work.folder("chunks"), names)
         # What is salvaged may be of classes that no header told of.
         classes = sorted({*met, *(rows.wnids[i] for i in np.unique(rows.wnid[rows.split == TRAIN]))} - {""})
-        output.judge(names, max_reject=max_reject, salvage=salvage)
+        notes = output.judge(names, max_reject=max_reject, salvage=salvage)
         assignment = assign(
             rows,
             output.work.folder("chunks"),
@@ -101,7 +103,11 @@ def build_shards(
         )
         if not len(assignment.order["train"]):
             raise SourceError(f"no usable training images in {sources[0].path}: {output.first_reject(names)}")
-        has_val = bool(settings.val_per_class) or any("val" in source.splits for source in sources)
+        assignment.notes[:0] = notes
+        # A tar tells only when it has been read whether it has a folder val/.
+        has_val = bool(settings.val_per_class) or bool(np.any(rows.split == VAL))
+        if has_val and not len(assignment.order["val"]):
+            raise SourceError(_why_no_val(sources, output, names, rows, known=set(classes)))
         try:
             splits = _write_shards(rows, assignment, classes, output, settings, cluster, has_val)
         except LostWorkError as error:
@@ -238,6 +244,17 @@ def _write_shards(
         )
         for split in sorted(splits)
     }
+
+
+def _why_no_val(sources: list[Source], output: Output, names: list[str], rows: Rows, known: set[str]) -> str:
+    of_val = {rows.wnids[i] for i in np.unique(rows.wnid[rows.split == VAL])} - {""}
+    if not np.any(rows.split == VAL):
+        why = "every class has but one image, and half of a class stays in train: leave out --val-per-class"
+    elif of_val and not of_val & known:
+        why = f"none of its {len(of_val):,} classes, such as {min(of_val)}, is in train: give train's own"
+    else:
+        why = f"{output.first_reject(names, 'val')}: --val-labels says which class each image has"
+    return f"no usable validation images in {sources[-1].path}: {why}"
 
 
 def _digest(exclude: Collection[tuple[str, str]]) -> str:

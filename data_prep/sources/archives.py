@@ -1,21 +1,20 @@
-"""Sources that are one tar, plain or compressed: of synset tars, of class folders, or ILSVRC's flat validation set."""
+"""Sources that are one tar, plain or compressed, and what they share; here the tar of synset tars."""
 
 from collections.abc import Iterator
 
 from data_prep.sources.chunking import Census, Event, Met, Source, first_images, spread
 from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import (
-    Place,
+    class_in_name,
     clean_name,
-    place_in_tree,
     reason_to_skip,
     synset_of_tar,
+    tar_stem,
     wnid_of_image,
 )
 from data_prep.sources.reading import Piece, read_pieces, tar_items
 from data_prep.sources.streams import Bounded, FileRange, Reader, compression_of, open_reader
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
-from data_prep.sources.val_labels import ValLabels
 from data_prep.storage import is_url
 
 # A header, and on average half a block behind the data.
@@ -29,8 +28,9 @@ class Archive(Source):
 
     words = ""
 
-    def __init__(self, path: str, split: str):
+    def __init__(self, path: str, split: str, rename: bool = False):
         super().__init__(path, split)
+        self.rename = rename
         self.compression = compression_of(path)
         with FileRange(path, jumping=True) as file:
             self.total_bytes = file.end
@@ -67,9 +67,21 @@ class TarOfTars(Archive):
     words = "a tar of per-synset tars"
     wanted = "per-synset tar (n01440764.tar, ...)"
 
-    def __init__(self, path: str, split: str):
-        super().__init__(path, split)
+    def __init__(self, path: str, split: str, *, rename: bool = False):
+        super().__init__(path, split, rename)
         self._outline: list[Piece] | None = None
+
+    def _class_of(self, entry: Member) -> str | None:
+        """The class of a member that is a tar of images; '' where that only looks like a class: its images are lost,
+        and counted. None for another member.
+        """
+        if entry.kind != "file" or (stem := tar_stem(entry.name)) is None:
+            return None
+        wnid = synset_of_tar(entry.name, rename=self.rename)
+        return "" if wnid is None and class_in_name(stem) is not None else wnid
+
+    def _is_class(self, name: str) -> bool:
+        return synset_of_tar(name, rename=self.rename) is not None
 
     def outline(self) -> Iterator[Piece]:
         """One piece for each inner tar, from the outer headers alone."""
@@ -79,7 +91,7 @@ class TarOfTars(Archive):
         found: list[Piece] = []
         outside = ""
         with FileRange(self.path, jumping=True) as reader:
-            for entry in Tar(reader, resume_at=lambda name: synset_of_tar(name) is not None):
+            for entry in Tar(reader, resume_at=self._is_class):
                 pieces = list(self._outer_pieces(entry, reader.end or 0))
                 if pieces and pieces[0].kind == "range" and pieces[0].wnid != outside:
                     outside = pieces[0].wnid
@@ -99,7 +111,7 @@ class TarOfTars(Archive):
                 size = entry.stop - entry.start
                 yield Piece(self.path, entry.start, size, "salvage", "", "", self.split)
             return
-        wnid = synset_of_tar(entry.name) if entry.kind == "file" else None
+        wnid = self._class_of(entry)
         if wnid is not None:
             room = end - entry.data_offset
             size, cut = min(entry.size, room), room < entry.size
@@ -128,9 +140,10 @@ class TarOfTars(Archive):
                     if not (entry.cut and reader.cut):
                         yield Damage(self.split, self.name, str(entry))
                     continue
-                wnid = synset_of_tar(entry.name) if entry.kind == "file" else None
+                wnid = self._class_of(entry)
                 if wnid is not None:
-                    yield Met(self.split, wnid)
+                    if wnid:
+                        yield Met(self.split, wnid)
                     inner = Bounded(reader, entry.size)
                     yield from tar_items(inner, self.split, wnid, f"{self.name}: {entry.name}")
                 elif entry.kind == "file" and (wnid := wnid_of_image(entry.name)):
@@ -155,7 +168,7 @@ class TarOfTars(Archive):
         if not self.seekable:
             return super().census()
         tars = [piece for piece in self.outline() if piece.kind == "tar"]
-        classes = len({piece.wnid for piece in tars})
+        classes = len({piece.wnid for piece in tars} - {""})
         return Census(classes, sum(piece.length for piece in tars), TAR_OVERHEAD_BYTES, exact=True)
 
 
@@ -184,128 +197,3 @@ def split_tar(piece: Piece, max_bytes: int, max_images: int) -> Iterator[Piece]:
                 start, images = entry.offset, 0
             images, sound = images + 1, True
     yield part(start, piece.offset + piece.length, piece.cut)
-
-
-class FileArchive(Archive):
-    """A tar whose members are the images: of a seekable one, each is a piece."""
-
-    def place(self, member: Member) -> Place:
-        """Where a member belongs."""
-        raise NotImplementedError
-
-    def at_end(self, damaged: bool) -> None:
-        """Raise SourceError where something is missing."""
-
-    def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
-        damaged = False
-        # As in split_tar.
-        with FileRange(self.path, jumping=not is_url(self.path)) as reader:
-            for entry in Tar(reader):
-                if isinstance(entry, Gap):
-                    damaged = True
-                    yield self._damage(entry)
-                    continue
-                place = self.place(entry)
-                if entry.kind == "folder":
-                    if place.wnid:
-                        yield Piece(self.path, entry.offset, 0, "class", place.wnid, "", place.split)
-                elif place.reason:
-                    yield self._piece(entry, "stray", place)
-                elif entry.data_offset + entry.size <= (reader.end or 0):  # else a gap comes next
-                    yield self._piece(entry, "range", place)
-            if reader.error is not None:
-                yield Piece(self.path, 0, 0, "damage", "", "", self.split, reader.error)
-        self.at_end(damaged or reader.error is not None)
-
-    def _piece(self, entry: Member, kind: str, place: Place) -> Piece:
-        return Piece(self.path, entry.data_offset, entry.size, kind, place.wnid, place.name, place.split, place.reason)
-
-    def events(self) -> Iterator[Event]:
-        damaged = False
-        with open_reader(self.path, self.compression) as reader:
-            for event in self._read(reader, salvage=False):
-                damaged |= isinstance(event, Damage)
-                yield event
-            yield from self._after(reader)
-        self.at_end(damaged or reader.error is not None)
-
-    def _read(self, reader: Reader, *, salvage: bool) -> Iterator[Event]:
-        tar = Tar(reader, salvage=salvage)
-        for entry in tar:
-            if isinstance(entry, Gap):
-                if not (entry.cut and reader.cut):
-                    yield Damage(self.split, self.name, str(entry))
-                continue
-            place = self.place(entry)
-            if entry.kind == "folder":
-                if place.wnid:
-                    yield Met(place.split, place.wnid)
-            elif place.reason:
-                yield Stray(place.split, place.name, entry.size, place.reason)
-            elif (data := tar.data()) is not None:
-                yield Record(place.split, place.wnid, place.name, data)
-
-    def sample_pieces(self, images: int, seed: int) -> Iterator[Iterator[Item]]:
-        assert self.total_bytes is not None, "of a seekable file"
-        places = max(1, min(SAMPLED_PLACES, images // SAMPLE_PLACE_IMAGES))
-        if self.total_bytes < places * 8 * SAMPLE_PLACE_IMAGES * BLOCK:
-            places = 1
-        for block in spread(self.total_bytes // BLOCK, places, seed):
-            yield first_images(self._from_block(block if places > 1 else 0), -(-images // places))
-
-    def _from_block(self, block: int) -> Iterator[Item]:
-        with FileRange(self.path) as reader:
-            reader.move(block * BLOCK)
-            for event in self._read(reader, salvage=block > 0):
-                if not isinstance(event, Met):
-                    yield event
-
-
-class TarOfClassFolders(FileArchive):
-    """imagenet21k_resized.tar.gz, or any tree with a folder per class, with or without folders for splits."""
-
-    kind = "tar-of-class-folders"
-    words = "a tar of class folders"
-    wanted = "folder of a class (n01440764/...)"
-
-    def __init__(self, path: str, split: str, *, has_splits: bool):
-        super().__init__(path, split)
-        if has_splits:
-            self.splits = ("train", "val")
-
-    def place(self, member: Member) -> Place:
-        if member.kind == "folder":
-            return place_in_tree(f"{member.name}/x", "file", 0, self.split)
-        return place_in_tree(member.name, member.kind, member.size, self.split)
-
-
-class ValTar(FileArchive):
-    """ILSVRC2012_img_val.tar."""
-
-    kind = "ilsvrc-val"
-    words = "ILSVRC's validation images"
-    wanted = "validation image (ILSVRC2012_val_00000001.JPEG, ...)"
-
-    def __init__(self, path: str, labels: ValLabels):
-        super().__init__(path, "val")
-        self.labels = labels
-
-    def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
-        self._images = 0
-        yield from super().pieces(max_bytes, max_images)
-
-    def events(self) -> Iterator[Event]:
-        self._images = 0
-        yield from super().events()
-
-    def place(self, member: Member) -> Place:
-        place = self.labels.place(member.name, member.kind, member.size)
-        self._images += not place[2]
-        return Place("val", *place)
-
-    def at_end(self, damaged: bool) -> None:
-        if not damaged:
-            self.labels.check_count(self._images, self.path)
-
-    def fingerprint(self) -> str:
-        return self._file_fingerprint(self.labels.fingerprint())

@@ -3,21 +3,21 @@ number of restarts, get the same ones.
 """
 
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
 from data_prep.sources.items import Damage, Item, Record, Stray
-from data_prep.sources.layout import base_name
+from data_prep.sources.layout import base_name, is_lost_image
 from data_prep.sources.reading import Chunk, Piece
+from data_prep.sources.refusal import Refusal
 from data_prep.sources.spool import write_spool
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
-MAX_STRAYS_BEFORE_CLASS = 20  # an archive of something else is noticed here, not after a terabyte
 
 
 class Met(NamedTuple):
@@ -44,6 +44,15 @@ class Census:
     def estimate_images(self, images: int, data_bytes: int) -> int:
         """Images in all, from a sample of so many images of so many bytes together."""
         return round(self.payload_bytes / (data_bytes / images + self.overhead_bytes)) if images else 0
+
+
+@dataclass(frozen=True)
+class LostImages:
+    """Images that belong to no class, of so many images; the paths of those. `of` 0: only reading tells."""
+
+    count: int = 0
+    of: int = 0
+    names: Sequence[str] = ()
 
 
 class Source:
@@ -86,6 +95,10 @@ class Source:
         """What is known of the source without reading it."""
         raise NotImplementedError
 
+    def lost_images(self) -> LostImages:
+        """What listing alone tells of images without a class, which a sample of the classes does not see."""
+        return LostImages()
+
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
         """Of a seekable source: its parts in order, none longer than `max_bytes` where that can be."""
         raise NotImplementedError
@@ -111,7 +124,7 @@ class Source:
             for event in events:
                 if not isinstance(event, Met):
                     yield event
-                    seen += isinstance(event, Record)
+                    seen += is_image(event)
                 if seen >= images:
                     return
 
@@ -133,9 +146,10 @@ class Source:
     def _packed(self, max_bytes: int, max_images: int) -> Iterator[Chunk]:
         held: list[Piece] = []
         number = size = images = 0
-        check = _Refusal(self)
+        check = Refusal(self.path, self.wanted, self.split)
         for piece in self.pieces(max_bytes, max_images):
-            check.see(piece.wnid, piece.name if piece.kind == "stray" else None, damaged=piece.kind == "damage")
+            stray = Stray(piece.split, piece.name, 0, piece.detail) if piece.kind == "stray" else None
+            check.see(piece.split, piece.wnid, stray, damaged=piece.kind == "damage")
             full = size + piece.read_bytes > max_bytes or images + piece.images > max_images
             if held and (full or piece.split != held[0].split):
                 yield self._chunk(number, held)
@@ -165,7 +179,7 @@ class Source:
         if spool is None:
             raise SourceError(f"{self.path} can only be read front to back: it needs a spool folder")
         with closing(self.events()) as events:  # type: ignore[type-var]
-            cutter = _Cutter(events, _Refusal(self), max_bytes, max_images)
+            cutter = _Cutter(events, Refusal(self.path, self.wanted, self.split), max_bytes, max_images)
             number = 0
             while cutter.more():
                 name = None
@@ -199,36 +213,10 @@ class Source:
         return digest.hexdigest()[:32]
 
 
-class _Refusal:
-    """Refuses what holds no class: early, or at its end."""
-
-    def __init__(self, source: Source):
-        self._source = source
-        self._strays: list[str] = []
-        self._fine = False
-
-    def see(self, wnid: str, stray: str | None, damaged: bool) -> None:
-        # A damaged archive is none of something else; its damage is told.
-        self._fine = self._fine or bool(wnid) or damaged
-        if stray is not None and not self._fine:
-            self._strays.append(stray)
-            if len(self._strays) > MAX_STRAYS_BEFORE_CLASS:
-                self._refuse()
-
-    def at_end(self) -> None:
-        if not self._fine:
-            self._refuse()
-
-    def _refuse(self) -> None:
-        if self._strays:
-            raise SourceError(f"{self._source.path} holds no {self._source.wanted}; it holds {self._strays[0]}")
-        raise SourceError(f"{self._source.path} is empty: no images found")
-
-
 class _Cutter:
     """Cuts events into chunks. Of the chunk taken last: its split, bytes, classes, names of first and last item."""
 
-    def __init__(self, events: Iterator[Event], check: _Refusal, max_bytes: int, max_images: int):
+    def __init__(self, events: Iterator[Event], check: Refusal, max_bytes: int, max_images: int):
         self._events = events
         self._check = check
         self._max_bytes, self._max_images = max_bytes, max_images
@@ -257,9 +245,11 @@ class _Cutter:
             else:
                 self.last = event.where if isinstance(event, Damage) else event.name
             self.first = self.first or self.last
-            stray = event.name if isinstance(event, Stray) else None
             self._check.see(
-                event.wnid if isinstance(event, Met | Record) else "", stray, damaged=isinstance(event, Damage)
+                event.split,
+                event.wnid if isinstance(event, Met | Record) else "",
+                event if isinstance(event, Stray) else None,
+                damaged=isinstance(event, Damage),
             )
             if not isinstance(event, Met):
                 images += 1
@@ -285,11 +275,16 @@ def spread(count: int, wanted: int, seed: int) -> Iterator[int]:
         yield start + int.from_bytes(digest, "big") % (stop - start)
 
 
+def is_image(item: Item) -> bool:
+    """Whether it counts as an image, be it one that is left out."""
+    return isinstance(item, Record) or (isinstance(item, Stray) and is_lost_image(item.name, item.reason))
+
+
 def first_images(items: Iterator[Item], images: int) -> Iterator[Item]:
     """Items up to the image number `images`."""
     seen = 0
     for item in islice(items, 100 * images):  # a class of strays only must not be read to its end
         yield item
-        seen += isinstance(item, Record)
+        seen += is_image(item)
         if seen >= images:
             return

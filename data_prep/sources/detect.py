@@ -6,14 +6,29 @@ names must be WordNet ids: they are what ties a class to other label spaces.
 """
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from data_prep.manifest import SYNSET_PATTERN
-from data_prep.sources.archives import TarOfClassFolders, TarOfTars, ValTar
-from data_prep.sources.chunking import MAX_STRAYS_BEFORE_CLASS, Source
-from data_prep.sources.folders import ClassFolders, FolderOfTars, SplitFolders, ValFolder
-from data_prep.sources.layout import clean_name, place_in_tree, split_of_folder, synset_of_tar, wnid_of_image
-from data_prep.sources.listing import Entry, list_folder
+from data_prep.sources.archives import TarOfTars
+from data_prep.sources.chunking import Source
+from data_prep.sources.file_archives import TarOfClassFolders, ValTar
+from data_prep.sources.folders import ClassFolders, FolderOfTars
+from data_prep.sources.layout import (
+    class_of_name,
+    clean_name,
+    is_hidden,
+    is_lost_image,
+    lookalikes,
+    offer_to_rename,
+    place_in_tree,
+    split_of_folder,
+    synset_of_tar,
+    wnid_of_image,
+)
+from data_prep.sources.listing import Entry, list_files, list_folder
+from data_prep.sources.refusal import MAX_STRAYS_BEFORE_CLASS
+from data_prep.sources.split_folders import SplitFolders, ValFolder
 from data_prep.sources.streams import SourceError, compression_of, open_reader, unreachable
 from data_prep.sources.tar import Member, Tar
 from data_prep.sources.val_labels import WHAT_TO_GIVE, ValLabels, load_val_labels, val_number
@@ -25,23 +40,36 @@ KINDS = tuple(dict.fromkeys(ARCHIVE_KINDS + FOLDER_KINDS))
 WHAT_SOURCES_ARE = (
     "give a tar of per-synset tars (n01440764.tar, ...), a folder of such tars, or a folder with one folder per class"
 )
+Labels = Callable[[], ValLabels]
 MAX_SCAN_BYTES = 64 << 20  # for a first header, before a file is taken for something else than a damaged tar
 
 
 def open_source(
-    path: str | Path, *, split: str = "train", kind: str | None = None, labels: str | Path | None = None
+    path: str | Path,
+    *,
+    split: str = "train",
+    kind: str | None = None,
+    labels: str | Path | None = None,
+    rename: bool = False,
 ) -> Source:
     """The source at a path or URL; its kind is found out unless given.
 
-    split: of records that do not say theirs by a folder train/ or val/; labels: the classes of ILSVRC's flat
-    validation set. Raises SourceError when there is nothing, or nothing that is a source of images.
+    split: of records that do not say theirs by a folder train/ or val/; labels: the classes of validation images that
+    lie in no class; rename: take n01440764 for the class of n01440764_tench or N01440764. Raises SourceError when there
+    is nothing, or nothing that is a source of images.
     """
     path = _plain_path(str(path))
     if kind is not None and kind not in KINDS:
         raise SourceError(f"there is no kind of source {kind!r}: take one of {', '.join(KINDS)}")
-    source = _open_folder(path, split, kind, labels) if _is_folder(path) else _open_archive(path, split, kind, labels)
-    if labels is not None and source.kind != "ilsvrc-val":
-        raise SourceError(f"{path} is {source.kind}, whose classes are known: leave out the labels {labels}")
+    # Read where they are needed: where they are not, that is what is to be said.
+    found = None if labels is None else partial(load_val_labels, _plain_path(str(labels)))
+    opened = _open_folder if _is_folder(path) else _open_archive
+    source = opened(path, split, kind, found, rename)
+    if labels is not None and getattr(source, "labels", None) is None:
+        raise SourceError(
+            f"{path} is {source.kind}, whose classes are known: leave out the labels {labels}; --val-labels "
+            "belongs to a --val-source, or to a folder val/ of --source, whose images lie in no class"
+        )
     return source
 
 
@@ -67,26 +95,28 @@ def _is_folder(path: str) -> bool:
         raise unreachable(path, error) from None
 
 
-def _val_labels(path: str, labels: str | Path | None) -> ValLabels:
+def _needed(path: str, labels: Labels | None) -> ValLabels:
     if labels is None:
         raise SourceError(f"{path} holds ILSVRC's validation images, whose names do not tell the class: {WHAT_TO_GIVE}")
-    return load_val_labels(_plain_path(str(labels)))
+    return labels()
 
 
-def _open_archive(path: str, split: str, kind: str | None, labels: str | Path | None) -> Source:
+def _open_archive(path: str, split: str, kind: str | None, labels: Labels | None, rename: bool) -> Source:
     if kind is not None and kind not in ARCHIVE_KINDS:
         raise SourceError(f"{path} is a file, but {kind} is a folder: take one of {', '.join(ARCHIVE_KINDS)}")
-    found, example = _sniff(path, kind)
+    found, example = _sniff(path, kind, labels if split == "val" else None, rename)
     if found == "tar-of-tars":
-        return TarOfTars(path, split)
+        return TarOfTars(path, split, rename=rename)
     if found == "ilsvrc-val":
-        return ValTar(path, _val_labels(path, labels))
+        return ValTar(path, _needed(path, labels))
     parts = clean_name(example).split("/")
     has_splits = any(split_of_folder(part) for part in parts)
-    return TarOfClassFolders(path, split, has_splits=has_splits)
+    return TarOfClassFolders(
+        path, split, has_splits=has_splits, labels=labels() if has_splits and labels else None, rename=rename
+    )
 
 
-def _sniff(path: str, kind: str | None) -> tuple[str, str]:
+def _sniff(path: str, kind: str | None, labels: Labels | None, rename: bool) -> tuple[str, str]:
     """(kind, a member's name that shows it) of an archive, by its first members."""
     strays: list[str] = []
     any_member = False
@@ -97,7 +127,7 @@ def _sniff(path: str, kind: str | None) -> tuple[str, str]:
                 first_gap = entry.start if first_gap is None else first_gap
                 continue
             any_member = True
-            found = _kind_by_member(entry)
+            found = _kind_by_member(entry, rename)
             if found is not None and kind in (None, found):
                 return found, entry.name
             if entry.kind != "folder":
@@ -112,8 +142,11 @@ def _sniff(path: str, kind: str | None) -> tuple[str, str]:
         raise SourceError(f"{path} is an empty archive: no images found")
     if kind is not None:
         return kind, strays[0]  # as told; the source itself refuses what it cannot be
-    hint = ""
-    if wnid := wnid_of_image(strays[0]):
+    if labels is not None and any(is_lost_image(name, "no_class") for name in strays):
+        return "ilsvrc-val", strays[0]
+    offer = offer_to_rename(lookalikes(strays))
+    hint = f": {offer}" if offer else ""
+    if not offer and (wnid := wnid_of_image(strays[0])):
         hint = f": if it is the tar of one class, name it {wnid}.tar and give its folder"
     raise SourceError(
         f"{path} holds no per-synset tar (n01440764.tar, ...), folder of a class or ILSVRC validation image; "
@@ -121,58 +154,67 @@ def _sniff(path: str, kind: str | None) -> tuple[str, str]:
     )
 
 
-def _kind_by_member(member: Member) -> str | None:
+def _kind_by_member(member: Member, rename: bool) -> str | None:
     if member.kind == "folder":
-        return "tar-of-class-folders" if place_in_tree(f"{member.name}/x", "file", 0, "").wnid else None
-    if member.kind == "file" and synset_of_tar(member.name):
+        place = place_in_tree(f"{member.name}/x", "file", 0, "", rename)
+        return "tar-of-class-folders" if place.wnid else None
+    if member.kind == "file" and synset_of_tar(member.name, rename=rename):
         return "tar-of-tars"
-    place = place_in_tree(member.name, member.kind, member.size, "")
+    place = place_in_tree(member.name, member.kind, member.size, "", rename)
     if place.wnid or place.reason == "small_class":
         return "tar-of-class-folders"
-    return "ilsvrc-val" if val_number(member.name) is not None else None
+    return "ilsvrc-val" if val_number(member.name) is not None and not is_hidden(member.name) else None
 
 
-def _open_folder(path: str, split: str, kind: str | None, labels: str | Path | None) -> Source:
+def _open_folder(path: str, split: str, kind: str | None, labels: Labels | None, rename: bool) -> Source:
     if kind is not None and kind not in FOLDER_KINDS:
         raise SourceError(f"{path} is a folder, but {kind} is a file: take one of {', '.join(FOLDER_KINDS)}")
-    found = kind or _kind_of_folder(path)
+    found = kind or _kind_of_folder(path, labels if split == "val" else None, rename)
     if found == "folder-of-tars":
-        return FolderOfTars(path, split)
+        return FolderOfTars(path, split, rename=rename)
     if found == "class-folders":
-        return ClassFolders(path, split)
+        return ClassFolders(path, split, rename=rename)
     if found == "split-folders":
-        return SplitFolders(path, split)
-    return ValFolder(path, _val_labels(path, labels))
+        return SplitFolders(path, split, labels and labels(), rename=rename)
+    return ValFolder(path, _needed(path, labels))
 
 
-def _kind_of_folder(path: str) -> str:
-    entries = list_folder(path)
-    found = _kind_by_entries(entries)
+def _kind_of_folder(path: str, labels: Labels | None, rename: bool) -> str:
+    entries = [entry for entry in list_folder(path) if not is_hidden(entry.name)]
+    found = _kind_by_entries(entries, rename)
     if found is not None:
         return found
     folders = [entry.name for entry in entries if entry.kind == "folder"]
     splits = [name for name in folders if split_of_folder(name) is not None]
-    inside = {name: _kind_by_entries(list_folder(f"{path}/{name}")) for name in (splits or folders[:3])}
+    inside = {name: _kind_by_entries(list_folder(f"{path}/{name}"), rename) for name in (splits or folders[:3])}
     if splits and "class-folders" in inside.values():
         return "split-folders"
     if not entries:
         raise SourceError(f"source {path} is an empty folder: no images found")
-    hint = next((f" (try --source {path}/{name})" for name, there in inside.items() if there), "")
-    if {"train", "val"} & set(folders):
-        hint = f" (try --source {path}/train --val-source {path}/val)"
-    archive = next((entry.name for entry in entries if ".tar" in entry.name and entry.kind == "file"), None)
-    if not hint and archive is not None:
-        hint = f" (try --source {path}/{archive})"
+    if labels is not None and any(is_lost_image(name, "no_class") for name, *_ in list_files(path)):
+        return "ilsvrc-val"
+    there = [entry.name for entry in entries]
+    there += [entry.name for name in splits for entry in list_folder(f"{path}/{name}")]
+    offer = offer_to_rename(lookalikes(there))
     first = (folders or [entry.name for entry in entries])[:3]
     raise SourceError(
         f"source {path} holds no class named by a WordNet id, such as n01440764 or n01440764.tar; "
-        f"it holds {', '.join(first)}: rename the classes{hint}"
+        f"it holds {', '.join(first)}: {offer or f'rename the classes{_hint(path, entries, inside)}'}"
     )
 
 
-def _kind_by_entries(entries: list[Entry]) -> str | None:
-    if any(entry.kind == "file" and synset_of_tar(entry.name, compressed=True) for entry in entries):
+def _hint(path: str, entries: list[Entry], inside: dict[str, str | None]) -> str:
+    folders = {entry.name for entry in entries if entry.kind == "folder"}
+    if {"train", "val"} & folders:
+        return f" (try --source {path}/train --val-source {path}/val)"
+    hint = next((f" (try --source {path}/{name})" for name, there in inside.items() if there), "")
+    archive = next((entry.name for entry in entries if ".tar" in entry.name and entry.kind == "file"), None)
+    return f" (try --source {path}/{archive})" if not hint and archive is not None else hint
+
+
+def _kind_by_entries(entries: list[Entry], rename: bool) -> str | None:
+    if any(entry.kind == "file" and synset_of_tar(entry.name, compressed=True, rename=rename) for entry in entries):
         return "folder-of-tars"
-    if any(entry.kind == "folder" and SYNSET_PATTERN.fullmatch(entry.name) for entry in entries):
+    if any(entry.kind == "folder" and class_of_name(entry.name, rename) for entry in entries):
         return "class-folders"
     return "ilsvrc-val" if any(val_number(entry.name) is not None for entry in entries) else None

@@ -12,7 +12,7 @@ from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import base_name, clean_name, reason_to_skip, synset_of_tar, wnid_of_image
 from data_prep.sources.spool import read_spool
 from data_prep.sources.streams import Bounded, FileRange, Inflated, Reader, compression_of, unreachable
-from data_prep.sources.tar import Gap, Member, Tar
+from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import Folder, file_system, is_url, open_binary
 
 REMOTE_BATCH_FILES, REMOTE_BATCH_BYTES = 64, 32 << 20  # fetched together: single requests would wait for each other
@@ -89,9 +89,10 @@ class Chunk:
 
 
 def tar_items(reader: Reader, split: str, wnid: str, where: str) -> Iterator[Item]:
-    """Items of the tar of one class."""
-    tar = Tar(reader)
+    """Items of the tar of one class; with `wnid` '' of a tar that is no class's: its images belong to none."""
+    tar, start, met = Tar(reader), reader.position, False
     for entry in tar:
+        met = True
         if isinstance(entry, Gap):
             if not (entry.cut and reader.cut):
                 yield Damage(split, where, str(entry))
@@ -100,7 +101,10 @@ def tar_items(reader: Reader, split: str, wnid: str, where: str) -> Iterator[Ite
             yield Damage(split, where, f"bytes are missing before byte {entry.offset}, where {entry.name} begins")
             yield from tar_items(Bounded(reader, entry.size), split, other, where)
         elif entry.kind != "folder":
-            yield from _item(tar, entry, split, wnid)
+            yield from _item(tar, entry, split, wnid, where)
+    if not met and reader.position - start < 2 * BLOCK and not reader.cut:
+        size = reader.position - start
+        yield Damage(split, where, f"the tar has {size} bytes and no end mark: it was cut short, or never written")
 
 
 def salvage_items(reader: Reader, split: str, where: str) -> Iterator[Item]:
@@ -114,14 +118,14 @@ def salvage_items(reader: Reader, split: str, where: str) -> Iterator[Item]:
             if wnid is None:
                 yield Stray(split, entry.name, entry.size, "no_class")
             else:
-                yield from _item(tar, entry, split, wnid)
+                yield from _item(tar, entry, split, wnid, where)
 
 
-def _item(tar: Tar, member: Member, split: str, wnid: str) -> Iterator[Item]:
+def _item(tar: Tar, member: Member, split: str, wnid: str, where: str) -> Iterator[Item]:
     name = clean_name(member.name)
-    reason = reason_to_skip(name, member.kind, member.size)
-    if reason is not None:
-        yield Stray(split, f"{wnid}/{name}", member.size, reason)
+    reason = reason_to_skip(name, member.kind, member.size) or ("" if wnid else "no_class")
+    if reason:
+        yield Stray(split, f"{wnid or where.rpartition(': ')[2]}/{name}", member.size, reason)
         return
     data = tar.data()
     if data is not None:  # else the tar gives a Gap next

@@ -1,28 +1,33 @@
-"""The classes of ILSVRC's validation images, whose names tell only their numbers.
+"""The classes of validation images that lie in no folder of a class.
 
-From the development kit (ILSVRC2012_devkit_t12.tar.gz, or its folder), from Kaggle's LOC_val_solution.csv, or from a
-text file of one WordNet id per line in the order of the images.
+Of ILSVRC's, whose names tell their numbers: from the development kit (ILSVRC2012_devkit_t12.tar.gz, or its folder),
+from Kaggle's LOC_val_solution.csv, or from a text file of one WordNet id per line in the order of the images. Of any:
+from a text file of lines with an image's name and its WordNet id.
 """
 
 import csv
 import hashlib
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.manifest import SYNSET_PATTERN
-from data_prep.sources.layout import base_name, clean_name, reason_to_skip
+from data_prep.sources.layout import base_name, clean_name, is_lost_image, reason_to_skip
 from data_prep.sources.streams import SourceError, compression_of, open_reader
 from data_prep.sources.tar import Member, Tar
 from data_prep.storage import is_url
 
 GROUND_TRUTH, META = "ILSVRC2012_validation_ground_truth.txt", "meta.mat"
 MAX_FILE_BYTES = 16 << 20
-WHAT_TO_GIVE = (
-    "give the development kit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, "
-    "or a text file with one WordNet id per line, in the order of the images"
+LABEL_FORMS = (
+    "the development kit (ILSVRC2012_devkit_t12.tar.gz), Kaggle's LOC_val_solution.csv, a text file with one WordNet "
+    "id per line, in the order of the images, or one with lines of an image's name and its WordNet id"
 )
+WHAT_TO_GIVE = f"give {LABEL_FORMS}"
+# Other columns may follow, such as the boxes of Tiny ImageNet's val_annotations.txt.
+_PAIR = re.compile(r"(.+?)(?:\s*,\s*|\s+)(n\d{8})(?:[\s,].*)?")
 _IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})(?:\.\w+)?", re.IGNORECASE)
 
 
@@ -33,22 +38,50 @@ def val_number(name: str) -> int | None:
 
 
 class ValLabels:
-    """WordNet ids by the images' numbers, which begin with 1."""
+    """WordNet ids by the images' numbers, which begin with 1; with `names`, by their names instead: a path below the
+    source, or the last part of it, with or without extension.
+    """
 
-    def __init__(self, wnids: list[str], path: str):
+    def __init__(self, wnids: list[str], path: str, names: list[str] | None = None):
         self.wnids = wnids
         self.path = path
+        self._names = names
+        listed = list(zip(names or (), wnids, strict=False))
+        # Where a last part stands for several images it tells none of them.
+        last = Counter(base_name(name) for name, _ in listed)
+        self._by_name = {base_name(name): wnid for name, wnid in listed if last[base_name(name)] == 1} | dict(listed)
+        self._alone = all(count == 1 for count in last.values())
+
+    def __len__(self) -> int:
+        return len(self.wnids)
+
+    @property
+    def classes(self) -> set[str]:
+        """WordNet ids of all images."""
+        return set(self.wnids)
 
     def place(self, name: str, kind: str, size: int) -> tuple[str, str, str]:
-        """(WordNet id, name, reason to leave it out) of a file. Raises SourceError for a number without a label."""
+        """(WordNet id, name, reason to leave it out) of a file. Raises SourceError for an image without a label."""
         name = clean_name(name)
-        reason = reason_to_skip(name, kind, size)
+        if reason := reason_to_skip(name, kind, size):
+            return "", name, reason
+        if self._names is not None:
+            return self._place_by_name(name)
         number = val_number(name)
-        if reason or number is None:
-            return "", name, reason or "no_class"
+        if number is None:
+            return "", name, "no_class"
         if not 1 <= number <= len(self.wnids):
             raise SourceError(f"{self.path} holds {len(self.wnids)} labels, there is an image {base_name(name)}")
         return self.wnids[number - 1], base_name(name), ""
+
+    def _place_by_name(self, name: str) -> tuple[str, str, str]:
+        tried = [name, base_name(name)]
+        for key in [*tried, *(key.rpartition(".")[0] for key in tried)]:
+            if key in self._by_name:
+                return self._by_name[key], base_name(name) if self._alone else name, ""
+        if is_lost_image(name, "no_class"):
+            raise SourceError(f"{self.path} has no line for the image {name}: add it, or remove the image")
+        return "", name, "no_class"
 
     def check_count(self, images: int, source: str) -> None:
         """Raises SourceError where not every label has its image."""
@@ -57,7 +90,10 @@ class ValLabels:
 
     def fingerprint(self) -> str:
         """Of all labels."""
-        return hashlib.sha256("\n".join(self.wnids).encode()).hexdigest()
+        lines = self.wnids
+        if self._names is not None:
+            lines = sorted(f"{name}\t{wnid}" for name, wnid in zip(self._names, self.wnids, strict=True))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def load_val_labels(path: str | Path) -> ValLabels:
@@ -77,7 +113,7 @@ def load_val_labels(path: str | Path) -> ValLabels:
         if compression is not None:
             raise SourceError(f"{path} is a compressed file, but no development kit: {WHAT_TO_GIVE}")
         text = reader.read(MAX_FILE_BYTES).decode("utf-8-sig", "replace")
-    return ValLabels(_from_text(text, path), path)
+    return _from_text(text, path)
 
 
 def _find(folder: Path, name: str) -> Path | None:
@@ -108,26 +144,40 @@ def _from_devkit(meta: bytes, ground_truth: bytes, path: str) -> list[str]:
         raise SourceError(f"{META} or {GROUND_TRUTH} of {path} is damaged: {error!r}: fetch it again") from None
 
 
-def _from_text(text: str, path: str) -> list[str]:
+def _from_text(text: str, path: str) -> ValLabels:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise SourceError(f"{path} is empty: {WHAT_TO_GIVE}")
     if lines[0].replace(" ", "").lower().startswith("imageid,"):
-        return _from_kaggle(lines, path)
-    if all(line.split()[-1].isdigit() for line in lines):
+        return ValLabels(_from_kaggle(lines, path), path)
+    if all(line.split()[-1].isdigit() for line in lines) and not _PAIR.fullmatch(lines[0]):
         meta = None if is_url(path) else _find(Path(path).parent, META)
         if meta is not None and all(line.isdigit() for line in lines):
-            return _from_devkit(meta.read_bytes(), text.encode(), path)
+            return ValLabels(_from_devkit(meta.read_bytes(), text.encode(), path), path)
         raise SourceError(
             f"{path} holds numbers, and ILSVRC's numbers are not the usual order of classes (by sorted WordNet id): "
             "give the development kit as a whole (ILSVRC2012_devkit_t12.tar.gz), whose meta.mat says what they mean"
         )
+    if _PAIR.fullmatch(lines[0]):
+        return _from_pairs(lines, path)
     for number, line in enumerate(lines, 1):
         if not SYNSET_PATTERN.fullmatch(line):
             raise SourceError(
                 f"{path} line {number} is {line[:40]!r}, not a WordNet id such as n01440764: {WHAT_TO_GIVE}"
             )
-    return lines
+    return ValLabels(lines, path)
+
+
+def _from_pairs(lines: list[str], path: str) -> ValLabels:
+    labels: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        found = _PAIR.fullmatch(line)
+        if found is None:
+            raise SourceError(f"{path} line {number} is {line[:60]!r}, not an image's name and its WordNet id")
+        name, wnid = clean_name(found[1]), found[2]
+        if labels.setdefault(name, wnid) != wnid:
+            raise SourceError(f"{path} line {number} gives {name} another class than a line before: {wnid}")
+    return ValLabels(list(labels.values()), path, list(labels))
 
 
 def _from_kaggle(lines: list[str], path: str) -> list[str]:

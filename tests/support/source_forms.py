@@ -102,7 +102,7 @@ def trees(train: str, val: str, small: str | None) -> tuple[dict[str, bytes], Tr
 
 def split_folders(root: Path) -> Form:
     files, truth, _ = trees("train", "val", None)
-    strays = {"readme.txt": "no_class", "train/list.txt": "no_class", "test": "no_class"}
+    strays = {"readme.txt": "no_class", "train/list.txt": "no_class", "test/a.JPEG": "test_split"}
     extra = {"readme.txt": b"x", "train/list.txt": b"x", "test/a.JPEG": b"x"}
     return write_tree(root / "splits", {**files, **extra}), "split-folders", truth, strays
 

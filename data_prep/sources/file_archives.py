@@ -1,0 +1,142 @@
+"""Sources that are one tar whose members are the images: of class folders, or ILSVRC's flat validation set."""
+
+from collections.abc import Iterator
+
+from data_prep.sources.archives import SAMPLE_PLACE_IMAGES, SAMPLED_PLACES, Archive
+from data_prep.sources.chunking import Event, Met, first_images, spread
+from data_prep.sources.items import Damage, Item, Record, Stray
+from data_prep.sources.layout import Place, place_in_tree
+from data_prep.sources.reading import Piece
+from data_prep.sources.streams import FileRange, Reader, open_reader
+from data_prep.sources.tar import BLOCK, Gap, Member, Tar
+from data_prep.sources.val_labels import ValLabels
+from data_prep.storage import is_url
+
+
+class FileArchive(Archive):
+    """A tar whose members are the images: of a seekable one, each is a piece. `labels`: of validation images that lie
+    in no class.
+    """
+
+    labels: ValLabels | None = None
+
+    def place(self, member: Member) -> Place:
+        """Where a member belongs."""
+        raise NotImplementedError
+
+    def _labelled(self, member: Member, split: str) -> Place:
+        assert self.labels is not None
+        place = self.labels.place(member.name, member.kind, member.size)
+        self._labelled_images += not place[2]
+        return Place(split, *place)
+
+    def _at_end(self, damaged: bool) -> None:
+        if self.labels is not None and not damaged:
+            self.labels.check_count(self._labelled_images, self.path)
+
+    def fingerprint(self) -> str:
+        return self._file_fingerprint(*([] if self.labels is None else [self.labels.fingerprint()]))
+
+    def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
+        self._labelled_images, damaged = 0, False
+        # As in split_tar.
+        with FileRange(self.path, jumping=not is_url(self.path)) as reader:
+            for entry in Tar(reader):
+                if isinstance(entry, Gap):
+                    damaged = True
+                    yield self._damage(entry)
+                    continue
+                place = self.place(entry)
+                if entry.kind == "folder":
+                    if place.wnid:
+                        yield Piece(self.path, entry.offset, 0, "class", place.wnid, "", place.split)
+                elif place.reason:
+                    yield self._piece(entry, "stray", place)
+                elif entry.data_offset + entry.size <= (reader.end or 0):  # else a gap comes next
+                    yield self._piece(entry, "range", place)
+            if reader.error is not None:
+                yield Piece(self.path, 0, 0, "damage", "", "", self.split, reader.error)
+        self._at_end(damaged or reader.error is not None)
+
+    def _piece(self, entry: Member, kind: str, place: Place) -> Piece:
+        return Piece(self.path, entry.data_offset, entry.size, kind, place.wnid, place.name, place.split, place.reason)
+
+    def events(self) -> Iterator[Event]:
+        self._labelled_images, damaged = 0, False
+        with open_reader(self.path, self.compression) as reader:
+            for event in self._read(reader, salvage=False):
+                damaged |= isinstance(event, Damage)
+                yield event
+            yield from self._after(reader)
+        self._at_end(damaged or reader.error is not None)
+
+    def _read(self, reader: Reader, *, salvage: bool) -> Iterator[Event]:
+        tar = Tar(reader, salvage=salvage)
+        for entry in tar:
+            if isinstance(entry, Gap):
+                if not (entry.cut and reader.cut):
+                    yield Damage(self.split, self.name, str(entry))
+                continue
+            place = self.place(entry)
+            if entry.kind == "folder":
+                if place.wnid:
+                    yield Met(place.split, place.wnid)
+            elif place.reason:
+                yield Stray(place.split, place.name, entry.size, place.reason)
+            elif (data := tar.data()) is not None:
+                yield Record(place.split, place.wnid, place.name, data)
+
+    def sample_pieces(self, images: int, seed: int) -> Iterator[Iterator[Item]]:
+        assert self.total_bytes is not None, "of a seekable file"
+        places = max(1, min(SAMPLED_PLACES, images // SAMPLE_PLACE_IMAGES))
+        if self.total_bytes < places * 8 * SAMPLE_PLACE_IMAGES * BLOCK:
+            places = 1
+        for block in spread(self.total_bytes // BLOCK, places, seed):
+            yield first_images(self._from_block(block if places > 1 else 0), -(-images // places))
+
+    def _from_block(self, block: int) -> Iterator[Item]:
+        self._labelled_images = 0
+        with FileRange(self.path) as reader:
+            reader.move(block * BLOCK)
+            for event in self._read(reader, salvage=block > 0):
+                if not isinstance(event, Met):
+                    yield event
+
+
+class TarOfClassFolders(FileArchive):
+    """imagenet21k_resized.tar.gz, or any tree with a folder per class, with or without folders for splits."""
+
+    kind = "tar-of-class-folders"
+    words = "a tar of class folders"
+    wanted = "folder of a class (n01440764/...)"
+
+    def __init__(
+        self, path: str, split: str, *, has_splits: bool, labels: ValLabels | None = None, rename: bool = False
+    ):
+        super().__init__(path, split, rename)
+        self.labels = labels
+        if has_splits:
+            self.splits = ("train", "val")
+
+    def place(self, member: Member) -> Place:
+        if member.kind == "folder":
+            return place_in_tree(f"{member.name}/x", "file", 0, self.split, self.rename)
+        place = place_in_tree(member.name, member.kind, member.size, self.split, self.rename)
+        if self.labels is not None and place.split == "val" and place.reason == "no_class":
+            return self._labelled(member, "val")
+        return place
+
+
+class ValTar(FileArchive):
+    """ILSVRC2012_img_val.tar."""
+
+    kind = "ilsvrc-val"
+    words = "ILSVRC's validation images"
+    wanted = "validation image (ILSVRC2012_val_00000001.JPEG, ...)"
+
+    def __init__(self, path: str, labels: ValLabels):
+        super().__init__(path, "val")
+        self.labels = labels
+
+    def place(self, member: Member) -> Place:
+        return self._labelled(member, "val")
