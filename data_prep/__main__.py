@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.credentials import keep_out_of_output
-from data_prep.storage import DataPrepError
+from data_prep.storage import NOT_WRITABLE, DataPrepError
 
 EPILOG = """\
 the usual order:
@@ -26,7 +26,7 @@ COMMANDS = {
     "demo": ("data_prep.demo.command", "build two small ImageNet-shaped archives of real images"),
     "plan": ("data_prep.build.plan", "sample an archive; predict images, shards, disk and hours"),
     "shard": ("data_prep.build.command", "archive -> shuffled shards, ledger, manifest, FFCV file"),
-    "index": ("data_prep.foreign.index", "WebDataset tars of others -> their indexes and manifest, in place"),
+    "index": ("data_prep.foreign.command", "WebDataset tars of others -> their indexes and manifest, in place"),
     "labels": ("data_prep.labels.report", "compare two label spaces"),
     "duplicates": ("data_prep.duplicates.search", "near-duplicates, and evaluation images hidden in train"),
     "verify": ("data_prep.verify.command", "check every sample of a data set against its manifest"),
@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = " ".join(str(error).split())
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             text += ": make room in the output folder, then give the same command again: it goes on from there"
+        elif isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            text += ": give a folder that this user may read, and write to where something is written"
         print(f"error: {text}", file=sys.stderr)
         return int(getattr(error, "exit_code", 1))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
-from data_prep.storage import DataPrepError
+from data_prep.storage import DataPrepError, user_path
 
 TASKS_PER_WORKER = 2  # one at work, one waiting: a worker is never idle, memory and spool stay bounded
 ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is thought to be what kills them
@@ -182,6 +182,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--scheduler",
+        type=user_path,
         metavar="ADDRESS",
         help="use the workers of a Dask cluster: tcp://HOST:8786, or the scheduler file that `dask scheduler` wrote; "
         "all of its machines must see the paths given here",

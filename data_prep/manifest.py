@@ -27,7 +27,7 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data_prep.storage import DataPrepError, Folder, atomic_write
+from data_prep.storage import DataPrepError, Folder, atomic_write, user_path
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 1
@@ -36,6 +36,12 @@ SYNSET_PATTERN = re.compile(r"n\d{8}")  # a WordNet id of a noun: n01440764
 
 class ManifestError(DataPrepError):
     """`dataset.json` or a shard index is missing, invalid, or does not fit the other files."""
+
+
+def dataset_folder(path: str | Path) -> str:
+    """The folder, or its URL, of a data set; that of its dataset.json, where a user gives the file."""
+    folder = user_path(str(path)).rstrip("/") or "/"
+    return folder.removesuffix(MANIFEST_NAME).rstrip("/") or "." if folder.endswith(f"/{MANIFEST_NAME}") else folder
 
 
 def file_sha256(path: str | Path) -> str:
@@ -134,9 +140,14 @@ class Manifest(_Frozen):
             )
         return self.splits[name]
 
+    def shards_folder(self, directory: str | Path) -> str:
+        """Where the shards lie: in the data set's folder, or where the tars of others are that it has indexes of."""
+        return str(self.settings.get("tars") or dataset_folder(directory))
+
     @classmethod
     def load(cls, directory: str | Path) -> Self:
         """Read `dataset.json` of a dataset folder. Raises ManifestError when it is missing or invalid."""
+        directory = dataset_folder(directory)
         path = f"{str(directory).rstrip('/')}/{MANIFEST_NAME}"
         try:
             raw = json.loads(_read(path))
@@ -178,7 +189,7 @@ class Manifest(_Frozen):
 
     def load_index(self, directory: str | Path, shard: ShardEntry, data: bytes | None = None) -> "ShardIndex":
         """The index of one shard, checked against the manifest's count and bytes; `data`: its file, once read."""
-        path = f"{str(directory).rstrip('/')}/{index_path(shard.file)}"
+        path = f"{dataset_folder(directory)}/{index_path(shard.file)}"
         index = ShardIndex.load(path) if data is None else ShardIndex.from_bytes(data, path)
         if len(index) != shard.samples:
             raise ManifestError(

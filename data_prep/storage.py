@@ -4,6 +4,7 @@ Whatever is written gets its final name only when it is whole: locally by tempor
 object store by one upload, which shows nothing until it is complete.
 """
 
+import errno
 import fnmatch
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMP_MARK = ".tmp-"  # unfinished files are named `.NAME.tmp-PID`; readers never look at them
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 # Stores on which an upload appears as a whole under its final name; on others it is renamed after it.
 WHOLE_OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory", "oci"}
 
@@ -58,6 +60,32 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     """As `atomic_path`, but yields the open binary file."""
     with atomic_path(path) as temp, open(temp, "wb") as file:
         yield file
+
+
+def user_path(text: str) -> str:
+    """A path as a user gives it, also in quotes: ~ and ~name at its beginning are home folders. The type of every
+    option that takes a path.
+    """
+    return text if is_url(text) else os.path.expanduser(text)
+
+
+def refuse_unwritable(folder: "Folder", advice: str) -> None:
+    """Raise StorageError, which ends in `advice`, where nothing can be written into a local folder, or where it cannot
+    be made. A store behind a URL tells only when it is written to.
+    """
+    if not folder.is_local:
+        return
+    import tempfile  # every command imports this file, and few need it
+
+    path = os.path.abspath(folder.url)
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    try:
+        with tempfile.NamedTemporaryFile(dir=path, prefix=f".probe{TEMP_MARK}"):
+            pass
+    except OSError as error:
+        if error.errno in NOT_WRITABLE:  # others, such as a full disk, have their own advice
+            raise StorageError(f"{folder.url} cannot be written to ({error.strerror}): {advice}") from None
 
 
 def is_url(path: str | Path) -> bool:
@@ -182,7 +210,7 @@ class Folder:
             with atomic_path(path) as temp:
                 yield temp
             return
-        import tempfile  # every command imports this file, and few need it
+        import tempfile
 
         with tempfile.TemporaryDirectory(prefix="data_prep-") as scratch:
             temp = Path(scratch) / "file"

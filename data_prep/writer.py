@@ -4,13 +4,14 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_prep.manifest import MANIFEST_NAME
 from data_prep.storage import TEMP_MARK, DataPrepError, Folder
 
 BUILD_FOLDER = ".data_prep"  # unfinished work, inside the data set's folder
+LOCK_NAME = ".data_prep.lock"  # where the folder itself cannot be locked
 BUILD_RECORD = "build.json"  # in there: the settings of the build that is not finished
 OUR_FILES = re.compile(
     r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
@@ -50,16 +51,18 @@ def sole_writer(folder: Folder) -> Iterator[None]:
         os.makedirs(folder.url, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ShardError(f"{folder.url} is, or lies in, a file: choose a folder as --output") from None
-    handle = os.open(folder.url, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BusyError(
-                f"another run is writing to {folder.url}: wait for it, or choose another --output"
-            ) from None
-        except OSError:
-            pass  # some network file systems cannot lock a folder; then nothing guards against two runs
+    with ExitStack() as stack:
+        # NFS locks only what is open for writing, which a folder cannot be.
+        for name, flags in ((".", os.O_RDONLY), (LOCK_NAME, os.O_RDWR | os.O_CREAT)):
+            try:
+                handle = os.open(folder.join(name), flags, 0o666)
+                stack.callback(os.close, handle)
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                raise BusyError(
+                    f"another run is writing to {folder.url}: wait for it, or write to another folder"
+                ) from None
+            except OSError:
+                pass  # where neither can be locked, nothing guards against two runs
         yield
-    finally:
-        os.close(handle)

@@ -25,8 +25,17 @@ from tqdm import tqdm
 from data_prep.beton.file import RAW, TABLE_BYTES, BetonError, BetonFile, open_reader, page_size, require_ffcv
 from data_prep.beton.sample import BetonSettings, Stored, plan_sample, store_sample
 from data_prep.cluster import Cluster, InProcess
-from data_prep.manifest import BetonEntry, Manifest, ShardEntry, ShardIndex, Split, file_sha256, index_path
-from data_prep.storage import Folder, atomic_path
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    BetonEntry,
+    Manifest,
+    ShardEntry,
+    ShardIndex,
+    Split,
+    file_sha256,
+    index_path,
+)
+from data_prep.storage import Folder, atomic_path, refuse_unwritable
 from data_prep.writer import clear_unfinished, sole_writer
 
 DEFAULTS = BetonSettings()
@@ -50,28 +59,47 @@ def add_betons(
             "local folder"
         )
     directory = Path(directory)
+    if not _without(directory, manifest, settings):
+        return manifest
+    require_ffcv()
+    refuse_unwritable(Folder(directory), "copy the data set to where the .beton can be written beside it")
+    with sole_writer(Folder(directory)):
+        manifest = _newest(directory, manifest)
+        clear_unfinished(directory)
+        for name in _without(directory, manifest, settings, tell=True):
+            entry = write_beton(directory, manifest, name, settings, cluster)
+            split = manifest.splits[name].model_copy(update={"betons": [entry]})
+            manifest = manifest.model_copy(update={"splits": {**manifest.splits, name: split}})
+            manifest.save(directory)
+    return manifest
+
+
+def _newest(directory: Path, manifest: Manifest) -> Manifest:
+    """The manifest with what another run has added since `manifest` was read. Raises BetonError for another set."""
+    if not (directory / MANIFEST_NAME).is_file():
+        return manifest
+    there = Manifest.load(directory)
+    if there.dataset_id != manifest.dataset_id:
+        raise BetonError(f"{directory} was built anew meanwhile by another run: give the same command again")
+    betons = {name: {"betons": split.betons} for name, split in there.splits.items()}
+    splits = {name: split.model_copy(update=betons.get(name, {})) for name, split in manifest.splits.items()}
+    return manifest.model_copy(update={"splits": splits})
+
+
+def _without(directory: Path, manifest: Manifest, settings: BetonSettings, *, tell: bool = False) -> list[str]:
+    """The splits that have no `.beton` with these settings."""
     todo = []
     for name, split in manifest.splits.items():
         there = [entry for entry in split.betons if _is_there(directory, entry)]
         if not split.samples or [BetonSettings.of(e).described() for e in there] == [settings.described()]:
             continue
         todo.append(name)
-        if there:
+        if there and tell:
             was, now = (
                 " ".join(f"{k}={v}" for k, v in s.described().items()) for s in (BetonSettings.of(there[0]), settings)
             )
             print(f"{there[0].file} has {was}: it is written anew with {now}", file=sys.stderr)
-    if not todo:
-        return manifest
-    require_ffcv()
-    with sole_writer(Folder(directory)):
-        clear_unfinished(directory)
-        for name in todo:
-            entry = write_beton(directory, manifest, name, settings, cluster)
-            split = manifest.splits[name].model_copy(update={"betons": [entry]})
-            manifest = manifest.model_copy(update={"splits": {**manifest.splits, name: split}})
-            manifest.save(directory)
-    return manifest
+    return todo
 
 
 def _is_there(directory: Path, entry: BetonEntry) -> bool:

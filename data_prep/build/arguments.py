@@ -3,10 +3,9 @@
 import argparse
 import os
 from collections.abc import Collection
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.storage import DataPrepError, is_url
+from data_prep.storage import DataPrepError, is_url, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     from data_prep.build.shards import ShardSettings
@@ -37,11 +36,18 @@ def share(text: str) -> float:
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
     """What is read, and what becomes of each image: the options that `shard` and `plan` have in common."""
     add = parser.add_argument_group("what is read").add_argument
-    add("--source", required=True, metavar="PATH", help="archive, folder or URL with the training images")
+    add(
+        "--source",
+        required=True,
+        type=user_path,
+        metavar="PATH",
+        help="archive, folder or URL with the training images",
+    )
     add("--source-kind", metavar="KIND", help="what --source is, where detection is wrong (the names above)")
-    add("--val-source", metavar="PATH", help="archive, folder or URL for the split 'val'")
+    add("--val-source", type=user_path, metavar="PATH", help="archive, folder or URL for the split 'val'")
     add(
         "--val-labels",
+        type=user_path,
         metavar="FILE",
         help="classes of the images of --val-source, or of the folder val/ of --source, that lie in no class: lines of "
         "an image's name and its WordNet id; for ILSVRC2012_img_val.tar also the devkit archive, one WordNet id per "
@@ -62,7 +68,12 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "same",
     )
     add("--max-images-per-class", type=number(1), metavar="N", help="take only N training images of each class")
-    add("--exclude", type=Path, metavar="FILE", help="leave these images out of train: the exclude.txt of `duplicates`")
+    add(
+        "--exclude",
+        type=user_path,
+        metavar="FILE",
+        help="leave these images out of train: the exclude.txt of `duplicates`",
+    )
     add(
         "--duplicates",
         choices=("leaks", "drop", "keep"),

@@ -15,7 +15,7 @@ from data_prep.build.arguments import (
 )
 from data_prep.build.lost import notes_of_lost
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
-from data_prep.storage import DataPrepError, is_url
+from data_prep.storage import DataPrepError, is_url, refuse_unwritable, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     from data_prep.build.output import BuildResult, Output
@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `shard`."""
     add_source_arguments(parser)
     add = parser.add_argument_group("what is written").add_argument
-    add("--output", required=True, metavar="DIR", help="folder or URL of the data set; made if missing")
+    add("--output", required=True, type=user_path, metavar="DIR", help="folder or URL of the data set; made if missing")
     add(
         "--work",
+        type=user_path,
         metavar="DIR",
         help="folder or URL for unfinished work, about as large as the result (OUTPUT/.data_prep)",
     )
@@ -89,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
     from data_prep.build.summary import print_summary
 
     output = Output(place(args.output, "--output"), args.work and place(args.work, "--work"))
+    if args.force or not output.folder.exists("dataset.json"):
+        refuse_unwritable(output.folder, "choose another --output")
+        refuse_unwritable(output.work, "choose another --work")
     exclude = exclusions_of(args)
     want_beton = args.format != "webdataset"
     if want_beton and is_url(args.output):

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_prep.build.arguments import add_source_arguments, number, settings_of, sources_of
+from data_prep.build.arguments import add_source_arguments, number, place, settings_of, sources_of
 from data_prep.build.lost import RejectError, offer_of
 from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
@@ -18,7 +18,7 @@ from data_prep.images.prepare import prepare_image
 from data_prep.sources.items import Record, Stray
 from data_prep.sources.layout import is_lost_image
 from data_prep.sources.streams import SourceError
-from data_prep.storage import DataPrepError
+from data_prep.storage import DataPrepError, refuse_unwritable, user_path
 from data_prep.writer import BUILD_FOLDER, is_ours
 
 if TYPE_CHECKING:
@@ -181,8 +181,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`: those of `shard` that decide its result."""
     add_source_arguments(parser)
     add = parser.add_argument_group("the prediction").add_argument
-    add("--output", metavar="DIR", help="folder of the data set to come, to compare with its disk")
-    add("--work", metavar="DIR", help="as for `shard`")
+    add("--output", type=user_path, metavar="DIR", help="folder of the data set to come, to compare with its disk")
+    add("--work", type=user_path, metavar="DIR", help="as for `shard`")
     add("--beton-mode", choices=("jpg", "proportion", "raw"), help="count FFCV files of this mode too")
     add("--workers", type=number(1), default=available_cpus(), metavar="N", help="processes (default: %(default)s)")
     add(
@@ -202,9 +202,11 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     settings = settings_of(args)
+    output = Output(place(args.output or os.curdir, "--output"), args.work and place(args.work, "--work"))
+    if args.output:
+        refuse_unwritable(output.folder, "choose another --output")
     sources = sources_of(args)
     estimates = [estimate(source, settings, args.sample) for source in sources]
-    output = Output(os.path.abspath(args.output or os.curdir), args.work)
     needed = disk_bytes(estimates, output, beton_mode=args.beton_mode, workers=args.workers)
     table = Table(title="prediction", title_justify="left", show_header=False)
     for source, found in zip(sources, estimates, strict=True):

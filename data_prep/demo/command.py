@@ -25,6 +25,8 @@ import yaml
 from data_prep.demo import clipart as demo_clipart
 from data_prep.demo import icons as demo_icons
 from data_prep.demo.archive import DemoError, Picture, hash_array, near, unit_hash, write_archive
+from data_prep.storage import Folder, refuse_unwritable, user_path
+from data_prep.writer import sole_writer
 
 ARCHIVES = ("demo-22k", "demo-1k")
 SYNSETS_1K = 24
@@ -58,6 +60,14 @@ def build_demo(output: Path, only: str | None = None, cache: Path | None = None,
         name: f"{only or source}{' alone' if only else ''}, recipe {RECIPE}, synsets {rules['digest']}"
         for name, source in zip(ARCHIVES, ("icons", "clipart"), strict=True)
     }
+    refuse_unwritable(Folder(output), "choose another --output")
+    with sole_writer(Folder(output)):
+        _build(output, only, cache, rules, wanted, force)
+
+
+def _build(
+    output: Path, only: str | None, cache: Path, rules: dict[str, Any], wanted: dict[str, str], force: bool
+) -> None:
     record = output / "demo.json"
     built: dict[str, Any] = json.loads(record.read_text()) if record.is_file() and not force else {}
     missing = [name for name in ARCHIVES if not _is_built(output, name, wanted[name], built)]
@@ -66,7 +76,7 @@ def build_demo(output: Path, only: str | None = None, cache: Path | None = None,
             print(f"{name}.tar, {name}-val.tar: already built in {output}")
     if not missing:
         return
-    output.mkdir(parents=True, exist_ok=True)
+    refuse_unwritable(Folder(cache), "choose another --cache")
     cache.mkdir(parents=True, exist_ok=True)
     # Everything is fetched before anything is rendered: a missing client shows at once.
     if only == "icons" or (not only and "demo-22k" in missing):
@@ -149,13 +159,13 @@ def _without(pictures: Iterable[Picture], others: Iterable[Picture]) -> list[Pic
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data_prep demo`."""
-    parser.add_argument("--output", type=Path, default=Path("data/raw"), help="folder for the archives (data/raw)")
+    parser.add_argument("--output", type=user_path, default="data/raw", help="folder for the archives (data/raw)")
     parser.add_argument("--only", choices=("icons", "clipart"), help="make both sets from this one source")
-    parser.add_argument("--cache", type=Path, help=f"folder for downloaded packages ({default_cache()})")
+    parser.add_argument("--cache", type=user_path, help=f"folder for downloaded packages ({default_cache()})")
     parser.add_argument("--force", action="store_true", help="build again what is already built")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    build_demo(args.output, only=args.only, cache=args.cache, force=args.force)
+    build_demo(Path(args.output), only=args.only, cache=args.cache and Path(args.cache), force=args.force)
     return 0

@@ -34,8 +34,9 @@ from data_prep.duplicates.hashing import (
 )
 from data_prep.duplicates.report import print_summary, write_html, write_pairs
 from data_prep.ledger import LEDGER_NAME
-from data_prep.manifest import Manifest
-from data_prep.storage import Folder, is_url, open_binary
+from data_prep.manifest import Manifest, dataset_folder
+from data_prep.storage import Folder, is_url, open_binary, refuse_unwritable, user_path
+from data_prep.writer import sole_writer
 
 # pHash sets 32 of its bits, one of them always, so distances are even. Measured on 400 crops of photos: encoding at
 # quality 30 or 50, halving, and shrinking to 256 pixels moved 99.5 % of them by at most 4 bits; cutting 2 % off the
@@ -173,8 +174,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("dataset", metavar="DATASET", help="data set folder, local or URL, whose images may have to go")
-    add("--against", metavar="VAL", help="find images of DATASET that are in this data set (leakage)")
+    add("dataset", type=user_path, metavar="DATASET", help="data set folder, local or URL, whose images may have to go")
+    add("--against", type=user_path, metavar="VAL", help="find images of DATASET that are in this data set (leakage)")
     add("--within", action="store_true", help="find images that are twice in DATASET")
     add("--split", default="train", help="of DATASET (%(default)s)")
     add("--against-split", metavar="SPLIT", help="of VAL (default: val where there is one, otherwise all)")
@@ -185,13 +186,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="BITS",
         help="how many of the 64 bits of a perceptual hash may differ; 0: same hash (default: %(default)s)",
     )
-    add("--output", metavar="DIR", help="folder of the report (default: DATASET/duplicates; a URL needs one given)")
+    add(
+        "--output",
+        type=user_path,
+        metavar="DIR",
+        help="folder of the report (default: DATASET/duplicates; a URL needs one given)",
+    )
     add("--show", type=int, default=400, metavar="N", help="pairs shown in the HTML report (%(default)s)")
     add("--fail-on-leak", action="store_true", help=f"exit code {LEAK_EXIT} when an image of VAL is in DATASET")
     add_cluster_arguments(parser)
 
 
 def _folder(path: str) -> Folder:
+    path = dataset_folder(path)
     return Folder(path if is_url(path) else os.path.abspath(path))  # workers may stand in another folder
 
 
@@ -207,6 +214,11 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None and not dataset.is_local:
         raise DuplicateError(f"{dataset.url} is a URL: say with --output where the report is to go")
     output = _folder(args.output) if args.output else dataset.folder("duplicates")
+    for given in filter(None, (args.dataset, args.against)):
+        if Manifest.load(given).settings.get("indexed"):
+            raise DuplicateError(
+                f"{given} is made of tars of others, which do not say what an image was called: build it with `shard`"
+            )
     Manifest.load(dataset.url).split(args.split)
     against_splits: list[str] = []
     if args.against:
@@ -216,6 +228,12 @@ def run(args: argparse.Namespace) -> int:
         splits.split(against_splits[0])
         if Manifest.load(dataset.url).dataset_id == splits.dataset_id and args.split in against_splits:
             raise DuplicateError(f"split {args.split} would be compared with itself: use --within, or --against-split")
+    refuse_unwritable(output, "say with --output where the report is to go")
+    with sole_writer(output):
+        return _search(args, dataset, against_splits, output)
+
+
+def _search(args: argparse.Namespace, dataset: Folder, against_splits: Sequence[str], output: Folder) -> int:
     with open_cluster(args) as cluster:
         train = hashed_images(cluster, dataset, [args.split], output)
         other = hashed_images(cluster, _folder(args.against), against_splits, output) if args.against else None

@@ -15,8 +15,9 @@ from typing import Any, Self
 import numpy as np
 
 from data_prep.manifest import ShardIndex, index_path
+from data_prep.sources.layout import is_hidden
 from data_prep.sources.streams import FileRange
-from data_prep.sources.tar import Gap, Member, Tar
+from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import DataPrepError, Folder, file_system
 
 IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, where a sample has several
@@ -55,7 +56,23 @@ class Scan:
     wnids: list[str]
     wnid: np.ndarray
     number: np.ndarray
-    about: dict[str, Any]  # bytes, sha256, left_out (samples)
+    # bytes, sha256, left_out (samples); tars: their folder, where the index is elsewhere; others (samples of other
+    # classes that were skipped) and of_classes (a digest of those that were not), where some were taken only
+    about: dict[str, Any]
+
+    def only(self, tar: str, classes: Sequence[str]) -> Self:
+        """Without the samples of other classes than `classes`. Raises ForeignError for one that has but a number."""
+        if (self.wnid < 0).any():
+            key = str(self.index.keys[int(np.flatnonzero(self.wnid < 0)[0])])
+            raise ForeignError(
+                f"{tar}: sample {key!r} gives its class only as a number: --others skip needs WordNet ids, index the "
+                "tars with the whole list of --classes"
+            )
+        taken = np.isin(self.wnid, [at for at, wnid in enumerate(self.wnids) if wnid in set(classes)])
+        index = ShardIndex(*(getattr(self.index, name)[taken] for name in ("keys", "offsets", "sizes", "labels")))
+        others = self.about.get("others", 0) + int((~taken).sum())
+        about = {**self.about, "others": others, "of_classes": digest_of(classes)}
+        return type(self)(index, self.wnids, self.wnid[taken], self.number[taken], about)
 
     def labels(self, tar: str, classes: Sequence[str] | None) -> np.ndarray:
         """Class numbers, int64 (N,); `classes` None: positions in `wnids`. Raises ForeignError, naming a sample."""
@@ -72,7 +89,10 @@ class Scan:
             told = np.array([at.get(wnid, -1) for wnid in self.wnids] + [-1], np.int64)[self.wnid]
             found = np.where(self.wnid < 0, self.number, told)
             bad = (found < 0) | (found >= len(classes))
-            problem = f"has a class that is none of the {len(classes):,} of --classes: give the list it was made with"
+            problem = (
+                f"has a class that is none of the {len(classes):,} of --classes: give the list it was made with, or "
+                "leave such samples out with --others skip"
+            )
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
             has = self.wnids[self.wnid[row]] if self.wnid[row] >= 0 else f"class number {self.number[row]}"
@@ -100,6 +120,11 @@ class Scan:
             return cls(index, [w.decode() for w in arrays["wnids"].tolist()], arrays["wnid"], arrays["number"], about)
 
 
+def digest_of(classes: Sequence[str]) -> str:
+    """Of a list of classes, in whatever order."""
+    return hashlib.sha256("\n".join(sorted(classes)).encode()).hexdigest()[:32]
+
+
 class _Hashed(FileRange):
     """Reads a whole file without seeking, and takes its checksum."""
 
@@ -123,6 +148,11 @@ class _Hashed(FileRange):
         return size - left
 
 
+def tars_elsewhere(folder: Folder, at: Folder) -> str | None:
+    """The folder of the tars, where their indexes are kept in another."""
+    return folder.url if folder.url != at.url else None
+
+
 def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable[[int], None] = lambda _: None) -> Scan:
     """Read a tar to its end. Raises ForeignError where it is damaged, cut short, or has samples of no use."""
     samples: dict[str, _Sample] = {}
@@ -133,7 +163,8 @@ def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable
             if isinstance(member, Gap):
                 raise ForeignError(f"{folder.join(name)}: {member}: fetch or make the tar again")
             parts = MEMBER_NAME.fullmatch(member.name)
-            if member.kind != "file" or parts is None or member.name.startswith("__"):
+            hidden = is_hidden(member.name.rpartition("/")[0])  # the trash, or a notebook's copies
+            if member.kind != "file" or parts is None or member.name.startswith("__") or hidden:
                 continue
             key, extension = parts[1], parts[2].lower()
             sample = samples.setdefault(key, _Sample())
@@ -150,6 +181,10 @@ def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable
             pass
         if reader.error is not None:
             raise ForeignError(f"{reader.error}: copy the tar again")
+        if not samples and reader.position < 2 * BLOCK:
+            raise ForeignError(
+                f"{folder.join(name)} has {reader.position} bytes, not even a tar's end mark: copy it again"
+            )
         about = {"bytes": reader.position, "sha256": reader.sha256.hexdigest()}
     for key, sample in samples.items():
         sample.wnid = sample.wnid or next(iter(WNID_IN_NAME.findall(key)), "")
@@ -199,24 +234,28 @@ def _take(sample: _Sample, extension: str, member: Member, tar: Tar) -> None:
             sample.number = label
 
 
-def is_indexed(folder: Folder, name: str, size: int, skip: bool) -> bool:
-    """Whether a tar has an index of ours that fits and is not older."""
+def is_indexed(folder: Folder, name: str, size: int, skip: bool, at: Folder, only: Sequence[str] | None = None) -> bool:
+    """Whether a tar has an index of ours, in the folder `at`, that fits and is not older; `only`: of these classes."""
     file = str(index_path(name))
     try:
-        scan = Scan.from_bytes(folder.read(file))
+        scan = Scan.from_bytes(at.read(file))
     except FileNotFoundError:
         return False
     except KeyError:
         raise ForeignError(
-            f"{folder.join(file)} is there already, and not by this command: finish the `shard` build it is of, or "
+            f"{at.join(file)} is there already, and not by this command: finish the `shard` build it is of, or "
             "remove it"
         ) from None
     except Exception:  # numpy raises zipfile, zlib and value errors for damaged files
         return False
     if scan.about["bytes"] != size or (scan.about["left_out"] and not skip):
         return False
+    if scan.about.get("tars") != tars_elsewhere(folder, at):
+        return False
+    if "of_classes" in scan.about and (only is None or scan.about["of_classes"] != digest_of(only)):
+        return False
     try:
-        system, root = file_system(folder.url)
-        return bool(system.modified(f"{root}/{file}") >= system.modified(f"{root}/{name}"))
+        (system, root), (at_system, at_root) = file_system(folder.url), file_system(at.url)
+        return bool(at_system.modified(f"{at_root}/{file}") >= system.modified(f"{root}/{name}"))
     except NotImplementedError:  # a store that tells no times
         return True

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.labels.spaces import KNOWN_SPACES, TEDDY_BEAR, LabelMap, label_space, lemma, map_labels
-from data_prep.storage import atomic_write
+from data_prep.storage import atomic_write, user_path
 
 SHOWN_ONLY_A = 10
 SHOWN_ONLY_B = 50  # those matter more: they are what a map leaves out
@@ -32,10 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = DESCRIPTION
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("a", nargs="?", metavar="A", help="the space that is mapped into, such as that of a checkpoint's head")
-    add("b", nargs="?", metavar="B", help="the space whose classes are looked up in A")
     add(
-        "--output", type=Path, metavar="MAP.json", help="write the index map: for each class of B its number in A or -1"
+        "a",
+        nargs="?",
+        type=user_path,
+        metavar="A",
+        help="the space that is mapped into, such as that of a checkpoint's head",
+    )
+    add("b", nargs="?", type=user_path, metavar="B", help="the space whose classes are looked up in A")
+    add(
+        "--output",
+        type=user_path,
+        metavar="MAP.json",
+        help="write the index map: for each class of B its number in A or -1",
     )
     add("--all", action="store_true", help="list every class that only one of them has, not only the first")
     add("--list", action="store_true", help="list the known label spaces (also without A and B)")
@@ -54,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     mapped = map_labels(a, b)
     _print_comparison(console, args, a, b, mapped)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.output) as file:
             file.write((json.dumps(index_map(args.a, args.b, a, b, mapped), indent=1) + "\n").encode())
         console.print(f"index map written to {args.output}", markup=False)

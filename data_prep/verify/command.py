@@ -19,8 +19,16 @@ from data_prep.beton.file import BetonError, open_reader, require_ffcv
 from data_prep.beton.sample import BetonSettings
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
 from data_prep.ledger import LEDGER_NAME
-from data_prep.manifest import MANIFEST_NAME, BetonEntry, Manifest, ManifestError, ShardIndex, index_path
-from data_prep.storage import Folder, is_url, open_binary
+from data_prep.manifest import (
+    MANIFEST_NAME,
+    BetonEntry,
+    Manifest,
+    ManifestError,
+    ShardIndex,
+    dataset_folder,
+    index_path,
+)
+from data_prep.storage import Folder, is_url, open_binary, user_path
 from data_prep.verify.problems import Problem, Problems, check_file, local_copy
 from data_prep.verify.shard import BetonRows, ShardResult, ShardTask, check_shard, key_hashes
 
@@ -59,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the shards against their indexes and JSONs, the ledger and the FFCV files against the shards. Lists all "
         "problems; the exit code is 1 where there are any."
     )
-    parser.add_argument("data", metavar="DIR", help="folder of the data set, or its URL")
+    parser.add_argument("data", type=user_path, metavar="DIR", help="folder of the data set, or its URL")
     parser.add_argument("--fast", action="store_true", help="sizes, indexes, counts and manifest only: decode nothing")
     add_cluster_arguments(parser)
 
@@ -69,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     with open_cluster(args) as cluster:
         # Workers may run in another folder.
-        report = verify_dataset(args.data if is_url(args.data) else os.path.abspath(args.data), cluster, fast=args.fast)
+        data = dataset_folder(args.data)
+        report = verify_dataset(data if is_url(data) else os.path.abspath(data), cluster, fast=args.fast)
     for problem in report.problems:
         print(f"{problem.file}: {problem.text}")
     for note in report.notes:
@@ -160,6 +169,7 @@ def _tasks(folder: Folder, manifest: Manifest, readers: dict[str, Any], fast: bo
             if folder.exists(beton.file) and not fast:
                 yield BetonTask(folder, beton)
     synsets = np.array([synset.encode() for synset in manifest.synsets], "S9")
+    shards = Folder(manifest.shards_folder(folder.url))
     for name, split in manifest.splits.items():
         start = 0
         for shard in split.shards:
@@ -173,7 +183,8 @@ def _tasks(folder: Folder, manifest: Manifest, readers: dict[str, Any], fast: bo
                     np.array(reader.metadata[here]),
                     np.array(reader.alloc_table[here]),
                 )
-            yield ShardTask(folder, name, shard, synsets, fast, rows, bool(manifest.settings.get("indexed")))
+            foreign = bool(manifest.settings.get("indexed"))
+            yield ShardTask(folder, shards, name, shard, synsets, fast, rows, foreign)
             start += shard.samples
 
 

@@ -45,9 +45,12 @@ class BetonRows:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """`synsets` (classes,) S9. `fast`: sizes and index only. `foreign`: a tar of somebody else's, under our index."""
+    """`folder` has the index, `shards` the tar. `synsets` (classes,) S9. `fast`: sizes and index only. `foreign`: a tar
+    of somebody else's, under our index.
+    """
 
     folder: Folder
+    shards: Folder
     split: str
     shard: ShardEntry
     synsets: np.ndarray
@@ -80,14 +83,14 @@ def check_shard(task: ShardTask) -> ShardResult:
     problems, name = Problems(), task.shard.file
     index = _checked_index(task, problems)
     result = ShardResult([])
-    if task.folder.size(name) is None or task.fast:
-        check_file(task.folder, task.shard, problems, None)
+    if task.shards.size(name) is None or task.fast:
+        check_file(task.shards, task.shard, problems, None)
         if task.fast and index is not None:
             _count_index(task, index, result)
     else:
         try:
-            with local_copy(task.folder, name) as path:
-                check_file(task.folder, task.shard, problems, path)
+            with local_copy(task.shards, name) as path:
+                check_file(task.shards, task.shard, problems, path)
                 if task.foreign and index is not None:
                     _check_foreign(task, path, index, problems)
                     _count_index(task, index, result)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, dataset_folder
 from pipeline.data.shards import DataError, check_file
 
 
@@ -18,7 +18,7 @@ def beton_path(directory: str, manifest: Manifest, split: str) -> Path:
         )
     if len(betons) > 1:
         raise DataError(f"{directory} has {len(betons)} betons of split {split!r}; one is supported")
-    path = Path(directory) / betons[0].file
+    path = Path(dataset_folder(directory)) / betons[0].file
     check_file(path, betons[0].bytes)
     try:
         import ffcv  # noqa: F401

@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.manifest import Manifest, ManifestError, ShardIndex, index_path
-from data_prep.storage import Folder
+from data_prep.manifest import Manifest, ManifestError, ShardIndex, dataset_folder, index_path
+from data_prep.storage import Folder, is_url
 from pipeline.config.sections import Data
 from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OPEN_SHARDS, OpenFile, OpenFiles
@@ -46,7 +46,8 @@ class ShardReader:
     """
 
     def __init__(self, data: Data, manifest: Manifest, split: str) -> None:
-        self.path, self.manifest = data.path.rstrip("/"), manifest
+        self.path, self.manifest = dataset_folder(data.path), manifest
+        self.shards = manifest.shards_folder(self.path)  # of tars of others perhaps elsewhere than their indexes
         self.entries = manifest.split(split).shards
         self._ends = np.cumsum([entry.samples for entry in self.entries])
         self._indexes: dict[int, _Index] = {}
@@ -56,9 +57,9 @@ class ShardReader:
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
         self.remote: RemoteShards | None = None
-        if data.is_remote:
+        if is_url(self.shards):
             self.remote = RemoteShards(
-                self.path,
+                self.shards,
                 self.entries,
                 manifest.dataset_id,
                 data.cache_folder.expanduser(),
@@ -66,7 +67,7 @@ class ShardReader:
             )
         else:
             for entry in self.entries:
-                check_file(Path(self.path) / entry.file, entry.bytes)
+                check_file(Path(self.shards) / entry.file, entry.bytes)
                 check_file(Path(self.path) / index_path(entry.file), None)
 
     def __len__(self) -> int:
@@ -123,7 +124,7 @@ class ShardReader:
         """Where a sample lies, for messages."""
         shard, place, _ = self._find(sample)
         key = str(self._load_index(shard).keys[place])
-        return f"shard {self.path}/{self.entries[shard].file}: sample {key!r} (id {sample})"
+        return f"shard {self.shards}/{self.entries[shard].file}: sample {key!r} (id {sample})"
 
     def _encoded_or_error(self, sample: int) -> bytes | DataError:
         try:
@@ -153,7 +154,8 @@ class ShardReader:
     def _load_index(self, shard: int) -> ShardIndex:
         entry = self.entries[shard]
         try:
-            data = self.remote.read_beside(shard, ".index.npz") if self.remote is not None else None
+            beside = self.remote is not None and self.path == self.shards
+            data = self.remote.read_beside(shard, ".index.npz") if self.remote is not None and beside else None
             return self.manifest.load_index(self.path, entry, data)
         except (ManifestError, RemoteError) as error:
             raise DataError(str(error)) from None
@@ -161,7 +163,7 @@ class ShardReader:
     def _file(self, shard: int) -> OpenFile:
         file = self._files.get(shard)
         if file is None:
-            file = OpenFile(os.open(f"{self.path}/{self.entries[shard].file}", os.O_RDONLY))
+            file = OpenFile(os.open(f"{self.shards}/{self.entries[shard].file}", os.O_RDONLY))
             file = self._files.add(shard, file)
         return file
 
@@ -189,11 +191,14 @@ def check_remote_files(data: Data, manifest: Manifest) -> None:
     """`check_file` for the shards of a remote folder: all by one listing, or, where its server has none, the first and
     the last of each split. Raises DataError.
     """
-    folder = Folder(data.path)
-    try:
-        sizes = folder.sizes()
-    except Exception:  # each store has its own; web servers often forbid it
-        sizes = {}
+    folder, indexes = Folder(manifest.shards_folder(data.path)), Folder(dataset_folder(data.path))
+    sizes: dict[str, int | None] = {}
+    gone = "is named by dataset.json but missing: copy it there or rebuild"
+    for place in {folder.url: folder, indexes.url: indexes}.values():
+        try:
+            sizes |= place.sizes()
+        except Exception:  # each store has its own; web servers often forbid it
+            continue
     for name, split in manifest.splits.items():
         if not any(entry.file in sizes for entry in split.shards):
             remote = ShardReader(data, manifest, name).remote
@@ -207,9 +212,7 @@ def check_remote_files(data: Data, manifest: Manifest) -> None:
         for entry in split.shards:
             for file, wanted in ((entry.file, entry.bytes), (str(index_path(entry.file)), None)):
                 if file not in sizes:
-                    raise DataError(
-                        f"{folder.join(file)} is named by dataset.json but missing: copy it there or rebuild"
-                    )
+                    raise DataError(f"{(folder if file == entry.file else indexes).join(file)} {gone}")
                 if wanted is not None and sizes[file] not in (None, wanted):
                     raise DataError(
                         f"{folder.join(file)} has {sizes[file]} bytes, dataset.json says {wanted}: it is truncated or "

@@ -12,6 +12,7 @@ import sys
 
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
+from data_prep.storage import is_url
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
@@ -38,7 +39,7 @@ def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
         )
     used = data.shuffle_lanes / nodes * (data.shuffle_window_shards + 1) / max(1, len(split.shards))
     used_gb = min(1.0, used) * sum(entry.bytes for entry in split.shards) / 1e9
-    if data.is_remote and 0 < data.cache_gb < used_gb:
+    if is_url(manifest.shards_folder(data.path)) and 0 < data.cache_gb < used_gb:
         note(
             f"the shards that a node reads from at a time take some {used_gb:.0f} GB, data.cache_gb is "
             f"{data.cache_gb:g}: what does not fit is read image by image over the network"
@@ -65,7 +66,7 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     if config.data.format == "webdataset":
         for split in splits:
             ShardReader(config.data, manifest, split)
-    if config.data.is_remote:
+    if is_url(manifest.shards_folder(config.data.path)):
         check_remote_files(config.data, manifest)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:

@@ -1,0 +1,82 @@
+"""The `index` command: makes a data set of WebDataset tars that somebody else wrote."""
+
+import argparse
+from pathlib import Path
+
+from data_prep.foreign.index import DEFAULT_SPLITS, Indexing, index_tars, refuse_present
+from data_prep.foreign.tar import ForeignError
+from data_prep.labels.spaces import label_space
+from data_prep.manifest import dataset_folder
+from data_prep.storage import Folder, is_url, user_path
+
+DESCRIPTION = """\
+Make a data set of plain WebDataset tars: an index beside each, or in --index-folder, and dataset.json. The tars stay as
+they are.
+
+The class of a sample is that of the WordNet id (n01440764) in its JSON ("wnid", "synset" or "filename") or at the
+beginning of its key or folder; else the number in its .cls, or its JSON's "label": then --classes has to say which
+class each number is. Every tar is read to its end once; the same command goes on after an interruption."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `index`."""
+    add = parser.add_argument
+    add("data", type=user_path, metavar="DIR", help="folder of the tars, or its URL")
+    add(
+        "--index-folder",
+        type=user_path,
+        metavar="DIR",
+        help="where the indexes and dataset.json go, for tars that lie where nothing can be written: give this folder "
+        "as data.path (default: beside the tars)",
+    )
+    add(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=GLOB",
+        help="tars of a split, such as val='val-{00..63}.tar'; may be repeated (train='train*.tar', val='val*.tar')",
+    )
+    add(
+        "--classes",
+        type=user_path,
+        metavar="SPACE",
+        help="label space of class numbers, or the classes to take: a known name, a data set, or a text file of "
+        "WordNet ids",
+    )
+    add(
+        "--others",
+        choices=("error", "skip"),
+        default="error",
+        help="samples of classes that are not in --classes: an error, or left out (default: %(default)s)",
+    )
+    add("--skip-unlabelled", action="store_true", help="leave out samples without an image or a class")
+    add("--force", action="store_true", help="write another dataset.json in place of one that this command wrote")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Index, print what there is now."""
+    folder = _folder(args.data)
+    at = _folder(args.index_folder) if args.index_folder else folder
+    refuse_present(at, args.force)
+    splits: dict[str, list[str]] = {}
+    for text in args.split:
+        name, equals, pattern = text.partition("=")
+        if not (name and equals and pattern):
+            raise ForeignError(f"--split {text!r} is not of the form NAME=GLOB, such as train='part-*.tar'")
+        splits.setdefault(name, []).append(pattern)
+    if args.others == "skip" and not args.classes:
+        raise ForeignError("--others skip needs the classes that are not skipped: add --classes, a text file of them")
+    classes = label_space(args.classes) if args.classes else None
+    task = Indexing(folder, at, splits or DEFAULT_SPLITS, classes, args.others == "skip", args.skip_unlabelled)
+    manifest = index_tars(task, replace=args.force)
+    parts = ", ".join(f"{s.samples:,} {name} in {len(s.shards):,} tars" for name, s in manifest.splits.items())
+    left_out = f"; {manifest.settings['left_out']:,} samples left out" if manifest.settings["left_out"] else ""
+    if task.only:
+        left_out += f"; {manifest.settings['others']:,} samples of other classes skipped"
+    print(f"{at.url}: {parts}; {manifest.num_classes:,} classes{left_out}")
+    return 0
+
+
+def _folder(path: str) -> Folder:
+    path = dataset_folder(path)
+    return Folder(path if is_url(path) else Path(path).absolute())

@@ -1,0 +1,93 @@
+"""The command line: paths as users give them, and places that nothing can be written to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.__main__ import COMMANDS, build_parser, main
+from data_prep.manifest import Manifest, dataset_folder
+from tests.support.archives import archive, shard
+from tests.support.read_only import run_beside
+
+
+def options(name: str) -> list[argparse.Action]:
+    parser = build_parser([name])
+    (commands,) = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [action for action in commands.choices[name]._actions if action.nargs != 0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_path_may_begin_with_a_home_folder(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An option that takes text either has a type that expands ~, or is known to be no path."""
+    monkeypatch.setenv("HOME", "/home/of-somebody")
+    for action in options(name):
+        takes_text = action.type in (None, Path) and not action.choices
+        told = action.metavar in ("PATH", "DIR", "FILE", "DATASET", "VAL", "A", "B", "SPACE", "ADDRESS", "MAP.json")
+        assert not (takes_text and told), f"{name}: {action.dest} takes a path as it is"
+        if told:
+            assert action.type is not None
+            assert str(action.type("~/x")) == "/home/of-somebody/x"  # type: ignore[operator]
+            assert action.type("s3://bucket/~/x") == "s3://bucket/~/x"  # type: ignore[operator]
+
+
+def test_a_quoted_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    archive(tmp_path / "s.tar", count=4)
+    exclude = tmp_path / "exclude.txt"
+    exclude.write_text("n00000001\tn00000001_0.JPEG\n")
+    assert shard("~/s.tar", "~/out", "--work", "~/work", "--exclude", "~/exclude.txt") == 0
+    assert Manifest.load(tmp_path / "out").split("train").samples == 11
+    assert main(["verify", "~/out", "--workers", "1"]) == 0
+    assert main(["labels", "~/out", "~/out", "--output", "~/map.json"]) == 0
+    assert main(["duplicates", "~/out", "--within", "--output", "~/d", "--workers", "1"]) == 0
+    assert not (tmp_path / "~").exists()
+    assert {"map.json", "d", "work"} <= set(os.listdir(tmp_path))
+
+
+def test_the_manifest_in_place_of_its_folder(datasets: Any, tmp_path: Path) -> None:
+    file = str(datasets.in22k / "dataset.json")
+    assert main(["verify", file, "--workers", "1", "--fast"]) == 0
+    assert main(["labels", file, "imagenet-1k"]) == 0
+    other = str(datasets.in1k / "dataset.json")
+    assert main(["duplicates", file, "--against", other, "--output", str(tmp_path), "--workers", "1"]) == 0
+    assert main(["index", file]) == 1
+    assert dataset_folder("dataset.json") == "dataset.json"  # a name alone may be a folder's
+    assert dataset_folder("s3://bucket/set/dataset.json") == "s3://bucket/set"
+
+
+def test_outputs_that_cannot_be_written_to(datasets: Any, tmp_path: Path) -> None:
+    """One line, at once: before a source is looked at, and before anything is hashed."""
+    source = archive(tmp_path / "s.tar", count=4)
+    place = tmp_path / "place"
+    place.mkdir()
+    out = str(place / "out")
+    fixed = ("--source", str(source), "--min-side", "8")
+    for arguments, advice in (
+        (("shard", *fixed, "--output", out, "--workers", "1"), "choose another --output"),
+        (("shard", *fixed, "--output", str(tmp_path / "o"), "--work", out, "--workers", "1"), "another --work"),
+        (("plan", *fixed, "--output", out), "choose another --output"),
+        (("duplicates", str(datasets.in22k), "--within", "--output", out, "--workers", "1"), "say with --output"),
+        (("demo", "--output", out), "choose another --output"),
+        (("labels", "imagenet-1k", "fall11", "--output", f"{out}/map.json"), "write to where"),
+    ):
+        done = run_beside(place, "data_prep", *arguments)
+        assert done.returncode == 1, (arguments, done.stdout, done.stderr)
+        (line,) = done.stderr.splitlines()
+        assert line.startswith("error: "), line
+        assert "Read-only file system" in line, line
+        assert advice in line, line
+    assert not list(place.iterdir())
+
+
+def test_a_data_set_on_a_read_only_place_is_read(datasets: Any) -> None:
+    done = run_beside(datasets.in22k, "data_prep", "verify", str(datasets.in22k), "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    done = run_beside(datasets.in22k, "data_prep", "duplicates", str(datasets.in22k), "--within", "--workers", "1")
+    assert done.returncode == 1
+    assert "say with --output" in done.stderr
