@@ -15,6 +15,7 @@ from data_prep.build.arguments import (
 )
 from data_prep.build.lost import notes_of_lost
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
+from data_prep.credentials import without_credentials
 from data_prep.storage import DataPrepError, is_url, refuse_unwritable, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
@@ -137,7 +138,7 @@ def _build(
         output,
         settings_of(args),
         cluster,
-        name=args.name or output.folder.url.rsplit("/", 1)[-1],
+        name=args.name or without_credentials(output.folder.url).rsplit("/", 1)[-1],
         exclude=exclude,
         max_reject=args.max_reject,
         salvage=args.salvage,

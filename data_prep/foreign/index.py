@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
+from data_prep.credentials import without_credentials
 from data_prep.foreign.tar import ForeignError, Scan, is_indexed, scan_tar, tars_elsewhere
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, dataset_folder, index_path
 from data_prep.progress import Progress
@@ -60,6 +61,11 @@ def index_tars(task: Indexing, *, replace: bool = False) -> Manifest:
     sizes = task.folder.sizes()
     tars = _split_tars(task.folder, sizes, task.splits)
     names = [name for found in tars.values() for name in found]
+    if tars_elsewhere(task.folder, task.at) and without_credentials(task.folder.url) != task.folder.url:
+        raise ForeignError(
+            f"{without_credentials(task.folder.url)}: with --index-folder its address is kept in {MANIFEST_NAME}, and "
+            f"it holds a password: give it without (fsspec's own configuration files hold it for all commands)"
+        )
     refuse_unwritable(task.at, _elsewhere(task.folder))
     with sole_writer(task.at):
         # Under the lock: another run may have come before.
@@ -156,7 +162,7 @@ def _finish(task: Indexing, tars: Mapping[str, Sequence[str]]) -> Manifest:
     settings |= {"others": others} if task.only else {}
     settings |= {"tars": folder.url} if tars_elsewhere(folder, at) else {}
     manifest = Manifest(
-        name=folder.url.rpartition("/")[2] or "tars",
+        name=without_credentials(folder.url).rpartition("/")[2] or "tars",
         dataset_id=digest.hexdigest()[:32],
         synsets=synsets,
         splits=splits,

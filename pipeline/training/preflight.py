@@ -52,10 +52,10 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
     check_writable("output_root", config.run_dir)
-    if config.data.is_remote and config.data.cache_gb:
-        check_writable("data.cache_folder", config.data.cache_folder.expanduser())
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
+    if is_url(manifest.shards_folder(config.data.path)) and config.data.cache_gb:
+        check_writable("data.cache_folder", config.data.cache_folder.expanduser())
     training_order(config, manifest)
     splits = ("train", "val") if validation_samples(config, manifest) else ("train",)
     if ranks is not None:

@@ -18,6 +18,7 @@ from tests.data_prep.foreign.test_index import A, B, C, by_key, index, jpeg, num
 from tests.support.object_store import ObjectStore
 from tests.support.read_only import run_beside
 from tests.support.runs import ROOT, run_module
+from tests.support.web import web_server
 
 
 def samples(path: Path, split: str) -> list[tuple[bytes, str]]:
@@ -73,6 +74,20 @@ def test_tars_behind_a_url_with_local_indexes(tmp_path: Path, s3: ObjectStore) -
     assert names == {"tars/train-0.tar"}
     assert samples(tmp_path / "at", "train") == [(jpeg(0), C), (jpeg(1), A)]
     assert main(["verify", str(tmp_path / "at"), "--workers", "1"]) == 0
+
+
+def test_no_password_is_kept_with_the_indexes(tmp_path: Path) -> None:
+    """Nor shown: the address of tars elsewhere stands in dataset.json, for everybody who reads it."""
+    by_key(tmp_path / "train-0.tar", (C, A))
+    with web_server(tmp_path) as address:
+        known = address.replace("//", "//bob:hunter2@")
+        refused = run_module("data_prep", "index", known, "--index-folder", str(tmp_path / "at"))
+        assert (refused.returncode, refused.stdout) == (1, "")
+        assert refused.stderr.startswith(f"error: {address}: with --index-folder its address is kept in dataset.json")
+        assert not (tmp_path / "at").exists()
+        traced = run_module("data_prep", "index", known, "--index-folder", str(tmp_path / "at"), "--debug")
+    assert "Traceback" in traced.stderr
+    assert "hunter2" not in refused.stderr + traced.stderr
 
 
 def test_tars_on_a_read_only_mount(tmp_path: Path) -> None:

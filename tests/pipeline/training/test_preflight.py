@@ -4,7 +4,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.views import BadSample, BadSampleLedger
 from pipeline.training import preflight
 from tests.support.datasets import Datasets
-from tests.support.runs import ROOT, run_module, small_run
+from tests.support.read_only import run_beside
+from tests.support.runs import ROOT, small_run
+from tests.support.web import web_server
 
 
 def configured(datasets: Datasets, *more: str) -> Config:
@@ -59,30 +60,22 @@ def test_policies_that_timm_cannot_read(datasets: Datasets, policy: str) -> None
         preflight.preflight(config, 2, 1, True)
 
 
-@pytest.fixture
-def read_only(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "read-only"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no read-only file system: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def test_places_that_cannot_be_written(datasets: Datasets, tmp_path: Path, read_only: Path) -> None:
+def test_places_that_cannot_be_written(datasets: Datasets, tmp_path: Path) -> None:
     """By the check, and by a run that nobody checked."""
+    read_only = tmp_path / "read-only"
+    read_only.mkdir()
     (tmp_path / "file").touch()
     for root, words in (
         (read_only, f"output_root {read_only}/demo-pretrain cannot be written to ({read_only} is read-only for you)"),
         (tmp_path / "file" / "runs", f"output_root: {tmp_path}/file is a file, not a folder"),
     ):
         for more in (["--check"], []):
-            done = run_module("pipeline", *small_run(datasets, root), *more)
+            done = run_beside(read_only, "pipeline", *small_run(datasets, root), *more)
             assert done.returncode == 1
             assert done.stderr == f"error: {words}: set another output_root\n"
-    remote = ("data.path=https://127.0.0.1:9/set", f"data.cache_folder={read_only}/cache")
-    done = run_module("pipeline", *small_run(datasets, tmp_path, *remote), "--check")
+    with web_server(datasets.in22k) as address:
+        remote = (f"data.path={address}", f"data.cache_folder={read_only}/cache")
+        done = run_beside(read_only, "pipeline", *small_run(datasets, tmp_path, *remote), "--check")
     assert done.stderr.startswith(f"error: data.cache_folder {read_only}/cache cannot be written to")
 
 
