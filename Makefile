@@ -1,7 +1,8 @@
 # `make help` lists the targets. Every target makes .venv first, once.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-PYTHON ?= python3
+# An interpreter for setup in place of python3
+PYTHON ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -15,11 +16,29 @@ SOURCE ?=
 ONLY ?=
 FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || echo webdataset)
 PORT ?= 5000
-# The demo is sized for one or two ranks, however many GPUs there are
-DEMO_RANKS = $(or $(RANKS),$(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2))
 export HOSTFILE RANKS
+# What launch/places says: the demo is sized for one or two ranks, however many GPUs there are
+DEMO_RANKS = places=$$($(BIN)/python -m launch.places demo) || exit; eval "$$places"
 
-.PHONY: help setup plan data pretrain finetune evaluate review test chaos bench lint picture clean
+# What a variable cannot be is said before anything is made
+ifneq ($(filter-out icons clipart,$(ONLY)),)
+$(error ONLY=$(ONLY): it can be icons or clipart)
+endif
+ifneq ($(and $(filter command,$(origin VENV)),$(filter-out .venv,$(VENV))),)
+$(error VENV=$(VENV) is for the scripts in launch/: make has .venv)
+endif
+ifneq ($(filter pretrain finetune,$(MAKECMDGOALS)),)
+ifneq ($(origin CONFIG),undefined)
+ifeq ($(strip $(CONFIG)),)
+$(error CONFIG is empty: name a file of configs/, or leave it out for the demo)
+endif
+ifneq ($(SOURCE),)
+$(error SOURCE= is for the demo's configuration: with CONFIG=, `make data SOURCE=...` first, then ARGS="data.path=data/own")
+endif
+endif
+endif
+
+.PHONY: help setup places plan data pretrain finetune evaluate review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,7 +47,7 @@ help: ## this list
 setup: $(STAMP) ## .venv with the pinned packages, and FFCV where its libraries are (others call it)
 
 $(STAMP): pyproject.toml constraints.txt launch/setup.sh pipeline/data/_jpeg.c
-	@PYTHON=$(PYTHON) launch/setup.sh
+	@$(if $(PYTHON),PYTHON="$(PYTHON)") launch/setup.sh
 	@touch $@
 
 data: $(STAMP) ## the demo's images as shards and .beton (or SOURCE=your archive or folder)
@@ -48,12 +67,15 @@ endif
 plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards: images, disk, hours
 	@$(BIN)/python -m data_prep plan --source "$(SOURCE)" --val-per-class 10 --output data/own
 
-ifeq ($(origin CONFIG),undefined)
-pretrain: data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
-	@RANKS=$(DEMO_RANKS) launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
+places: $(STAMP)
+	@$(DEMO_RANKS)
 
-finetune: data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
-	@RANKS=$(DEMO_RANKS) launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
+ifeq ($(origin CONFIG),undefined)
+pretrain: places data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
+	@$(DEMO_RANKS); launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
+
+finetune: places data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
+	@$(DEMO_RANKS); launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
 else
 pretrain: $(STAMP)
 	@launch/deepspeed.sh pretrain $(CONFIG) $(ARGS)

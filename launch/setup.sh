@@ -13,8 +13,16 @@ say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 
 command -v "$python" >/dev/null || fail "$python is not there; install Python >= 3.11 or name one: PYTHON=/path/to/python3 make setup"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-  || fail "$("$python" --version) is too old: Python >= 3.11 is needed (PYTHON=/path/to/python3 make setup)"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) && [[ $version =~ ^[0-9]+\.[0-9]+$ ]] \
+  || fail "$python is not a Python interpreter: name one: PYTHON=/path/to/python3 make setup"
+[[ ${version%.*} -gt 3 || ( ${version%.*} = 3 && ${version#*.} -ge 11 ) ]] \
+  || fail "$python is Python $version, too old: Python >= 3.11 is needed (PYTHON=/path/to/python3 make setup)"
+case ${FFCV:-1} in 0 | 1) ;; *) fail "FFCV=$FFCV: 0 leaves it out, 1 builds it where it can be built" ;; esac
+[ "${VENV:-$venv}" -ef $venv ] || [ "${VENV:-$venv}" = $venv ] || fail "VENV=$VENV: setup makes $venv here; VENV is for the launchers"
+if [ -n "${PYTHON:-}" ] && [ -x $venv/bin/python ]; then
+  there=$($venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || true)
+  [ "$there" = "$version" ] || fail "$venv is of Python ${there:-unknown}, and PYTHON=$python is $version: rm -r $venv, then again"
+fi
 [ -x $venv/bin/pip ] || "$python" -m venv $venv \
   || fail "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
 

@@ -8,15 +8,9 @@ trap '' USR1 # until the agent passes it on: there is nothing to save yet
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 venv=${VENV:-.venv}
-bin=$(cd "$venv/bin" 2>/dev/null && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
-nodes=${NODES:-1}
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-if [ -n "${CUDA_VISIBLE_DEVICES:-}" ] && [ "$gpus" -gt 0 ]; then gpus=$(awk -F, '{ print NF }' <<<"$CUDA_VISIBLE_DEVICES"); fi
-ranks=${RANKS:-$((gpus > 0 ? gpus : 2))}
-"$bin/python" -m pipeline "$@" --check --ranks $((ranks * nodes)) --nodes "$nodes"
-rendezvous=(--standalone)
-if [ "$nodes" -gt 1 ]; then
-  rendezvous=(--node_rank "${NODE_RANK:?is not set}" --master_addr "${MASTER_ADDR:?is not set}" --master_port "${MASTER_PORT:-29500}")
-fi
+bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
+places=$("$bin/python" -m launch.places torchrun) || exit
+eval "$places"
+"$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes"
 export PIPELINE_LAUNCHER="$(hostname):$$" PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$bin/python" launch/torchrun_agent.py --nnodes "$nodes" --nproc_per_node "$ranks" "${rendezvous[@]}" -m pipeline "$@"
+exec "$bin/python" launch/torchrun_agent.py "${launch[@]}" -m "${module[@]}" "$@"

@@ -28,7 +28,9 @@ sys.exit(int(sys.argv[1]))
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Slurm's commands, a launch/ whose torchrun.sh starts the real agent on RANK, and the real slurm.sbatch."""
+    """Slurm's commands, a launch/ whose torchrun.sh starts the real agent on RANK, and the real rest of launch/."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
     (tmp_path / "rank.py").write_text(RANK)
     for name, text in {
         "bin/srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
@@ -41,17 +43,17 @@ def checkout(tmp_path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"#!/bin/bash\n{text}\n")
         path.chmod(0o755)
-    shutil.copy(ROOT / "launch" / "slurm.sbatch", tmp_path / "launch")
     return tmp_path
 
 
 def sbatch(checkout: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    slurm = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": "41"}
+    """The job script, with what it hands to a rank: a word that RANK understands, and one that it does not look at."""
+    slurm = {"SLURM_SUBMIT_DIR": str(checkout), "SLURM_JOB_ID": "41"}
     slurm |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "node7"}
     path = f"{checkout / 'bin'}:{os.environ['PATH']}"
     return subprocess.Popen(
         ["bash", str(checkout / "launch" / "slurm.sbatch"), *arguments],
-        env={**os.environ, **slurm, "PATH": path, **environment},
+        env={**os.environ, "VENV": sys.prefix, **slurm, "PATH": path, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -73,7 +75,7 @@ def pending(pid: int, number: int) -> bool:
 def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
     """SIGUSR1 reaches the task alone, which is the agent; both ranks get it from there, once they have a handler."""
     (checkout / "slurm-41.requeue").touch()  # of an earlier try: does not count
-    job = sbatch(checkout, "waits", RANKS="2")
+    job = sbatch(checkout, "waits", "CONFIG", RANKS="2")
     wait_for(lambda: all((checkout / f"begun.{rank}").exists() for rank in (0, 1)), job)
     (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
     os.kill(task, signal.SIGUSR1)
@@ -89,7 +91,7 @@ def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
 
 
 def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
-    job = sbatch(checkout, "75", REFUSED="1")
+    job = sbatch(checkout, "75", "CONFIG", REFUSED="1")
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert (job.returncode, asked(checkout)) == (75, ["requeue 41"])
     assert "submit the same command, it goes on from the checkpoint" in errors
@@ -97,11 +99,33 @@ def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_a_job_that_ended_does_not_queue_again(checkout: Path, code: int) -> None:
-    job = sbatch(checkout, str(code))
+    job = sbatch(checkout, str(code), "CONFIG")
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert (job.returncode, asked(checkout)) == (code, []), errors
     assert ("FAILED" in errors) == (code == 3)
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "code", "said"),
+    [
+        (["pretrain"], {}, 2, "no COMMAND and CONFIG"),
+        (["pretrain", "CONFIG"], {"SLURM_SUBMIT_DIR": ""}, 2, "this script is for sbatch"),
+        (["pretrain", "CONFIG"], {"SLURM_SUBMIT_DIR": "/"}, 1, "/ is not the checkout"),
+        (["pretrain", "CONFIG"], {"VENV": "none"}, 1, "none is not an environment"),
+        (["pretrain", "CONFIG"], {"SLURM_JOB_ID": ""}, 1, "submit it with sbatch"),
+        (["pretrain", "CONFIG"], {"RANKS": "two"}, 1, "RANKS=two"),
+    ],
+)
+def test_a_job_that_cannot_begin(
+    checkout: Path, arguments: list[str], environment: dict[str, str], code: int, said: str
+) -> None:
+    job = sbatch(checkout, *arguments, **environment)
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    (line,) = errors.splitlines()
+    assert (job.returncode, line.startswith("error: ")) == (code, True)
+    assert said in line
+    assert not (checkout / "told").exists()
 
 
 def test_sigterm_to_the_agent_is_the_ranks_to_answer(checkout: Path) -> None:

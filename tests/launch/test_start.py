@@ -1,0 +1,173 @@
+"""The launch scripts and `make`, for real, up to what a rank finds: its devices, or one line that says what is wrong.
+
+The checkout has our launch/ and Makefile, and a stand-in for `pipeline` that writes down its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.host import MIGS, OURS, TWO_GPUS, TWO_MIGS, UUIDS, Host
+from tests.support.processes import PATIENCE_SECONDS
+from tests.support.runs import ROOT
+
+RANK = """
+import json, os, sys
+if "--check" in sys.argv:
+    print("checked", *sys.argv[1:])
+else:
+    path = f"rank.{os.environ['RANK']}.json"
+    with open(path, "w") as file:
+        json.dump({"arguments": sys.argv[1:], **os.environ}, file)
+"""
+
+
+class Checkout:
+    """The folder, and its host."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("bin", "pipeline", "data/demo-22k", "data/demo-1k"):
+            (root / name).mkdir(parents=True)
+        self.host = Host(root / "bin")
+        for name in ("launch", "Makefile", "configs", "pyproject.toml", "constraints.txt"):
+            (root / name).symlink_to(ROOT / name)
+        (root / "pipeline" / "__init__.py").touch()
+        (root / "pipeline" / "ranks").symlink_to(ROOT / "pipeline" / "ranks")
+        (root / "pipeline" / "data").symlink_to(ROOT / "pipeline" / "data")
+        (root / "pipeline" / "__main__.py").write_text(RANK)
+        (root / ".venv").mkdir()
+        for name in ("bin", "lib", "pyvenv.cfg"):
+            (root / ".venv" / name).symlink_to(Path(sys.prefix) / name)
+        (root / ".venv" / ".installed").touch()  # newer than all that make looks at: it installs nothing
+        for name in ("demo-22k", "demo-1k"):
+            (root / "data" / name / "dataset.json").touch()
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        ours = {n: v for n, v in os.environ.items() if n not in (*OURS, "CUDA_VISIBLE_DEVICES", "VENV", "CONFIG")}
+        return subprocess.run(
+            command,
+            cwd=self.root,
+            env={**ours, "PATH": f"{self.host.folder}:{os.environ['PATH']}", **environment},
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+
+    def ranks(self, *command: str, **environment: str) -> list[dict[str, str]]:
+        """What each rank found in its environment."""
+        done = self.run(*command, **environment)
+        assert done.returncode == 0, done.stderr
+        files = sorted(self.root.glob("rank.*.json"))
+        found = [json.loads(file.read_text()) for file in files]
+        assert f"--check --ranks {len(found)} --nodes 1" in done.stdout
+        for file in files:
+            file.unlink()
+        return found
+
+    def refused(self, code: int, *command: str, **environment: str) -> str:
+        """The one line that it says; nothing was started, nor checked."""
+        done = self.run(*command, **environment)
+        assert (done.returncode, done.stdout) == (code, ""), done.stderr
+        said = [line for line in done.stderr.splitlines() if not line.startswith("make: *** [")]
+        assert len(said) == 1, done.stderr
+        return said[0]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Checkout:
+    return Checkout(tmp_path)
+
+
+SCRIPTS = ["deepspeed.sh", "torchrun.sh"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ranks_find_the_gpus_that_were_named_by_uuid(checkout: Checkout, script: str) -> None:
+    checkout.host.gpus(TWO_GPUS)
+    found = checkout.ranks(
+        f"launch/{script}", "pretrain", "CONFIG", "a=b c", CUDA_VISIBLE_DEVICES=f"{UUIDS[1]},{UUIDS[0]}"
+    )
+    assert [(rank["CUDA_VISIBLE_DEVICES"], rank["LOCAL_RANK"]) for rank in found] == [
+        (f"{UUIDS[1]},{UUIDS[0]}", "0"),
+        (f"{UUIDS[1]},{UUIDS[0]}", "1"),
+    ]
+    assert all(rank["arguments"] == ["pretrain", "CONFIG", "a=b c"] for rank in found)
+    assert all("DS_ACCELERATOR" not in rank for rank in found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_rank_on_a_mig_device_sees_it_alone(checkout: Checkout, script: str) -> None:
+    checkout.host.gpus(TWO_MIGS)
+    found = checkout.ranks(f"launch/{script}", "pretrain", "CONFIG")
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in found] == MIGS
+    assert {(rank["LOCAL_RANK"], rank["LOCAL_WORLD_SIZE"], rank["WORLD_SIZE"]) for rank in found} == {("0", "2", "2")}
+    assert all(rank["arguments"] == ["pretrain", "CONFIG"] for rank in found)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_visible_gpu_is_no_gpu(checkout: Checkout, script: str) -> None:
+    checkout.host.gpus(TWO_GPUS)
+    found = checkout.ranks(f"launch/{script}", "pretrain", "CONFIG", CUDA_VISIBLE_DEVICES="", RANKS="3")
+    assert len(found) == 3
+    # CUDA ends the list at what is negative: no rank sees a GPU.
+    assert all(rank["CUDA_VISIBLE_DEVICES"].startswith("-1") for rank in found)
+    assert {rank["DS_ACCELERATOR"] for rank in found} == {"cpu"}
+
+
+def test_make_starts_the_demo(checkout: Checkout) -> None:
+    """On no GPU, on two, and on the one of them that is visible."""
+    checkout.host.program("nvidia-smi", "exit 9")
+    assert len(checkout.ranks("make", "pretrain")) == 2
+    checkout.host.gpus(TWO_GPUS)
+    found = checkout.ranks("make", "pretrain")
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in found] == ["0,1", "0,1"]
+    found = checkout.ranks("make", "finetune", CUDA_VISIBLE_DEVICES="1")
+    assert [rank["CUDA_VISIBLE_DEVICES"] for rank in found] == ["1"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_cannot_be_meant_is_one_line(checkout: Checkout, script: str) -> None:
+    checkout.host.gpus(TWO_GPUS)
+    start = [f"launch/{script}", "pretrain", "CONFIG"]
+    assert "RANKS=8, and this host has 2 GPUs" in checkout.refused(1, *start, RANKS="8")
+    assert "MASTER_PORT=abc" in checkout.refused(1, *start, MASTER_PORT="abc")
+    assert "names 0 twice" in checkout.refused(1, *start, CUDA_VISIBLE_DEVICES="0,0")
+    (checkout.root / "empty" / "bin").mkdir(parents=True)
+    assert "empty is not an environment" in checkout.refused(1, *start, VENV="empty")
+
+
+def test_what_make_cannot_do_is_one_line(checkout: Checkout) -> None:
+    for code, said, *words in (
+        (2, "RANKS=two: it has to be", "pretrain", "RANKS=two"),
+        (2, "CONFIG is empty", "pretrain", "CONFIG="),
+        (2, "SOURCE= is for the demo", "finetune", "CONFIG=a", "SOURCE=b"),
+        (2, "ONLY=foo: it can be icons or clipart", "data", "ONLY=foo"),
+        (2, "VENV=other is for the scripts", "pretrain", "VENV=other"),
+        (2, "HOSTFILE=none cannot be read", "pretrain", "HOSTFILE=none"),
+    ):
+        assert said in checkout.refused(int(code), "make", *map(str, words))
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"PYTHON": "none-such"}, "none-such is not there"),
+        ({"PYTHON": "/bin/ls"}, "/bin/ls is not a Python interpreter"),
+        ({"PYTHON": "old"}, "old is Python 3.9, too old"),
+        ({"PYTHON": "new"}, "and PYTHON=new is 3.99: rm -r .venv, then again"),
+        ({"FFCV": "abc"}, "FFCV=abc: 0 leaves it out"),
+        ({"VENV": "other"}, "VENV=other: setup makes .venv here"),
+    ],
+)
+def test_setup_is_told_wrong(checkout: Checkout, environment: dict[str, str], said: str) -> None:
+    checkout.host.program("old", "echo 3.9")
+    checkout.host.program("new", "echo 3.99")
+    assert said in checkout.refused(1, "launch/setup.sh", **environment)
