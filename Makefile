@@ -88,10 +88,8 @@ RUN ?= runs/demo-finetune
 evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its validation images
 	@$(BIN)/python -m pipeline evaluate $(RUN)
 
-review: $(STAMP) ## MLflow on the run database, at PORT=5000 of this host
-	@echo "MLflow starts (half a minute): open http://127.0.0.1:$(PORT) when it says 'Uvicorn running'; end with Ctrl-C"
-	@MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow server --workers 1 --host 127.0.0.1 --port $(PORT) \
-	  --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --artifacts-destination $(CURDIR)/runs/mlartifacts
+review: $(STAMP) ## MLflow on runs/, or on RUN=runs/NAME alone, at PORT=5000 of this host: prints the pages to open
+	@$(BIN)/python -m pipeline review $(if $(filter file,$(origin RUN)),,"$(RUN)") --port "$(PORT)"
 
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

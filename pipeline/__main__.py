@@ -1,4 +1,4 @@
-"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,checkpoint,bench-data}``."""
+"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,review,checkpoint,bench-data}``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ _COMMANDS = {
     "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "evaluate": ("pipeline.evaluation.command", "top-1 and top-5 of a checkpoint on the validation split"),
+    "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
     "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
 }
