@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.places.devices import VARIABLE, listed_gpus, shared_gpu_note, visible_devices
-from launch.places.hosts import chosen, read_hostfile, read_options, require_reachable
+from launch.places.hosts import check_environment_files, chosen, read_hostfile, read_options, require_reachable
 from launch.places.settings import SettingError, one_line, whole_number
 from pipeline.ranks.ports import any_free_port, read_port, require_free
 
@@ -173,6 +173,7 @@ def _many_hosts(environment: Environment, path: Path, words: list[str]) -> list[
     options = read_options(words)
     hosts = chosen(read_hostfile(path), options)
     port = _port(environment)
+    check_environment_files([Path.home(), Path()], environment.get("DS_ENV_FILE", ".deepspeed_env"))
     if environment.get(VARIABLE) is not None:
         _tell([f"{VARIABLE} does not count with HOSTFILE: slots= does"])
     require_reachable(hosts, options)

@@ -16,6 +16,7 @@ SEE = "see launch/hostfile.example"
 # hosts, of which DeepSpeed counts one.
 _LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\S+)(\s+max_slots=\d+)?")
 _HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
+_VARIABLE = re.compile(r"\s*[A-Za-z_]\w*\s*=.*")
 _CONNECT_SECONDS = 15
 Hosts = dict[str, list[int]]  # the slots of each, in the order of the file
 
@@ -140,6 +141,20 @@ def _specified(option: str, text: str, hosts: Hosts) -> Hosts:
                 raise SettingError(f"DEEPSPEED_ARGS: {option} names slot {slot!r} of {host}, which HOSTFILE does not")
         listed[host] = sorted({*listed.get(host, []), *map(int, numbers)})
     return listed
+
+
+def check_environment_files(folders: list[Path], name: str = ".deepspeed_env") -> None:
+    """Raises SettingError for a line of DeepSpeed's files of environment variables that it would stumble over: each is
+    split at its first =, and pasted into the command for every host, comments too.
+    """
+    for path in (folder / name for folder in folders):
+        try:
+            lines = path.read_text().splitlines() if path.is_file() else []
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"{path} cannot be read: {error}") from None
+        for number, line in enumerate(lines, 1):
+            if not _VARIABLE.fullmatch(line):
+                raise SettingError(f"{path}, line {number}: {line!r} is not NAME=value; no empty lines, no comments")
 
 
 def require_reachable(hosts: Hosts, options: Options) -> None:

@@ -133,6 +133,31 @@ def test_make_starts_the_demo(checkout: Checkout) -> None:
     assert [rank["CUDA_VISIBLE_DEVICES"] for rank in found] == ["1"]
 
 
+PDSH = """
+case "$*" in *pkill*) exit 1;; esac
+while [ "$1" != -w ]; do shift; done
+hosts=$2; shift 2; command=$*; node=0
+echo "$hosts" >>asked
+for host in ${hosts//,/ }; do bash -c "${command//%n/$node}" </dev/null & node=$((node + 1)); done
+wait
+"""
+
+
+@pytest.mark.parametrize("hosts", [{"node1": 2, "node2": 1}, {"node1": 2}])
+def test_hosts_over_ssh(checkout: Checkout, hosts: dict[str, int]) -> None:
+    """The real `deepspeed`, with ssh and pdsh that stay here. A single host is reached by them, too."""
+    checkout.host.program("ssh", 'case "$*" in *"hostname -I") echo 127.0.0.1;; esac')
+    checkout.host.program("pdsh", PDSH)
+    (checkout.root / "hosts").write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
+    done = checkout.run("launch/deepspeed.sh", "pretrain", "CONFIG", "a=b", HOSTFILE="hosts")
+    assert done.returncode == 0, done.stderr
+    assert f"--check --ranks {sum(hosts.values())} --nodes {len(hosts)}" in done.stdout
+    assert (checkout.root / "asked").read_text() == ",".join(hosts) + "\n"
+    found = [json.loads(file.read_text()) for file in sorted(checkout.root.glob("rank.*.json"))]
+    assert [rank["WORLD_SIZE"] for rank in found] == [str(sum(hosts.values()))] * sum(hosts.values())
+    assert all(rank["arguments"] == ["pretrain", "CONFIG", "a=b"] for rank in found)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_cannot_be_meant_is_one_line(checkout: Checkout, script: str) -> None:
     checkout.host.gpus(TWO_GPUS)

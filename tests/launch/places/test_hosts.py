@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
-from launch.places.hosts import chosen, read_hostfile, read_options
+from launch.places.hosts import check_environment_files, chosen, read_hostfile, read_options
 from launch.places.settings import SettingError
 
 HOSTS = {"node1": [0, 1], "node2": [0, 1, 2]}
@@ -116,3 +116,14 @@ def test_what_deepspeed_args_cannot_choose(arguments: str, said: str) -> None:
         chosen(HOSTS, read_options(shlex.split(arguments)))
     assert said in str(error.value)
     assert str(error.value).startswith("DEEPSPEED_ARGS")
+
+
+@pytest.mark.parametrize("line", ["", "# a comment", "# a=b", "export A=b", "A", "=b"])
+def test_variables_that_deepspeed_would_stumble_over(tmp_path: Path, line: str) -> None:
+    path = tmp_path / ".deepspeed_env"
+    check_environment_files([tmp_path])
+    path.write_text("A=b\nB =c=d e\nC=\n")
+    check_environment_files([tmp_path])
+    path.write_text(f"A=b\n{line}\nB=c\n")
+    with pytest.raises(SettingError, match=r"line 2: .* is not NAME=value"):
+        check_environment_files([tmp_path])
