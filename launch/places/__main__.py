@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.places.devices import VARIABLE, listed_gpus, shared_gpu_note, visible_devices
-from launch.places.hosts import check_environment_files, chosen, read_hostfile, read_options, require_reachable
+from launch.places.hosts import Hosts, check_environment_files, chosen, read_hostfile, read_options, require_reachable
 from launch.places.settings import SettingError, one_line, whole_number
 from pipeline.ranks.ports import any_free_port, read_port, require_free
 
@@ -142,8 +142,8 @@ def demo(environment: Environment) -> list[str]:
     more before it makes the data: what is wrong is said then. Raises SettingError.
     """
     if environment.get("HOSTFILE"):
-        read_hostfile(Path(environment["HOSTFILE"]))
-        return ["RANKS=" + environment.get("RANKS", "")]
+        _hosts(environment, Path(environment["HOSTFILE"]))
+        return ["RANKS="]
     ranks = one_host(environment).ranks
     return [f"RANKS={ranks if environment.get('RANKS') else min(ranks, DEMO_RANKS)}"]
 
@@ -164,14 +164,18 @@ def one_host(environment: Environment) -> OneHost:
     return OneHost(ranks or len(names) or CPU_RANKS, names, devices.divided, notes)
 
 
-def _many_hosts(environment: Environment, path: Path, words: list[str]) -> list[str]:
+def _hosts(environment: Environment, path: Path) -> Hosts:
     if environment.get("RANKS"):
         raise SettingError(
             f"RANKS={environment['RANKS']} beside HOSTFILE={path}, where slots= says how many ranks a host has: leave "
             "out one of the two"
         )
+    return read_hostfile(path)
+
+
+def _many_hosts(environment: Environment, path: Path, words: list[str]) -> list[str]:
     options = read_options(words)
-    hosts = chosen(read_hostfile(path), options)
+    hosts = chosen(_hosts(environment, path), options)
     port = _port(environment)
     check_environment_files([Path.home(), Path()], environment.get("DS_ENV_FILE", ".deepspeed_env"))
     if environment.get(VARIABLE) is not None:

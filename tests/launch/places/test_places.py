@@ -157,7 +157,8 @@ def test_what_is_missing_for_a_hostfile(host: Host, tmp_path: Path) -> None:
     (hosts := tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=1\n")
     assert "pdsh is not installed" in host.refused("deepspeed", HOSTFILE=str(hosts))
     assert "ssh is not installed" in host.refused("deepspeed", HOSTFILE=str(hosts), DEEPSPEED_ARGS="--launcher openmpi")
-    assert "RANKS=4 beside HOSTFILE=" in host.refused("deepspeed", HOSTFILE=str(hosts), RANKS="4")
+    for launcher in ("deepspeed", "demo"):
+        assert "RANKS=4 beside HOSTFILE=" in host.refused(launcher, HOSTFILE=str(hosts), RANKS="4")
     assert "names 'node3'" in host.refused("deepspeed", HOSTFILE=str(hosts), DEEPSPEED_ARGS="--include node3")
     assert "MASTER_PORT=abc" in host.refused("deepspeed", HOSTFILE=str(hosts), MASTER_PORT="abc")
     assert "line 2: 'node2 lots=1'" in _with(host, hosts, "node1 slots=2\nnode2 lots=1\n")
