@@ -28,6 +28,7 @@ from pipeline.evaluation.accuracy import evaluate
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.lifetime import EXIT_REQUEUE
+from pipeline.records.review_address import review_base, run_address
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from tests.chaos import STEPS, Chaos, rank_process
 from tests.support.datasets import Datasets
@@ -49,6 +50,8 @@ def pretrained(datasets: Datasets, root: Path) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "demo-pretrain: done" in done.stdout
     assert "make finetune" in done.stdout
+    run_id = json.loads((root / NAME / "summary.json").read_text())["mlflow_run_id"]
+    assert f"MLflow (after `make review`): {run_address(review_base(), '1', run_id)}\n" in done.stdout
     return root / NAME
 
 

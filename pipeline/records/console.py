@@ -24,6 +24,7 @@ from pipeline.data.order import validation_samples
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.log_file import say
 from pipeline.records.address import is_default, tracking_uri
+from pipeline.records.review_address import review_base
 
 Reduction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -163,9 +164,11 @@ class Eta:
         return steps_left * sum(min(seconds, bound) * weight for seconds, weight in weighted) / total
 
 
-def print_summary(config: Config, summary: dict[str, Any]) -> None:
-    """The table at the end of a run: what happened, where it is, what to type next."""
+def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> None:
+    """The table at the end of a run: what happened, where it is, what to type next. `page` is its address in MLflow."""
     table = Table(title=f"{summary['stage']} {summary['name']}: done", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut is of no use
     if "top1" in summary:
         accuracy = f"{summary['top1']:.2f} % / {summary['top5']:.2f} % of {summary['val_samples']:.0f}"
         table.add_row("top-1 / top-5", accuracy)
@@ -182,6 +185,8 @@ def print_summary(config: Config, summary: dict[str, Any]) -> None:
     else:
         table.add_row("next", f'make finetune CONFIG=... ARGS="init.checkpoint={config.run_dir}"    then: {review}')
     _show(table, 100)
+    if page is not None:  # apart from the table, which would break the line
+        say(f"MLflow{' (after `make review`)' if page.startswith(review_base()) else ''}: {page}", sys.stdout)
 
 
 def print_plan(
@@ -197,6 +202,8 @@ def print_plan(
     """The table at the start of a run: what will be trained on what, how, from where."""
     validation, every = validation_samples(config, manifest), config.evaluate.every_epochs
     table = Table(title=f"{command} {config.name}", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.data.resolution} px")
     table.add_row(
         "data",

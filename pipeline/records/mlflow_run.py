@@ -15,6 +15,7 @@ from data_prep.credentials import without_credentials
 from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.records.address import check_address, is_default, make_database
+from pipeline.records.review_address import review_base, run_address
 
 if TYPE_CHECKING:
     import mlflow
@@ -48,6 +49,7 @@ class MlflowRun:
         self.uri = check_address(config)
         self.shown_uri = without_credentials(self.uri)
         self.id: str | None = None
+        self._experiment_id = ""
         self._artifacts = (config.output_root.resolve() / "mlartifacts").as_uri() if is_default(config) else None
         self._id_file = config.run_dir / "mlflow_run.json"
         self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
@@ -63,7 +65,8 @@ class MlflowRun:
         client = self._client()
         if self.goes_on:
             assert self.id is not None
-            tags = client.get_run(self.id).data.tags
+            known = client.get_run(self.id)
+            self._experiment_id, tags = known.info.experiment_id, known.data.tags
             client.update_run(self.id, status="RUNNING")
             if "stopped" in tags:
                 client.delete_tag(self.id, "stopped")
@@ -71,11 +74,16 @@ class MlflowRun:
             return
         entities = package().entities
         if self.id is None:
-            self.id = client.create_run(
-                self._experiment(client), run_name=self.config.name, tags=self._tags
-            ).info.run_id
+            self._experiment_id = self._experiment(client)
+            self.id = client.create_run(self._experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
         params = [entities.Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
         client.log_batch(self.id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
+
+    @property
+    def address(self) -> str | None:
+        """Its page, on the server or on the one that `make review` starts; None as long as MLflow was not reached."""
+        base = self.shown_uri if self.uri.startswith("http") else review_base()
+        return run_address(base, self._experiment_id, self.id) if self.id and self._experiment_id else None
 
     def is_gone(self) -> bool:
         """Whether it was deleted in MLflow, or the database is another one now."""

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import psutil
 
 from pipeline.ranks.ports import read_port, require_free
+from pipeline.records.address import database_file
 from pipeline.records.review_address import experiment_address, review_base, run_address
 
 _START_SECONDS = 600.0  # it takes ten; a database of an older MLflow is converted first
@@ -78,10 +79,11 @@ def find_database(path: Path) -> Database:
     uri, run_id = known
     if not uri.startswith("sqlite:"):
         raise ReviewError(f"{path} is tracked by {uri}, not by a file here: open that in a browser")
-    beside = path.resolve().parent / "mlflow.db"
-    if not beside.is_file():
-        raise ReviewError(f"{path} is there, and {beside}, which its numbers went to, is not")
-    return Database(beside, run_id)
+    file, beside = database_file(uri), path.resolve().parent / "mlflow.db"  # the folder may have been moved with it
+    for found in filter(None, (file, beside)):
+        if found.is_file():
+            return Database(found, run_id)
+    raise ReviewError(f"{path} is there, and {file}, which its numbers went to, is not")
 
 
 def _known_run(path: Path) -> tuple[str, str] | None:

@@ -339,5 +339,5 @@ class Run:
             names = [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE]
             files = [config.run_dir / name for name in names]
             self.tracker.finish("FINISHED", files)
-            print_summary(config, summary)
+            print_summary(config, summary, self.tracker.mlflow.address)
         return 0

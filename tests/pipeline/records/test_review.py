@@ -50,6 +50,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Tracked:
         tracker.log(1, {"loss": 2.5}, "step 1")
         tracker.finish("FINISHED", [])
         assert tracker.run_id is not None
+        assert tracker.mlflow.address == run_address(review_base(), "1", tracker.run_id)
         return Tracked(root, config.tracking.experiment, tracker.run_id)
 
 
