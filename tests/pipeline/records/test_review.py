@@ -173,10 +173,12 @@ def test_what_there_is_to_review(tracked: Tracked, tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").unlink()
     copied = tmp_path / NAME
     shutil.copytree(tracked.run_dir, copied)
-    assert "mlflow.db, which its numbers went to, is not" in refused(str(copied))
+    gone = f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
+    (copied / "mlflow_run.json").write_text(json.dumps({"uri": gone, "run_id": "x"}))
+    assert "elsewhere/mlflow.db, which its numbers went to, is not" in refused(str(copied))
     (copied / "mlflow_run.json").write_text(json.dumps({"uri": "http://tracker:5000", "run_id": "x"}))
     assert "is tracked by http://tracker:5000" in refused(str(copied))
-    (copied / "mlflow_run.json").write_text(json.dumps({"uri": "sqlite:///mlflow.db", "run_id": "x"}))
+    (copied / "mlflow_run.json").write_text(json.dumps({"uri": gone, "run_id": "x"}))
     shutil.copy(tracked.root / "mlflow.db", tmp_path)
     assert "has no run x: was it deleted?" in refused(str(copied))
 
