@@ -41,7 +41,9 @@ class ManifestError(DataPrepError):
 def dataset_folder(path: str | Path) -> str:
     """The folder, or its URL, of a data set; that of its dataset.json, where a user gives the file."""
     folder = user_path(str(path)).rstrip("/") or "/"
-    return folder.removesuffix(MANIFEST_NAME).rstrip("/") or "." if folder.endswith(f"/{MANIFEST_NAME}") else folder
+    if folder == MANIFEST_NAME:
+        return "."
+    return folder.removesuffix(f"/{MANIFEST_NAME}") or "/"
 
 
 def file_sha256(path: str | Path) -> str:

@@ -84,8 +84,8 @@ def refuse_unwritable(folder: "Folder", advice: str) -> None:
         with tempfile.NamedTemporaryFile(dir=path, prefix=f".probe{TEMP_MARK}"):
             pass
     except OSError as error:
-        if error.errno in NOT_WRITABLE:  # others, such as a full disk, have their own advice
-            raise StorageError(f"{folder.url} cannot be written to ({error.strerror}): {advice}") from None
+        if error.errno in (*NOT_WRITABLE, errno.ENOTDIR):  # others, such as a full disk, have their own advice
+            raise StorageError(f"{folder.url} cannot be written to ({path}: {error.strerror}): {advice}") from None
 
 
 def is_url(path: str | Path) -> bool:

@@ -26,10 +26,9 @@ import time
 import mlflow
 
 logging.disable()
-client = mlflow.MlflowClient(f"sqlite:///{sys.argv[1]}")
 time.sleep(max(0.0, float(sys.argv[2]) - time.time()))  # all at one moment
 try:
-    client.search_experiments()
+    mlflow.MlflowClient(f"sqlite:///{sys.argv[1]}").search_experiments()
     print("ok")
 except Exception as error:
     print(type(error).__name__, str(error).splitlines()[0])

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipeline.config.fields import LocalPath
 from pipeline.config.sections import (
     Augment,
     Checkpoint,
@@ -25,7 +26,6 @@ from pipeline.config.sections import (
     Evaluate,
     Guard,
     Init,
-    LocalPath,
     Model,
     Optimizer,
     Section,

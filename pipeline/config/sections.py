@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,26 +17,11 @@ from pydantic import (
 )
 
 from data_prep.credentials import without_credentials
-from data_prep.manifest import MANIFEST_NAME
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+from pipeline.config.fields import Count, DatasetPath, Fraction, LocalPath, LocalText, Positive
 
 
 class ConfigError(ValueError):
     """The configuration cannot be run. The message names the file and key, and what to change."""
-
-
-def _at_home(path: str | Path) -> Any:
-    """`path` with a leading ~ or ~user as the shell reads it; a URL as it is."""
-    found = os.path.expanduser(path)
-    if str(found).startswith("~"):
-        raise ValueError(f"{found}: there is no home folder of that name; a folder called so is ./{found}")
-    return type(path)(found)
-
-
-LocalPath = Annotated[Path, AfterValidator(_at_home)]
 
 
 class Section(BaseModel):
@@ -46,14 +29,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
-def _folder_of(path: str) -> str:
-    return path.removesuffix(f"/{MANIFEST_NAME}") if path != MANIFEST_NAME else "."
-
-
 class Data(Section):
     """Which shards, read how."""
 
-    path: Annotated[str, Field(min_length=1), AfterValidator(_at_home), AfterValidator(_folder_of)] = Field(
+    path: DatasetPath = Field(
         description="folder or fsspec URL (s3://bucket/in22k) made by `python -m data_prep shard`, or of plain "
         "WebDataset tars indexed by `python -m data_prep index`"
     )
@@ -275,7 +254,7 @@ class Init(Section):
         default="ema",
         description="which of the two, where both are there; a file with `model` alone serves for ema too",
     )
-    label_space: Annotated[str, Field(min_length=1), AfterValidator(_at_home)] = Field(
+    label_space: LocalText = Field(
         default="checkpoint",
         description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head; else "
         "published-22k, another name that `python -m data_prep labels` knows, a data set, or a text file with a "

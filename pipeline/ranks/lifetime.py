@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+from data_prep.storage import Folder, refuse_unwritable
 from pipeline.ranks.log_file import say_at_once
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop, and nothing is lost; the same command goes on
@@ -22,10 +23,6 @@ _REPEAT_SECONDS = 3.0  # launchers pass on what the ranks also got themselves, a
 _ALONE_SECONDS = 120.0  # without a launcher: time for the step under way and a last checkpoint
 _WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would find the folder busy
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-class RunFolderError(ValueError):
-    """A folder that a run needs cannot be written to."""
 
 
 class RunBusyError(ValueError):
@@ -129,23 +126,14 @@ def ignore_sigterm() -> None:
         _of_this_process.disarm()
 
 
-def check_writable(key: str, folder: Path) -> None:
-    """Raise RunFolderError where `folder`, made if need be, could not be written to by this user."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RunFolderError(f"{key}: {there} is a file, not a folder: set another {key}")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{key} {folder} cannot be written to ({there} is read-only for you): set another {key}")
-
-
 @contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
 
     Waits for 150 s, in which the ranks of a launcher that was killed notice, save and leave. Raises RunBusyError, and
-    RunFolderError where it cannot be written.
+    StorageError where it cannot be written.
     """
-    check_writable("output_root", run_dir)
+    refuse_unwritable(Folder(run_dir), "set another output_root")
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "a+", encoding="utf-8") as file:
         deadline, told = time.monotonic() + _WAIT_SECONDS, False

@@ -15,7 +15,7 @@ from pipeline.data.views import BadSampleLedger, Batch
 from pipeline.ranks.collectives import Ranks, max_over_ranks
 from pipeline.ranks.lifetime import StopRequest
 from pipeline.ranks.watchdog import Watchdog
-from pipeline.records.console import Meter
+from pipeline.records.meter import Meter
 from pipeline.training.recipe import Mixing, seed_micro_batch
 
 _ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU

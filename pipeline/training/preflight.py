@@ -12,13 +12,12 @@ import sys
 
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
-from data_prep.storage import is_url
+from data_prep.storage import Folder, is_url, refuse_unwritable
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
 from pipeline.data.order import training_order, validation_samples
 from pipeline.data.shards import ShardReader, check_remote_files
-from pipeline.ranks.lifetime import check_writable
 from pipeline.records.address import probe
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
@@ -51,11 +50,11 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
 
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
-    check_writable("output_root", config.run_dir)
+    refuse_unwritable(Folder(config.run_dir), "set another output_root")
     ensure_indexed(config.data.path)
     manifest = Manifest.load(config.data.path)
     if is_url(manifest.shards_folder(config.data.path)) and config.data.cache_gb:
-        check_writable("data.cache_folder", config.data.cache_folder.expanduser())
+        refuse_unwritable(Folder(config.data.cache_folder.expanduser()), "set another data.cache_folder")
     training_order(config, manifest)
     splits = ("train", "val") if validation_samples(config, manifest) else ("train",)
     if ranks is not None:

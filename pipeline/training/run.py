@@ -27,8 +27,9 @@ from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.ranks.watchdog import Watchdog
-from pipeline.records.console import Eta, Meter, evaluation_line, interrupted_line, print_plan, print_summary, step_line
+from pipeline.records.console import evaluation_line, interrupted_line, print_plan, print_summary, step_line
 from pipeline.records.flops import peak_flops, training_flops_per_image
+from pipeline.records.meter import Eta, Meter
 from pipeline.records.tracking import Tracker
 from pipeline.training import engine
 from pipeline.training.diagnose import diagnose, incident, incident_line

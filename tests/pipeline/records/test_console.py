@@ -18,7 +18,8 @@ from pipeline.config.sections import Model
 from pipeline.ranks.collectives import Ranks
 from pipeline.records import console as report
 from pipeline.records import flops
-from pipeline.records.console import Eta, Meter, evaluation_line, interrupted_line, print_plan, step_line
+from pipeline.records.console import evaluation_line, interrupted_line, print_plan, step_line
+from pipeline.records.meter import Eta, Meter
 
 CPU = torch.device("cpu")
 LOGGED = {

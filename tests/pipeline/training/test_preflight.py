@@ -66,17 +66,18 @@ def test_places_that_cannot_be_written(datasets: Datasets, tmp_path: Path) -> No
     read_only.mkdir()
     (tmp_path / "file").touch()
     for root, words in (
-        (read_only, f"output_root {read_only}/demo-pretrain cannot be written to ({read_only} is read-only for you)"),
-        (tmp_path / "file" / "runs", f"output_root: {tmp_path}/file is a file, not a folder"),
+        (read_only, f"cannot be written to ({read_only}: Read-only file system)"),
+        (tmp_path / "file" / "runs", f"cannot be written to ({tmp_path}/file: Not a directory)"),
     ):
         for more in (["--check"], []):
             done = run_beside(read_only, "pipeline", *small_run(datasets, root), *more)
             assert done.returncode == 1
-            assert done.stderr == f"error: {words}: set another output_root\n"
+            assert done.stderr == f"error: {root}/demo-pretrain {words}: set another output_root\n"
     with web_server(datasets.in22k) as address:
         remote = (f"data.path={address}", f"data.cache_folder={read_only}/cache")
         done = run_beside(read_only, "pipeline", *small_run(datasets, tmp_path, *remote), "--check")
-    assert done.stderr.startswith(f"error: data.cache_folder {read_only}/cache cannot be written to")
+    words = f"cannot be written to ({read_only}: Read-only file system): set another data.cache_folder"
+    assert done.stderr == f"error: {read_only}/cache {words}\n"
 
 
 @pytest.mark.parametrize(
