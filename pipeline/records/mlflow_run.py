@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from data_prep.credentials import without_credentials
 from data_prep.storage import atomic_write
 from pipeline.config.load import Config
-from pipeline.records.address import check_address, is_default, make_database
+from pipeline.records.address import check_address, database_file, make_database
 from pipeline.records.review_address import review_base, run_address
 
 if TYPE_CHECKING:
@@ -50,7 +50,9 @@ class MlflowRun:
         self.shown_uri = without_credentials(self.uri)
         self.id: str | None = None
         self._experiment_id = ""
-        self._artifacts = (config.output_root.resolve() / "mlartifacts").as_uri() if is_default(config) else None
+        # Of a database file beside it: MLflow itself would take the folder that each process works in.
+        file = database_file(self.uri)
+        self._artifacts = (file.absolute().parent / "mlartifacts").as_uri() if file else None
         self._id_file = config.run_dir / "mlflow_run.json"
         self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
         if first_step and self._id_file.exists():

@@ -16,6 +16,7 @@ import pytest
 from pipeline.config.load import Config, load
 from pipeline.config.sections import ConfigError
 from pipeline.records.address import check_address, database_file, make_database, probe, tracking_uri
+from pipeline.records.tracking import Tracker
 from tests.support.datasets import Datasets
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import ROOT, run_module, small_run
@@ -194,6 +195,27 @@ def test_first_runs_of_a_folder_at_once(tmp_path: Path) -> None:
     assert sorted(run.info.run_name for run in logged) == ["run-0", "run-1", "run-2"]
     assert all(run.data.metrics == {"loss": 1.0} and run.info.status == "FINISHED" for run in logged)
     assert not [path.name for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_a_new_database_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_variable: bool) -> None:
+    """Made where the address says, its artifacts beside it, wherever the process works."""
+    uri = f"sqlite:///{tmp_path}/deep/er/mlflow.db"
+    more = [] if by_variable else [f"tracking.uri={uri}"]
+    if by_variable:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    config = load("configs/demo_pretrain.yaml", [f"output_root={tmp_path}/runs", *more])
+    config.run_dir.mkdir(parents=True)
+    probe(config, lambda note: pytest.fail(note))
+    with Tracker(config, {}, 0) as tracker:
+        tracker.log(1, {"loss": 1.0}, "")
+        tracker.event(1, "something")
+        tracker.finish("FINISHED", [])
+    assert tracker.run_id is not None
+    run = mlflow.MlflowClient(uri).get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 1.0})
+    assert str(run.info.artifact_uri).startswith((tmp_path / "deep" / "er" / "mlartifacts").as_uri())
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
 
 
 def test_a_database_that_is_not_finished_is_none(tmp_path: Path) -> None:
