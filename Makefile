@@ -78,15 +78,15 @@ finetune: places data ## the second stage, from the pretrained checkpoint. CONFI
 	@$(DEMO_RANKS); launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
 else
 pretrain: $(STAMP)
-	@launch/deepspeed.sh pretrain $(CONFIG) $(ARGS)
+	@launch/deepspeed.sh pretrain "$(CONFIG)" $(ARGS)
 
 finetune: $(STAMP)
-	@launch/deepspeed.sh finetune $(CONFIG) $(ARGS)
+	@launch/deepspeed.sh finetune "$(CONFIG)" $(ARGS)
 endif
 
 RUN ?= runs/demo-finetune
 evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its validation images
-	@$(BIN)/python -m pipeline evaluate $(RUN)
+	@$(BIN)/python -m pipeline evaluate "$(RUN)"
 
 review: $(STAMP) ## MLflow on runs/, or on RUN=runs/NAME alone, at PORT=5000 of this host: prints the pages to open
 	@$(BIN)/python -m pipeline review $(if $(filter file,$(origin RUN)),,"$(RUN)") --port "$(PORT)"

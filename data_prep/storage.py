@@ -84,7 +84,7 @@ def refuse_unwritable(folder: "Folder", advice: str) -> None:
         with tempfile.NamedTemporaryFile(dir=path, prefix=f".probe{TEMP_MARK}"):
             pass
     except OSError as error:
-        if error.errno in (*NOT_WRITABLE, errno.ENOTDIR):  # others, such as a full disk, have their own advice
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk has its own advice
             raise StorageError(f"{folder.url} cannot be written to ({path}: {error.strerror}): {advice}") from None
 
 

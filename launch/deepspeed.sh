@@ -8,8 +8,11 @@
 # or SIGTERM to this process (which ends at once): all ranks write a checkpoint and leave.
 set -euo pipefail
 trap '' USR1 # a scheduler may send it to every process: both launchers would die of it, and so would ranks that import
+from=$PWD
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+# A configuration beside the caller; paths inside it are relative to the checkout.
+if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 export PATH=$bin:$PATH # what the launcher starts, on this host, is this environment's python

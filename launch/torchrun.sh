@@ -5,8 +5,11 @@
 # SIGTERM or SIGUSR1 to this process: the ranks write a checkpoint and leave, exit code 75; the same command goes on.
 set -euo pipefail
 trap '' USR1 # until the agent passes it on: there is nothing to save yet
+from=$PWD
 cd "$(dirname "$0")/.."
 [ $# -ge 2 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+# A configuration beside the caller; paths inside it are relative to the checkout.
+if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 places=$("$bin/python" -m launch.places torchrun) || exit

@@ -15,6 +15,7 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 _LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
+_STORES = ("botocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "google", "azure")  # what they say is for users
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
 _COMMANDS = {
@@ -108,7 +109,7 @@ def _explain(error: Exception) -> str | None:
         return f"a data worker was killed, for memory perhaps: lower data.workers_per_rank ({text[:200]})"
     if isinstance(error, RuntimeError) and any(mark in text for mark in _LOST_PEER):
         return f"another rank failed or was lost, see its message ({text[:200]})"
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, ValueError | OSError) or type(error).__module__.partition(".")[0] in _STORES:
         return f"{kind}: {text} (--debug shows where)"
     return None
 

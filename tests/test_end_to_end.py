@@ -269,7 +269,7 @@ def test_damage_that_only_training_can_find(datasets: Datasets, root: Path, tmp_
         (["seed=5"], "of another configuration: seed was 0, is 5"),
         (["model.name=hornet_tiny_gf"], "model.name was 'hornet_nano_gf', is 'hornet_tiny_gf'"),
         (["name=other", "model.name=hornet_tiny_gf", "init.checkpoint={run}"], "is a checkpoint of hornet_nano_gf"),
-        (["name=other", "init.checkpoint=/nowhere"], "/nowhere is neither a run folder"),
+        (["name=other", "init.checkpoint=/nowhere"], "/nowhere does not exist: it has to be a run folder"),
         (["--resume", "never"], "already holds a run"),
     ],
 )

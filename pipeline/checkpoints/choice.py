@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.labels.spaces import label_space
+from data_prep.labels.spaces import KNOWN_SPACES, LabelError, label_space
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, locate, read_meta
 from pipeline.config.load import Config
@@ -22,6 +23,7 @@ _FREE_KEYS = re.compile(
     r"|train\.(micro_batch|zero_stage|precision)"
     r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
 )
+_LABEL_WORDS = ("checkpoint", "none", "published-22k")
 
 
 def newest_of_run(
@@ -128,7 +130,13 @@ def find_source(init: Init) -> Source:
 def _label_space(name: str) -> list[str] | None:
     if name == "none":
         return None
-    return label_space("hornet-22k" if name == "published-22k" else name)
+    try:
+        return label_space("hornet-22k" if name == "published-22k" else name)
+    except LabelError as error:
+        words = (*_LABEL_WORDS, *KNOWN_SPACES)
+        near = difflib.get_close_matches(name, words, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(_LABEL_WORDS)} are words of their own)"
+        raise CheckpointError(f"init.label_space: {error}{hint}") from None
 
 
 def check_model(source: Source, model_name: str) -> None:

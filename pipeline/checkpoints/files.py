@@ -35,6 +35,8 @@ META_FILE = "checkpoint.json"
 FORMAT_VERSION = 2
 SET_ASIDE = "damaged-"
 UNREADABLE = "cannot be read"  # a fault of the disk or network, perhaps for a while: not of the checkpoint
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+:", re.IGNORECASE)
+_WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 _STEP_FOLDER = re.compile(rf"(?:{SET_ASIDE})?step-(\d{{8}})")
 
 
@@ -207,15 +209,29 @@ def locate(path: Path) -> Path:
         path = path.parent / path.readlink()
     if (path / META_FILE).exists() or (step_of(path) is not None and path.is_dir()):
         return path
-    found, faults = newest_good(path / "checkpoints", hashes=False)
-    if found is not None:
-        warn_of_damage(faults, found[0])
-        return found[0]
-    if faults:
-        raise none_good(path, faults)
-    raise CheckpointError(
-        f"{path} is neither a run folder with a checkpoint, nor a checkpoint folder, nor a weight file"
-    )
+    for folder in (path / "checkpoints", path):
+        found, faults = newest_good(folder, hashes=False)
+        if found is not None:
+            warn_of_damage(faults, found[0])
+            return found[0]
+        if faults:
+            raise none_good(path, faults)
+    raise CheckpointError(_why_none(path))
+
+
+def _why_none(path: Path) -> str:
+    if not path.exists():
+        if _ADDRESS.match(str(path)):
+            return f"{path} is not fetched: download the file, and name it where it is then"
+        return f"{path} does not exist: it has to be a run folder, one of its checkpoints, or a weight file"
+    text = f"{path} is neither a run folder with a checkpoint, nor a checkpoint folder, nor a weight file"
+    held = sorted(path.iterdir()) if path.is_dir() else []
+    runs = [each.name for each in held if (each / "checkpoints").is_dir()]
+    weights = [each.name for each in held if each.suffix in _WEIGHTS]
+    for what, names in (("runs", runs), ("weight files", weights)):
+        if names:
+            text += f"; it holds {what}, name one: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return text
 
 
 def none_good(run: Path, faults: dict[Path, list[str]]) -> CheckpointError:

@@ -11,12 +11,10 @@ from torch import nn
 from data_prep.labels.spaces import KNOWN_SPACES, LabelMap, lemma, map_labels
 from pipeline.checkpoints.choice import Source
 from pipeline.checkpoints.files import CheckpointError
-from pipeline.checkpoints.weights import Tensors, read_weights
+from pipeline.checkpoints.weights import HEAD, Tensors, read_weights
 from pipeline.config.load import Config
 from pipeline.models.build import build_model
 from pipeline.ops.global_filter import resize_global_filters
-
-HEAD = ("head.weight", "head.bias")
 
 
 class Fitted(NamedTuple):

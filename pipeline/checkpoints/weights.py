@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from pipeline.checkpoints.files import CheckpointError
 # Where scripts put weights and their moving average: timm's, ConvNeXt's (and so HorNet's), DeepSpeed's, Lightning's.
 _MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module", "weights", "net")
 _EMA_KEYS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema", "module_ema")
+HEAD = ("head.weight", "head.bias")
 _LFS_POINTER = b"version https://git-lfs"
 _LARGEST_HEADER = 100 << 20  # as safetensors itself bounds it
 
 Tensors = dict[str, torch.Tensor]
 
 
-def read_weights(path: Path, weights: str, names: Iterable[str]) -> tuple[Tensors, str]:
+def read_weights(path: Path, weights: str, names: Collection[str]) -> tuple[Tensors, str]:
     """The weights in a file as float32 tensors on the CPU, and which of its weights they are ("" where it has one).
 
     Args:
         path: a safetensors file, or one of `torch.save` with tensors in it; told apart by content, not by name.
         weights: "ema" or "model": which of them, where the file has both.
-        names: names that the model's weights have; a prefix before all of them (`module.`, `_orig_mod.`) is taken off.
+        names: names that the model's weights have, apart from HEAD; a prefix before all of them (`module.`,
+            `_orig_mod.`) is taken off.
 
     Raises:
         CheckpointError: it is no weight file, holds other things, or values that are not finite numbers.
@@ -45,7 +48,10 @@ def read_weights(path: Path, weights: str, names: Iterable[str]) -> tuple[Tensor
             f"{path} holds {_listed(found)}, and {other!r} is {_described(found[other])}: save the weights alone, or "
             f"under 'model'"
         )
-    return {name: _as_float32(path, name, value) for name, value in _unwrapped(found, names).items()}, which
+    wanted = {*names, *HEAD}
+    unwrapped = _unwrapped(found, names)
+    # Of others, such as a batch norm's counter, there is only to say that the model has none.
+    return {name: _as_float32(path, name, v) if name in wanted else v for name, v in unwrapped.items()}, which
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -88,9 +94,20 @@ def _torch_file(path: Path) -> Any:
             f"{path} holds Python objects ({what}), which are not loaded since that may run code: save the weights "
             f"alone, torch.save({{'model': model.state_dict()}}, ...)"
         )
-    raise CheckpointError(
-        f"{path} ({path.stat().st_size:,} bytes) is neither safetensors nor a whole checkpoint of torch: fetch it again"
-    )
+    raise CheckpointError(f"{path} {_other_kind(path)}")
+
+
+def _other_kind(path: Path) -> str:
+    """What a file is that cannot be loaded, and what to do."""
+    with open(path, "rb") as file:
+        head = file.read(64).lstrip()
+    if head[:1] in (b"{", b"["):
+        return "is JSON; where it lists the parts of a model, merge them into one file, and name that"
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith(".npy") for name in archive.namelist()):
+                return "is a NumPy archive: save the weights as safetensors"
+    return f"({path.stat().st_size:,} bytes) is neither safetensors nor a whole checkpoint of torch: fetch it again"
 
 
 def _foreign_objects(path: Path) -> str:

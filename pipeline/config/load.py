@@ -37,7 +37,9 @@ from pipeline.config.sections import (
 class Config(Section):
     """One run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(description="folder under output_root")
+    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
+        description="folder under output_root"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)]
     output_root: LocalPath = Path("runs")
     data: Data
@@ -107,7 +109,17 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         known = sorted(str(p) for p in path.parent.glob("*.yaml")) or ["none"]
-        raise ConfigError(f"no configuration file {path}; in that folder: {', '.join(known)}") from None
+        raise ConfigError(f"no configuration file {path}; in {path.parent.absolute()}: {', '.join(known)}") from None
+    except IsADirectoryError:
+        own = path / "config.yaml"
+        hint = (
+            f"; that run's is {own}"
+            if own.exists()
+            else f", such as those in {path}"
+            if any(path.glob("*.yaml"))
+            else ""
+        )
+        raise ConfigError(f"{path} is a folder: name a YAML file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read configuration file {path}: {error}") from None
     except yaml.YAMLError as error:

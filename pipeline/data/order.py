@@ -24,6 +24,7 @@ import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError
 from pipeline.config.load import Config
+from pipeline.config.sections import ConfigError
 from pipeline.data.keyed import view_numbers
 
 _CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
@@ -263,12 +264,15 @@ def validation_samples(config: Config, manifest: Manifest) -> int:
 
 
 def training_order(config: Config, manifest: Manifest) -> SampleOrder:
-    """The order of the training split. Raises ValueError where it does not fill a global batch."""
-    return SampleOrder(
-        tuple(entry.samples for entry in manifest.split("train").shards),
-        config.train.global_batch,
-        config.seed,
-        config.data.shuffle_lanes,
-        config.data.shuffle_window_shards,
-        config.augment.repeats,
-    )
+    """The order of the training split. Raises ConfigError where it does not fill a global batch."""
+    try:
+        return SampleOrder(
+            tuple(entry.samples for entry in manifest.split("train").shards),
+            config.train.global_batch,
+            config.seed,
+            config.data.shuffle_lanes,
+            config.data.shuffle_window_shards,
+            config.augment.repeats,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

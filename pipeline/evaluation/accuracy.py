@@ -69,7 +69,7 @@ def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> di
     """
     path = locate(path)
     if path.is_file():
-        raise CheckpointError(f"{path} is a weight file; give a run folder or one of its checkpoints")
+        raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
     meta = read_meta(path)
     tree = dict(meta.config)
     if data is not None:

@@ -147,7 +147,10 @@ def exclusive(run_dir: Path) -> Iterator[None]:
                     holder = file.read().strip() or "another process"
                     raise RunBusyError(f"{run_dir} is being written by {holder}: end it, or set another name") from None
                 if not told:
-                    say_at_once(f"note: waiting for {run_dir}: the ranks of its last launch are still leaving")
+                    say_at_once(
+                        f"note: {run_dir} is being written by another process. A rank of the last launch leaves within "
+                        f"{_WAIT_SECONDS:.0f} s; for another run set another name"
+                    )
                     told = True
                 time.sleep(0.5)
             except OSError as error:  # some network file systems have no locks

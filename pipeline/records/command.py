@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipeline.ranks.ports import PortError, read_port
 from pipeline.records.review_address import REVIEW_PORT
 
 EPILOG = """\
@@ -27,8 +28,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="the folder of the runs, which holds mlflow.db (runs), or one run's folder",
     )
-    add("--port", default=str(REVIEW_PORT), help=f"of this host alone, which the server listens on ({REVIEW_PORT})")
+    add(
+        "--port",
+        type=_port,
+        default=REVIEW_PORT,
+        metavar="PORT",
+        help=f"of this host alone, which the server listens on ({REVIEW_PORT})",
+    )
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
+
+
+def _port(text: str) -> int:
+    try:
+        return read_port("PORT", text)
+    except PortError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def command(options: argparse.Namespace) -> int:

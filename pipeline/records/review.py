@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import psutil
 
-from pipeline.ranks.ports import read_port, require_free
+from pipeline.ranks.ports import require_free
 from pipeline.records.address import database_file
 from pipeline.records.review_address import experiment_address, review_base, run_address
 
@@ -46,12 +46,11 @@ class Database(NamedTuple):
     run_id: str | None
 
 
-def review(path: Path, port_text: str) -> None:
+def review(path: Path, port: int) -> None:
     """Serve the runs of the folder `path`, or show one run's folder, on a port of this host, until SIGINT or SIGTERM.
 
     Raises ReviewError and PortError; nothing is started then.
     """
-    port = read_port("PORT", port_text)
     database = find_database(path)
     pages = list(_pages(database, review_base(port)))
     require_free("PORT", port, "127.0.0.1")

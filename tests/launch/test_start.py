@@ -196,3 +196,36 @@ def test_setup_is_told_wrong(checkout: Checkout, environment: dict[str, str], sa
     checkout.host.program("old", "echo 3.9")
     checkout.host.program("new", "echo 3.99")
     assert said in checkout.refused(1, "launch/setup.sh", **environment)
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])
+def test_a_configuration_beside_the_caller(tmp_path: Path, script: str) -> None:
+    """Found from another folder than the checkout, with a space in its path."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "own.yaml").write_text("just a text")
+    environment = {name: value for name, value in os.environ.items() if name not in OURS} | {"VENV": sys.prefix}
+    for at, name, words in (
+        (folder, "own.yaml", f"{folder}/own.yaml must hold a mapping of sections, not str"),
+        (tmp_path, "a folder/own.yaml", f"{folder}/own.yaml must hold a mapping of sections, not str"),
+        (tmp_path, "own.yaml", f"no configuration file own.yaml; in {ROOT}: none"),
+    ):
+        done = subprocess.run(
+            [str(ROOT / "launch" / script), "pretrain", name],
+            cwd=at,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (1, f"error: {words}\n")
+
+
+def test_make_hands_on_paths_with_spaces() -> None:
+    for goal, variable, command in (
+        ("pretrain", "CONFIG=a b.yaml", 'launch/deepspeed.sh pretrain "a b.yaml"'),
+        ("evaluate", "RUN=a b", '-m pipeline evaluate "a b"'),
+    ):
+        done = subprocess.run(["make", "-n", goal, variable], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert command in done.stdout

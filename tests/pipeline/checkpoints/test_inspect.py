@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        ("nowhere", "is neither a run folder with a checkpoint"),
+        ("nowhere", "does not exist: it has to be a run folder"),
         ("demo-pretrain/checkpoints/step-00000090/checkpoint.json", "is a file; give a run folder or"),
         ("empty", "has no checkpoint yet"),
     ],

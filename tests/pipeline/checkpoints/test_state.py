@@ -121,14 +121,30 @@ def test_what_does_not_fit_is_named(config: Config, saved: Path, tmp_path: Path)
         choice.check_model(other, "hornet_tiny_gf")
 
 
+def test_what_is_no_checkpoint_is_told_by_what_it_is(config: Config, saved: Path, tmp_path: Path) -> None:
+    assert locate(saved.parent) == saved  # the folder of a run's checkpoints
+    for path, words in (
+        (tmp_path / "typo.pth", r"typo\.pth does not exist: it has to be a run folder, one of its checkpoints, or a"),
+        (Path("https://host/w.pth"), "is not fetched: download the file, and name it where it is then"),
+        (Path("hf-hub:timm/hornet"), "is not fetched: download the file"),
+        (config.output_root, rf"it holds runs, name one: {config.name}$"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            locate(path)
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"it holds weight files, name one: model\.safetensors$"):
+        locate(hub)
+
+
 def test_damage_and_absence(config: Config, saved: Path, tmp_path: Path) -> None:
     assert locate(config.run_dir) == saved
     (saved.parent / ".tmp-step-00000020").mkdir()  # a save that was killed does not count
     assert locate(config.run_dir) == saved
-    with pytest.raises(CheckpointError, match="neither a run folder"):
-        locate(tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="neither a run folder"):
-        locate(saved.with_name("step-00000011"))
+    for gone in (tmp_path / "nothing", saved.with_name("step-00000011")):
+        with pytest.raises(CheckpointError, match="does not exist: it has to be a run folder"):
+            locate(gone)
     content = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(content[: len(content) // 2])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged.*remove the folder"):

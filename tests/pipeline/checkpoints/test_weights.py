@@ -149,6 +149,11 @@ BAD: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "nan": (lambda w: spoilt(w, torch.nan), r"norm\.weight has 2 of \d+ values that are NaN or infinite"),
     "inf in half": (lambda w: {k: v.half() for k, v in spoilt(w, torch.inf).items()}, "NaN or infinite"),
     "integers": (lambda w: {k: (v * 64).to(torch.int8) for k, v in w.items()}, "is int8, no float"),
+    "batch norm": (
+        lambda w: {"bn1.num_batches_tracked": torch.tensor(3), "bn1.weight": torch.ones(2)},
+        r"has none of the model's weights, it has bn1\.num_batches_tracked, bn1\.weight: it is of another kind",
+    ),
+    "a counter more": (lambda w: {**w, "steps": torch.tensor(3)}, "has steps, which the model lacks"),
     "another family": (lambda w: {"conv1.weight": torch.zeros(1)}, "none of the model's weights, it has conv1.weight"),
     "other width": (
         lambda w: {k: v[:2] if k.endswith("complex_weight") else v for k, v in w.items()},
@@ -186,6 +191,10 @@ def test_what_is_no_weight_file(config: Config, weights: Tensors, tmp_path: Path
         (tmp_path / f"cut-{name}").write_bytes(content[: len(content) // 2])
     refused("cut-whole.pth", r"\([\d,]+ bytes\) is neither safetensors nor a whole checkpoint of torch")
     refused("cut-whole.safetensors", "is damaged")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    refused("model.safetensors.index.json", "is JSON; where it lists the parts of a model, merge them into one file")
+    np.savez(tmp_path / "weights.npz", a=np.zeros(2))
+    refused("weights.npz", "is a NumPy archive: save the weights as safetensors")
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>")
     refused("page.pth", "is neither safetensors nor")
     (tmp_path / "empty.pth").touch()
@@ -209,8 +218,12 @@ def test_label_space_of_ones_own(config: Config, weights: Tensors, tmp_path: Pat
     assert torch.equal(model.state_dict()["head.weight"], weights["head.weight"].flip(0))
     known = find_source(init.model_copy(update={"label_space": "imagenet-1k"}))
     assert known.synsets == imagenet_1k_synsets()
-    with pytest.raises(ValueError, match="imagenet1k is no data set folder, no text file, and none of the known"):
-        find_source(init.model_copy(update={"label_space": "imagenet1k"}))
+    for typo, meant in (("imagenet1k", "imagenet-1k"), ("publihsed-22k", "published-22k"), ("null", None)):
+        with pytest.raises(
+            CheckpointError, match=rf"^init\.label_space: {typo} is no data set folder, no text"
+        ) as caught:
+            find_source(init.model_copy(update={"label_space": typo}))
+        assert str(caught.value).endswith(f"did you mean {meant!r}?" if meant else "are words of their own)")
 
 
 def test_the_check_opens_the_file(datasets: Datasets, config: Config, weights: Tensors, tmp_path: Path) -> None:

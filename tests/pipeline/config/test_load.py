@@ -115,6 +115,15 @@ def test_mistakes_in_the_file(tmp_path: Path) -> None:
     bad.write_text(DEMO.read_text() + "\nseed: 3\n")
     with pytest.raises(ConfigError, match="'seed' stands twice"):
         load(bad)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(
+        ConfigError, match=rf"{tmp_path} is a folder: name a YAML file; that run's is {tmp_path}/config"
+    ):
+        load(tmp_path)
+    with pytest.raises(ConfigError, match=r"name = 'x+': string should have at most 200 characters"):
+        load(DEMO, ["name=" + "x" * 201])
+    with pytest.raises(ConfigError, match=r"no configuration file none\.yaml; in /.*: "):
+        load("none.yaml")
     with pytest.raises(ConfigError, match=r"no configuration file.*demo_pretrain\.yaml"):
         load(DEMO.with_name("nothing.yaml"))
 

@@ -185,7 +185,9 @@ def test_what_there_is_to_review(tracked: Tracked, tmp_path: Path) -> None:
 
 def test_the_port(tracked: Tracked) -> None:
     for port in ("abc", "0", "70000", ""):
-        assert refused(str(tracked.root), "--port", port) == f"PORT={port}: a port is a number from 1 to 65535"
+        done = run_module("pipeline", "review", str(tracked.root), "--port", port)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.endswith(f"argument --port: PORT={port}: a port is a number from 1 to 65535\n")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
         assert f"PORT={port}: the port is in use on this host" in refused(str(tracked.root), "--port", port)
