@@ -326,7 +326,7 @@ def test_odd_names_and_paths(tmp_path, capsys, monkeypatch):
     assert "--output is empty" in one_error_line(capsys)
     (tmp_path / "file").write_text("x")
     assert shard("s.tar", "file") == 1
-    assert "lies in, a file: choose a folder" in one_error_line(capsys)
+    assert "file: Not a directory): choose another --output" in one_error_line(capsys)
 
 
 @pytest.mark.parametrize("damage", ["lost outer header", "lost bytes"])
