@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from data_prep.sources.layout import lookalikes, offer_to_rename
+from data_prep.sources.layout import lookalikes, offer_to_rename, split_of_folder, way_to_class
+from data_prep.sources.streams import SourceError
 from data_prep.storage import DataPrepError
 
 if TYPE_CHECKING:
@@ -24,13 +25,14 @@ def offer_of(names: Sequence[str], *, begun: bool = False) -> str:
 
 def notes_of_lost(sources: "Sequence[Source]", max_reject: float) -> list[str]:
     """A line for each source with images outside of its classes. Raises RejectError where they alone are more than
-    `max_reject` of all, before any image is read.
+    `max_reject` of all, before any image is read; SourceError, whatever their share, where they may be a split.
     """
     notes = []
     for source in sources:
         found = source.lost_images()
         if not found.count:
             continue
+        refuse_lost_split(source, found.names)
         offer = offer_of(found.names)
         text = f"{found.count:,} images of {source.path} lie in no class, such as {found.names[0]}"
         if found.of and found.count / found.of > max_reject:
@@ -40,3 +42,24 @@ def notes_of_lost(sources: "Sequence[Source]", max_reject: float) -> list[str]:
             )
         notes.append(f"note: {text}: they are left out{f'; {offer}' if offer else ''}")
     return notes
+
+
+def refuse_lost_split(source: "Source", names: Sequence[str]) -> None:
+    """Raise SourceError where images lie in folders of classes that lie in a folder beside the splits, or in one for a
+    split beside classes.
+    """
+    for name in names:
+        way = way_to_class(name)
+        if not way:
+            continue
+        top, train = way[0], next((split for split in source.split_folders() if split_of_folder(split) == "train"), "")
+        if train and split_of_folder(way[-1]) is None:
+            raise SourceError(
+                f"{source.path}/{top} holds class folders, and is no split by its name: rename it to val, or give "
+                f"--source {source.path}/{train} --val-source {source.path}/{top}"
+            )
+        if split_of_folder(top) in ("train", "val"):
+            raise SourceError(
+                f"{source.path}/{top} holds class folders, and lies beside others: move it out of there, and give it "
+                "as a source of its own (--val-source)"
+            )

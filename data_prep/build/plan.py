@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_prep.build.arguments import add_source_arguments, number, place, settings_of, sources_of
-from data_prep.build.lost import RejectError, offer_of
+from data_prep.build.lost import RejectError, offer_of, refuse_lost_split
 from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images.pixels import ImageRejected
@@ -61,6 +61,8 @@ class Estimate:
 
 def estimate(source: "Source", settings: "ShardSettings", images: int = SAMPLED_IMAGES) -> Estimate:
     """Sample about `images` images of the source and extrapolate. Raises SourceError when it holds none."""
+    outside = source.lost_images()
+    refuse_lost_split(source, outside.names)
     sizes_in: list[int] = []
     sizes_out: list[int] = []
     pixels = 0
@@ -91,7 +93,6 @@ def estimate(source: "Source", settings: "ShardSettings", images: int = SAMPLED_
     scale = total / len(sizes_in)
     if settings.max_images_per_class and census.classes:
         scale = min(scale, settings.max_images_per_class * census.classes / len(sizes_in))
-    outside = source.lost_images()
     in_all = scale * len(sizes_in) + outside.count
     mean = sum(sizes_out) / len(sizes_out)
     deviation = math.sqrt(sum((size - mean) ** 2 for size in sizes_out) / max(1, len(sizes_out) - 1))

@@ -99,6 +99,10 @@ class Source:
         """What listing alone tells of images without a class, which a sample of the classes does not see."""
         return LostImages()
 
+    def split_folders(self) -> list[str]:
+        """Names of the folders of its splits, where listing tells them."""
+        return []
+
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
         """Of a seekable source: its parts in order, none longer than `max_bytes` where that can be."""
         raise NotImplementedError

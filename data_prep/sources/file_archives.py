@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from data_prep.sources.archives import SAMPLE_PLACE_IMAGES, SAMPLED_PLACES, Archive
 from data_prep.sources.chunking import Event, Met, first_images, spread
 from data_prep.sources.items import Damage, Item, Record, Stray
-from data_prep.sources.layout import Place, place_in_tree
+from data_prep.sources.layout import Place, place_in_tree, split_of_folder, way_to_class
 from data_prep.sources.reading import Piece
-from data_prep.sources.streams import FileRange, Reader, open_reader
+from data_prep.sources.streams import FileRange, Reader, SourceError, open_reader
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.sources.val_labels import ValLabels
 from data_prep.storage import is_url
@@ -117,14 +117,38 @@ class TarOfClassFolders(FileArchive):
         self.labels = labels
         if has_splits:
             self.splits = ("train", "val")
+        self._beside: dict[str, str] = {}  # folder: one in it that is no split, and has folders of classes below
+        self._has_split: set[str] = set()
+        self._last = ""
 
     def place(self, member: Member) -> Place:
         if member.kind == "folder":
             return place_in_tree(f"{member.name}/x", "file", 0, self.split, self.rename)
+        self._refuse_lost_split(member.name)
         place = place_in_tree(member.name, member.kind, member.size, self.split, self.rename)
         if self.labels is not None and place.split == "val" and place.reason == "no_class":
             return self._labelled(member, "val")
         return place
+
+    def _refuse_lost_split(self, name: str) -> None:
+        """Raise SourceError where folders of classes lie in a folder beside the splits: it may be one."""
+        folder = name.rpartition("/")[0]
+        if folder == self._last:  # images of a class come together
+            return
+        self._last = folder
+        way = way_to_class(name, self.rename) or []
+        splits = [i for i, part in enumerate(way) if split_of_folder(part) is not None]
+        if splits:
+            self._has_split.add("/".join(way[: splits[-1]]))
+        else:
+            self._beside |= {"/".join(way[:i]): part for i, part in enumerate(way)}
+        if found := self._has_split & self._beside.keys():
+            where = min(found)
+            inside = f"{where}/{self._beside[where]}".lstrip("/")
+            raise SourceError(
+                f"{self.path}: {inside} holds class folders, and is no split by its name, beside folders that are: "
+                "unpack it, rename that folder to val (or remove it), and give the folder"
+            )
 
 
 class ValTar(FileArchive):

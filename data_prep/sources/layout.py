@@ -15,11 +15,11 @@ _IMAGE = re.compile(IMAGE_NAME)
 _IMAGE_OF_SYNSET = re.compile(r"(n\d{8})_")
 _SYNSET_WITHIN = re.compile(r"(?<![a-z0-9])n\d{8}(?!\d)", re.IGNORECASE)
 
-TRAIN_FOLDERS = {"train", "imagenet21k_train", "ilsvrc2012_img_train"}
-VAL_FOLDERS = {"val", "validation", "imagenet21k_val", "ilsvrc2012_img_val"}
+TRAIN_FOLDERS = {"train", "training", "train_images", "imagenet21k_train", "ilsvrc2012_img_train"}
+VAL_FOLDERS = {"val", "valid", "validation", "val_images", "imagenet21k_val", "ilsvrc2012_img_val"}
 # ImageNet-21K-P leaves classes of less than 500 images to the first; nobody has the labels of the second.
 SMALL_CLASS_FOLDERS = {"imagenet21k_small_classes"}
-TEST_FOLDERS = {"test", "ilsvrc2012_img_test"}
+TEST_FOLDERS = {"test", "testing", "test_images", "ilsvrc2012_img_test"}
 # Files that are left out as somebody meant it. Other images that are left out count for --max-reject.
 INTENDED = {"small_class", "test_split", "hidden", "class_in_tar"}
 
@@ -74,6 +74,13 @@ def place_in_tree(path: str, kind: str, size: int, split: str, rename: bool = Fa
     if reason or at is None:
         return Place(split, "", name, reason)
     return Place(split, class_of_name(parts[at], rename) or "", "/".join(parts[at + 1 :]))
+
+
+def way_to_class(path: str, rename: bool = False) -> list[str] | None:
+    """The folders above that of a class, `set/train/n01440764/x.JPEG` -> [set, train]; None without such a folder."""
+    parts = clean_name(path).split("/")[:-1]
+    at = next((i for i, part in enumerate(parts) if class_of_name(part, rename)), None)
+    return None if at is None or is_hidden("/".join(parts)) else parts[:at]
 
 
 def base_name(path: str) -> str:

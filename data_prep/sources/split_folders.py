@@ -95,6 +95,9 @@ class SplitFolders(ClassFolders):
             for split, name in self._folders
         ]
 
+    def split_folders(self) -> list[str]:
+        return [name for _, name in self._folders]
+
     def outside(self) -> list[Entry]:
         return self._others
 

@@ -204,3 +204,30 @@ def test_classes_both_packed_and_unpacked(tmp_path):
     source = write_tree(tmp_path / "s", {**as_tars(files), **{n: d for n, d in files.items() if n.startswith(A)}})
     assert shard(source, tmp_path / "out") == 0
     assert rows(tmp_path / "out") == {("kept", ""): 16, ("skipped", "class_in_tar"): 8}
+
+
+@pytest.mark.parametrize("form", ["folders", "tar of folders", "tar.gz of folders"])
+@pytest.mark.parametrize(("train", "val"), [("training", "valid"), ("Train", "Val_Images"), ("train", "valid2")])
+def test_a_split_by_another_name_is_no_loss(tmp_path, form, train, val, capsys):
+    """Taken for what it is, or refused, however few its images are."""
+    files = {f"{train}/{n}": d for n, d in classes(A, B, count=30).items()}
+    files |= {f"{val}/{A}/v{n}": d for n, d in class_images("n00000007", 1).items()}
+    source = FORMS[form](tmp_path, files)
+    if val != "valid2":
+        assert shard(source, tmp_path / "out") == 0
+        assert Manifest.load(tmp_path / "out").split("val").class_counts == [1, 0]
+        return
+    for command in (lambda: shard(source, tmp_path / "out"), lambda: plan(source)):
+        assert command() == 1
+        says(capsys.readouterr().err.splitlines()[-1], "valid2 holds class folders", "rename")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    if form == "folders":
+        assert shard(source / "train", tmp_path / "out", "--val-source", str(source / "valid2"), "--force") == 0
+
+
+def test_a_split_beside_classes_is_no_loss(tmp_path, capsys):
+    files = classes(A, B, count=30) | {f"val/{A}/v{n}": d for n, d in class_images("n00000007", 1).items()}
+    source = write_tree(tmp_path / "s", files)
+    for command in (lambda: shard(source, tmp_path / "out"), lambda: plan(source)):
+        assert command() == 1
+        says(capsys.readouterr().err.splitlines()[-1], "s/val holds class folders", "--val-source")
