@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from data_prep.credentials import keep_out_of_output
-from data_prep.storage import NOT_WRITABLE, DataPrepError
+from data_prep.storage import NOT_WRITABLE, DataPrepError, OncePath
 
 EPILOG = """\
 the usual order:
@@ -59,6 +59,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             description=getattr(module, "DESCRIPTION", text),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        for action in (None, "store"):
+            command.register("action", action, OncePath)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser

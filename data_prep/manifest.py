@@ -154,9 +154,9 @@ class Manifest(_Frozen):
         try:
             raw = json.loads(_read(path))
         except (FileNotFoundError, NotADirectoryError):
-            what = (
-                "holds no" if Path(directory).is_dir() or "://" in str(directory) else "does not exist, so there is no"
-            )
+            place = Path(directory)
+            what = "holds no" if place.is_dir() or "://" in str(directory) else "does not exist, so there is no"
+            what = "is a file, and no folder with a" if place.is_file() else what
             raise ManifestError(
                 f"{directory} {what} {MANIFEST_NAME}: give a folder built by `python -m data_prep shard`, "
                 "or build it first (an interrupted build is finished by running the same command again)"

@@ -4,6 +4,7 @@ Whatever is written gets its final name only when it is whole: locally by tempor
 object store by one upload, which shows nothing until it is complete.
 """
 
+import argparse
 import errno
 import fnmatch
 import os
@@ -88,6 +89,20 @@ def refuse_unwritable(folder: "Folder", advice: str) -> None:
             raise StorageError(f"{folder.url} cannot be written to ({path}: {error.strerror}): {advice}") from None
 
 
+class OncePath(argparse._StoreAction):
+    """Refuses a path option that is given twice: argparse takes the last one, and drops the first without a word."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if option and self.type is user_path:
+            given = namespace.__dict__.setdefault("_given", set())
+            if self.dest in given:
+                parser.error(f"{option} is given twice: give it once")
+            given.add(self.dest)
+        super().__call__(parser, namespace, values, option)
+
+
 def is_url(path: str | Path) -> bool:
     """Whether `path` is an fsspec URL rather than a local path."""
     return "://" in str(path)
@@ -110,6 +125,18 @@ def open_binary(path: str | Path) -> BinaryIO:
     system, inner = file_system(str(path))
     # Sequential reads dominate: one block ahead, nothing kept.
     return system.open(inner, "rb", block_size=8 << 20, cache_type="readahead")
+
+
+def behind(error: BaseException) -> BaseException:
+    """What a store really said: fsspec's HTTP takes every failure, also that to connect, for a file that is missing."""
+    cause = error.__cause__
+    missing = cause is None or getattr(cause, "status", None) in (404, 410)
+    return error if not isinstance(error, FileNotFoundError) or missing or cause is None else cause
+
+
+def _unreachable(url: str, error: BaseException) -> StorageError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return StorageError(f"{url} cannot be read ({text}): see to the address, the credentials and the network")
 
 
 class Folder:
@@ -141,13 +168,23 @@ class Folder:
         return f"{self._root}/{name}"
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file, 0 where a web server does not tell, or None where there is none."""
+        """Bytes of a file, 0 where a web server does not tell, or None where there is none. Raises StorageError where
+        a store does not say, OSError where a disk does not.
+        """
         try:
             if self._system is None:
                 return os.stat(self.join(name)).st_size
             return int(self._system.info(self._inner(name))["size"] or 0)
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, NotADirectoryError) as error:
+            # Web servers refuse (403) what is not there, too.
+            real = behind(error)
+            if real is not error and not 402 <= getattr(real, "status", 500) < 500:
+                raise _unreachable(self.join(name), real) from None
             return None
+        except Exception as error:  # each store has its own
+            if self.is_local:
+                raise
+            raise _unreachable(self.join(name), error) from None
 
     def exists(self, name: str) -> bool:
         """Whether the file is there."""
@@ -160,7 +197,8 @@ class Folder:
     def sizes(self) -> dict[str, int | None]:
         """Bytes by name of the files right in this folder, by one listing; unfinished files are never among them.
 
-        None where the listing does not tell, as that of a web server.
+        None where the listing does not tell, as that of a web server. Raises StorageError where it is a file, or where
+        a store cannot be listed.
         """
         found: dict[str, int | None]
         if self._system is None:
@@ -168,12 +206,18 @@ class Folder:
                 found = {entry.name: entry.stat().st_size for entry in os.scandir(self.url) if entry.is_file()}
             except FileNotFoundError:
                 return {}
+            except NotADirectoryError:
+                raise StorageError(f"{self.url} is a file: give the folder that its files are in") from None
         else:
             self._system.invalidate_cache()
             try:
                 listed = self._system.ls(self._root, detail=True)
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if behind(error) is not error:
+                    raise _unreachable(self.url, behind(error)) from None
                 return {}
+            except Exception as error:  # each store has its own
+                raise _unreachable(self.url, error) from None
             found = {entry["name"].rsplit("/", 1)[-1]: entry["size"] for entry in listed if entry["type"] == "file"}
         return {name: size for name, size in found.items() if TEMP_MARK not in name}
 

@@ -155,8 +155,11 @@ def settings_of(args: argparse.Namespace) -> "ShardSettings":
 
 def sources_of(args: argparse.Namespace) -> "list[Source]":
     """The sources that the options name. Raises SourceError; DataPrepError when two of them give validation images."""
+    from data_prep.build.lost import refuse_other_classes
     from data_prep.sources.detect import open_source
 
+    if args.val_source is not None and _same_place(args.source, args.val_source):
+        raise DataPrepError(f"--val-source and --source are both {args.source}: give images of their own")
     rename, labels = args.rename_classes, args.val_labels
     own = labels if args.val_source is None else None  # for the source's own folder val/
     train = open_source(place(args.source, "--source"), kind=args.source_kind, labels=own, rename=rename)
@@ -168,6 +171,7 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
             )
         if args.val_per_class and "val" in train.splits:
             raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-per-class")
+        refuse_other_classes(train, train.known_classes("val"), train.known_classes("train"))
         return [train]
     if args.val_per_class:
         raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
@@ -178,7 +182,13 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
         raise DataPrepError(
             f"{args.val_source} holds training images too: give its folder val as --val-source, or give it as --source"
         )
+    refuse_other_classes(val, val.known_classes("val"), train.known_classes("train"))
     return [train, val]
+
+
+def _same_place(one: str, other: str) -> bool:
+    resolved = [path.rstrip("/") if is_url(path) else os.path.realpath(path) for path in (one, other)]
+    return resolved[0] == resolved[1]
 
 
 def place(path: str, option: str) -> str:

@@ -17,6 +17,15 @@ class RejectError(DataPrepError):
     exit_code = 3
 
 
+def refuse_other_classes(source: "Source", val: set[str], train: set[str]) -> None:
+    """Raise SourceError where none of the validation classes of `source` is in train; empty: they are not known yet."""
+    if val and train and not val & train:
+        raise SourceError(
+            f"no usable validation images in {source.path}: none of its {len(val):,} classes, such as {min(val)}, is "
+            f"in train, whose first is {min(train)}: give train's own"
+        )
+
+
 def offer_of(names: Sequence[str], *, begun: bool = False) -> str:
     """What to say of the images `names` without a class; `begun`: there is a build with other settings."""
     offer = offer_to_rename(lookalikes(names))

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.build.assign import assign, load_rows
+from data_prep.build.assign import IN_VAL, assign, load_rows
 from data_prep.build.gather import ShardTask, write_shard
 from data_prep.build.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
 from data_prep.build.output import BuildResult, Output
@@ -102,7 +102,8 @@ def build_shards(
             exclude=exclude,
         )
         if not len(assignment.order["train"]):
-            raise SourceError(f"no usable training images in {sources[0].path}: {output.first_reject(names)}")
+            why = _why_no_train(rows, assignment) or output.first_reject(names)
+            raise SourceError(f"no usable training images in {sources[0].path}: {why}")
         assignment.notes[:0] = notes
         # A tar tells only when it has been read whether it has a folder val/.
         has_val = bool(settings.val_per_class) or bool(np.any(rows.split == VAL))
@@ -244,6 +245,19 @@ def _write_shards(
         )
         for split in sorted(splits)
     }
+
+
+def _why_no_train(rows: Rows, assignment: Assignment) -> str:
+    """Where usable images are all left out; else ''."""
+    usable = (rows.offset >= 0) & (rows.split == TRAIN)
+    if not np.any(usable):
+        return ""
+    if np.all(assignment.left_out[usable] == IN_VAL):
+        return (
+            f"all {int(usable.sum()):,} have the same bytes as a validation image: give other images as one of the two "
+            "sources (--duplicates keep leaves them in both)"
+        )
+    return f"all {int(usable.sum()):,} are left out by --exclude, as copies, or as copies of validation images"
 
 
 def _why_no_val(sources: list[Source], output: Output, names: list[str], rows: Rows, known: set[str]) -> str:

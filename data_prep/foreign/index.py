@@ -58,6 +58,8 @@ def index_tars(task: Indexing, *, replace: bool = False) -> Manifest:
     """
     if task.classes is not None and len(set(task.classes)) < len(task.classes):
         raise ForeignError("--classes lists a WordNet id twice: give each class once")
+    if task.folder.is_local and not Path(task.folder.url).exists():
+        raise ForeignError(f"{task.folder.url} does not exist: check the path")
     sizes = task.folder.sizes()
     tars = _split_tars(task.folder, sizes, task.splits)
     names = [name for found in tars.values() for name in found]

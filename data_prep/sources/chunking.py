@@ -103,6 +103,10 @@ class Source:
         """Names of the folders of its splits, where listing tells them."""
         return []
 
+    def known_classes(self, split: str) -> set[str]:
+        """Classes of a split, as far as a listing or the labels tell; empty where only reading does."""
+        return set()
+
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
         """Of a seekable source: its parts in order, none longer than `max_bytes` where that can be."""
         raise NotImplementedError

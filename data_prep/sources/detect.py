@@ -89,10 +89,8 @@ def _is_folder(path: str) -> bool:
     system, inner = file_system(path)
     try:
         return bool(system.info(inner)["type"] == "directory")
-    except FileNotFoundError:
-        raise SourceError(f"source {path} does not exist: check the path") from None
     except Exception as error:  # each remote file system has its own
-        raise unreachable(path, error) from None
+        raise unreachable(f"source {path}", error) from None
 
 
 def _needed(path: str, labels: Labels | None) -> ValLabels:

@@ -162,5 +162,8 @@ class ValTar(FileArchive):
         super().__init__(path, "val")
         self.labels = labels
 
+    def known_classes(self, split: str) -> set[str]:
+        return self.labels.classes if self.labels is not None and split == "val" else set()
+
     def place(self, member: Member) -> Place:
         return self._labelled(member, "val")

@@ -126,6 +126,9 @@ class FolderOfTars(FolderSource):
     def _files_in_classes(self) -> int:
         return 0  # only reading tells
 
+    def known_classes(self, split: str) -> set[str]:
+        return {wnid for entry in self._entries if (wnid := self._class_of(entry))} if split == self.split else set()
+
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
         for piece in self._whole():
             if piece.kind == "tar" and piece.length > max_bytes and compression_of(piece.path) is None:
@@ -180,6 +183,10 @@ class ClassFolders(FolderSource):
             else:
                 classes.append((self._join(root, entry.name) if root else self._join(entry.name), wnid))
         return classes, others
+
+    def known_classes(self, split: str) -> set[str]:
+        roots = [root for root, of, left_out in self.roots() if of == split and not left_out]
+        return {wnid for root in roots for _, wnid in self._listed(root)[0]}
 
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
         for root, split, left_out in self.roots():

@@ -95,6 +95,10 @@ class SplitFolders(ClassFolders):
             for split, name in self._folders
         ]
 
+    def known_classes(self, split: str) -> set[str]:
+        labelled = self.labels.classes if self.labels is not None and split == "val" else set()
+        return super().known_classes(split) | labelled
+
     def split_folders(self) -> list[str]:
         return [name for _, name in self._folders]
 
@@ -123,6 +127,9 @@ class ValFolder(FolderSource):
                 yield self._stray(entry)
             else:
                 yield Piece(self._join(entry.name), 0, entry.size, "file", wnid, name, self.split)
+
+    def known_classes(self, split: str) -> set[str]:
+        return self.labels.classes if split == "val" else set()
 
     def outside_pieces(self) -> Iterator[Piece]:
         return (piece for piece in self.pieces(0, 0) if piece.kind == "stray")

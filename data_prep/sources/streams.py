@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, Self
 
-from data_prep.storage import DataPrepError, StorageError, file_system, is_url, open_binary
+from data_prep.storage import DataPrepError, StorageError, behind, file_system, is_url, open_binary
 
 LOCAL_BUFFER_BYTES = 1 << 18
 JUMP_BUFFER_BYTES = 1 << 12
@@ -62,8 +62,9 @@ class Reader:
         self.close()
 
 
-def unreachable(path: str, error: Exception) -> SourceError:
+def unreachable(path: str, error: BaseException) -> SourceError:
     """The error for a file that cannot be opened or fetched."""
+    error = behind(error)
     if isinstance(error, FileNotFoundError):
         return SourceError(f"{path} does not exist: check the path")
     if isinstance(error, PermissionError):

@@ -23,7 +23,7 @@ from data_prep.beton.sample import BetonSettings, plan_sample, store_sample
 from data_prep.beton.write import rows_that_differ
 from data_prep.images.pixels import FORMATS, is_cut_short
 from data_prep.manifest import ManifestError, ShardEntry, ShardIndex, index_path
-from data_prep.storage import Folder
+from data_prep.storage import Folder, StorageError
 from data_prep.verify.problems import Problem, Problems, check_file, local_copy
 
 READ_BYTES = 8 << 20
@@ -96,7 +96,7 @@ def check_shard(task: ShardTask) -> ShardResult:
                     _count_index(task, index, result)
                 elif not task.foreign:
                     _check_samples(task, path, index, problems, result)
-        except OSError as error:
+        except (OSError, StorageError) as error:
             problems.add(name, f"cannot be read: {error}")
     result.problems = problems.listed()
     return result

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import http.server
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from data_prep.__main__ import COMMANDS, build_parser, main
 from data_prep.manifest import Manifest, dataset_folder
+from data_prep.storage import Folder, StorageError, user_path
 from tests.support.archives import archive, shard
 from tests.support.read_only import run_beside
 
@@ -91,3 +95,73 @@ def test_a_data_set_on_a_read_only_place_is_read(datasets: Any) -> None:
     done = run_beside(datasets.in22k, "data_prep", "duplicates", str(datasets.in22k), "--within", "--workers", "1")
     assert done.returncode == 1
     assert "say with --output" in done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_path_is_given_twice(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse would take the last one, and drop the first without a word."""
+    for action in options(name):
+        if action.option_strings and action.type is user_path and action.nargs is None:
+            option = action.option_strings[0]
+            with pytest.raises(SystemExit) as ended:
+                main([name, option, "a", option, "a"])
+            assert ended.value.code == 2
+            assert f"{option} is given twice" in capsys.readouterr().err
+
+
+def test_places_that_are_not_what_they_should_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = archive(tmp_path / "s.tar", count=1)
+    for arguments, said in (
+        (("index", str(file)), "s.tar is a file: give the folder"),
+        (("index", str(tmp_path / "gone")), "gone does not exist: check the path"),
+        (("verify", str(file)), "s.tar is a file, and no folder"),
+    ):
+        assert main(arguments) == 1
+        assert said in "".join(capsys.readouterr())
+
+
+class _Fails(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(int(self.path.split("/")[1]))
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_servers_that_refuse_or_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is told by what it said; only what is missing does not exist."""
+    out = str(tmp_path / "out")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Fails) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{server.server_port}"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            nobody = f"http://127.0.0.1:{free.getsockname()[1]}"
+        shards = [(f"{at}/{code}/x.tar", str(code)) for code in (403, 500)]
+        for url, said in (*shards, (f"{at}/404/x.tar", "does not exist"), (f"{nobody}/x.tar", "Cannot connect")):
+            assert main(["shard", "--source", url, "--output", out]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert said in line, line
+            assert url in line, line
+            assert ("does not exist" in line) == ("/404/" in url), line
+        for url, said in ((f"{at}/403/x", "403"), (f"{at}/500/x", "500"), (f"{nobody}/x", "Cannot connect")):
+            assert main(["index", url]) == 1
+            (line,) = capsys.readouterr().err.splitlines()
+            assert said in line, line
+            assert url in line, line
+        server.shutdown()
+
+
+def test_a_store_without_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a store of its own exceptions, which are no OSErrors."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("Unable to locate\ncredentials")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.info", refuse)
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFileSystem.ls", refuse)
+    for ask in (lambda folder: folder.sizes(), lambda folder: folder.exists("x")):
+        with pytest.raises(StorageError, match=r"memory://a\S* cannot be read \(Unable to locate credentials\)"):
+            ask(Folder("memory://a"))

@@ -231,3 +231,21 @@ def test_a_split_beside_classes_is_no_loss(tmp_path, capsys):
     for command in (lambda: shard(source, tmp_path / "out"), lambda: plan(source)):
         assert command() == 1
         says(capsys.readouterr().err.splitlines()[-1], "s/val holds class folders", "--val-source")
+
+
+def test_validation_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
+    """Train's own place, or labels of other classes."""
+    folders = write_tree(tmp_path / "s", classes(A, B))
+    tars = write_tree(tmp_path / "t", as_tars(classes(A, B)))
+    val = write_tree(tmp_path / "v", {f"{i}.JPEG": d for i, d in enumerate(class_images(C, 2).values())})
+    labels = write(tmp_path / "labels.txt", f"0.JPEG {C}\n1.JPEG {C}\n".encode())
+    copied = shutil.copytree(folders, tmp_path / "copy")
+    assert shard(folders, tmp_path / "out", "--val-source", str(copied)) == 1
+    says(capsys.readouterr().err, "all 16 have the same bytes as a validation image")
+    monkeypatch.setattr("data_prep.build.shards._ingest", None)
+    (tmp_path / "link").symlink_to(folders)
+    assert shard(folders, tmp_path / "out2", "--val-source", str(tmp_path / "link")) == 1
+    says(capsys.readouterr().err, "--val-source and --source are both")
+    for source in (folders, tars):
+        assert shard(source, tmp_path / "out2", "--val-source", str(val), "--val-labels", str(labels)) == 1
+        says(capsys.readouterr().err, f"none of its 1 classes, such as {C}, is in train, whose first is {A}")
