@@ -21,10 +21,13 @@ from data_prep.credentials import without_credentials
 from data_prep.foreign.tar import ForeignError, Scan, is_indexed, scan_tar, tars_elsewhere
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, dataset_folder, index_path
 from data_prep.progress import Progress
+from data_prep.sources.layout import is_hidden
+from data_prep.sources.listing import list_folder
 from data_prep.storage import Folder, refuse_unwritable
 from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, BusyError, sole_writer
 
 DEFAULT_SPLITS = {"train": ["train*.tar"], "val": ["val*.tar"]}
+FOLDERS_LOOKED_INTO = 10
 LOCAL_THREADS, REMOTE_THREADS = 4, 16  # one stream of an object store gives 50 to 100 MB/s; each takes 8 MB here
 
 
@@ -195,10 +198,21 @@ def _split_tars(folder: Folder, names: Iterable[str], splits: Mapping[str, Seque
     if twice:
         raise ForeignError(f"{folder.join(twice[0])} belongs to two splits: give --split patterns that keep them apart")
     if not found:
+        inside = [] if tars else _folders_of_tars(folder)
+        if inside:
+            raise ForeignError(
+                f"{folder.url} has no tar, they lie in {', '.join(f'{name}/' for name in inside)}: a data set is one "
+                "folder: move or link them into one, by names such as train-000000.tar and val-000000.tar"
+            )
         there = f"its tars are {tars[0]}, ..." if tars else "it holds no .tar (compressed ones have to be unpacked)"
         asked = ", ".join(f"{split}={glob}" for split, globs in splits.items() for glob in globs)
         raise ForeignError(f"{folder.url} has no tar of {asked}; {there}: say which are which with --split train=GLOB")
     return found
+
+
+def _folders_of_tars(folder: Folder) -> list[str]:
+    names = [entry.name for entry in list_folder(folder.url) if entry.kind == "folder" and not is_hidden(entry.name)]
+    return [name for name in names[:FOLDERS_LOOKED_INTO] if folder.folder(name).names("*.tar")]
 
 
 def _write(folder: Folder, name: str, data: bytes) -> None:

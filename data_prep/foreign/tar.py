@@ -95,6 +95,9 @@ class Scan:
             )
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
+            if self.wnid[row] < 0:
+                numbers = self.number[self.wnid < 0]
+                problem = problem if classes is None else _why_not_listed(numbers, len(classes))
             has = self.wnids[self.wnid[row]] if self.wnid[row] >= 0 else f"class number {self.number[row]}"
             raise ForeignError(f"{tar}: sample {str(self.index.keys[row])!r} ({has}) {problem}")
         return found
@@ -118,6 +121,15 @@ class Scan:
             keys = np.char.decode(arrays["keys"], "ascii") if arrays["keys"].size else arrays["keys"]
             index = ShardIndex(keys, arrays["offsets"], arrays["sizes"], arrays["labels"])
             return cls(index, [w.decode() for w in arrays["wnids"].tolist()], arrays["wnid"], arrays["number"], about)
+
+
+def _why_not_listed(numbers: np.ndarray, classes: int) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    advice = "give the list it was made with"
+    if low >= 1 and high == classes:
+        advice = "do they begin with 1? Then give a list with one line more at its top, n00000000, for a class 0"
+    there = f"whose {classes:,} have the numbers 0 to {classes - 1}"
+    return f"is not in --classes, {there}; here are {low} to {high}: {advice}"
 
 
 def digest_of(classes: Sequence[str]) -> str:
@@ -190,6 +202,8 @@ def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable
         sample.wnid = sample.wnid or next(iter(WNID_IN_NAME.findall(key)), "")
     lacking = [(key, sample.lacks) for key, sample in samples.items() if sample.lacks]
     if lacking and not skip_unlabelled:
+        if len(lacking) == len(samples):
+            raise ForeignError(f"{folder.join(name)}: {_why_none(*lacking[0], samples[lacking[0][0]], len(samples))}")
         told = ", ".join(f"{key!r} ({lacks})" for key, lacks in lacking[:TOLD_SAMPLES])
         raise ForeignError(
             f"{folder.join(name)}: {len(lacking):,} of {len(samples):,} samples have no image or no class: {told}"
@@ -211,6 +225,16 @@ def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable
     wnid = np.array([at[sample.wnid] for sample in rows], np.int32)
     number = np.array([sample.number for sample in rows], np.int64)
     return Scan(index, wnids, wnid, number, {**about, "left_out": len(lacking)})
+
+
+def _why_none(key: str, lacks: str, sample: _Sample, samples: int) -> str:
+    """Of a tar in which no sample can be trained on, by one of them."""
+    files = sorted(sample.extensions)
+    told = f"{', '.join(files[:TOLD_SAMPLES])}{', ...' if len(files) > TOLD_SAMPLES else ''}"
+    rule = f"an image is .{', .'.join(IMAGES)}, a class is a number in .cls, or a WordNet id in the key or the .json"
+    if any("." in extension for extension in files):
+        rule = "a key ends at its first dot: write the tar again with names that have no other"
+    return f"none of its {samples:,} samples has an image and a class; {key!r} ({lacks}) holds {told}: {rule}"
 
 
 def _take(sample: _Sample, extension: str, member: Member, tar: Tar) -> None:

@@ -15,6 +15,7 @@ from data_prep.sources.chunking import Source
 from data_prep.sources.file_archives import TarOfClassFolders, ValTar
 from data_prep.sources.folders import ClassFolders, FolderOfTars
 from data_prep.sources.layout import (
+    base_name,
     class_of_name,
     clean_name,
     is_hidden,
@@ -29,7 +30,7 @@ from data_prep.sources.layout import (
 from data_prep.sources.listing import Entry, list_files, list_folder
 from data_prep.sources.refusal import MAX_STRAYS_BEFORE_CLASS
 from data_prep.sources.split_folders import SplitFolders, ValFolder
-from data_prep.sources.streams import SourceError, compression_of, open_reader, unreachable
+from data_prep.sources.streams import FileRange, SourceError, compression_of, open_reader, unreachable
 from data_prep.sources.tar import Member, Tar
 from data_prep.sources.val_labels import WHAT_TO_GIVE, ValLabels, load_val_labels, val_number
 from data_prep.storage import file_system, is_url
@@ -41,6 +42,8 @@ WHAT_SOURCES_ARE = (
     "give a tar of per-synset tars (n01440764.tar, ...), a folder of such tars, or a folder with one folder per class"
 )
 Labels = Callable[[], ValLabels]
+OTHER_ARCHIVES = {b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd", b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar"}
+LISTED_BELOW, LEVELS_BELOW = 20, 3  # where classes are looked for, when there are none at the top
 MAX_SCAN_BYTES = 64 << 20  # for a first header, before a file is taken for something else than a damaged tar
 
 
@@ -119,6 +122,10 @@ def _sniff(path: str, kind: str | None, labels: Labels | None, rename: bool) -> 
     strays: list[str] = []
     any_member = False
     first_gap: int | None = None
+    with FileRange(path, jumping=True) as file:
+        start = file.read(8)
+    if packed := next((name for magic, name in OTHER_ARCHIVES.items() if start.startswith(magic)), None):
+        raise SourceError(f"source {path} is a {packed} file, which cannot be read in place: unpack it first")
     with open_reader(path, compression_of(path), jumping=True) as reader:
         for entry in Tar(reader, max_scan_bytes=MAX_SCAN_BYTES):
             if not isinstance(entry, Member):
@@ -144,12 +151,21 @@ def _sniff(path: str, kind: str | None, labels: Labels | None, rename: bool) -> 
         return "ilsvrc-val", strays[0]
     offer = offer_to_rename(lookalikes(strays))
     hint = f": {offer}" if offer else ""
-    if not offer and (wnid := wnid_of_image(strays[0])):
+    if not offer and _is_webdataset(strays):
+        folder = path.rpartition("/")[0] or "."
+        hint = f": it is a WebDataset shard, which stays as it is: `python -m data_prep index {folder}`"
+    elif not offer and (wnid := wnid_of_image(strays[0])):
         hint = f": if it is the tar of one class, name it {wnid}.tar and give its folder"
     raise SourceError(
         f"{path} holds no per-synset tar (n01440764.tar, ...), folder of a class or ILSVRC validation image; "
         f"it holds {strays[0]}{hint}"
     )
+
+
+def _is_webdataset(names: list[str]) -> bool:
+    """Whether an image lies beside what a file of the same key says of it."""
+    told = {name.rpartition(".")[0] for name in names if name.endswith((".cls", ".json"))}
+    return any(is_lost_image(name, "no_class") and name.rpartition(".")[0] in told for name in names)
 
 
 def _kind_by_member(member: Member, rename: bool) -> str | None:
@@ -180,25 +196,61 @@ def _open_folder(path: str, split: str, kind: str | None, labels: Labels | None,
 def _kind_of_folder(path: str, labels: Labels | None, rename: bool) -> str:
     entries = [entry for entry in list_folder(path) if not is_hidden(entry.name)]
     found = _kind_by_entries(entries, rename)
+    _refuse_dangling(path, entries, rename)
     if found is not None:
         return found
     folders = [entry.name for entry in entries if entry.kind == "folder"]
     splits = [name for name in folders if split_of_folder(name) is not None]
     inside = {name: _kind_by_entries(list_folder(f"{path}/{name}"), rename) for name in (splits or folders[:3])}
+    for name in splits:
+        _refuse_dangling(f"{path}/{name}", list_folder(f"{path}/{name}"), rename)
     if splits and "class-folders" in inside.values():
         return "split-folders"
     if not entries:
         raise SourceError(f"source {path} is an empty folder: no images found")
     if labels is not None and any(is_lost_image(name, "no_class") for name, *_ in list_files(path)):
         return "ilsvrc-val"
+    if not folders and class_of_name(base_name(path), rename) and any(is_lost_image(e.name, "") for e in entries):
+        raise SourceError(f"source {path} is the folder of one class: give the folder that it lies in")
     there = [entry.name for entry in entries]
     there += [entry.name for name in splits for entry in list_folder(f"{path}/{name}")]
     offer = offer_to_rename(lookalikes(there))
     first = (folders or [entry.name for entry in entries])[:3]
     raise SourceError(
         f"source {path} holds no class named by a WordNet id, such as n01440764 or n01440764.tar; "
-        f"it holds {', '.join(first)}: {offer or f'rename the classes{_hint(path, entries, inside)}'}"
+        f"it holds {', '.join(first)}: {offer or _advice(path, entries, inside, rename)}"
     )
+
+
+def _refuse_dangling(path: str, entries: list[Entry], rename: bool) -> None:
+    links = [e.name for e in entries if e.kind == "link" and class_of_name(e.name.partition(".")[0], rename)]
+    if links:
+        raise SourceError(
+            f"source {path} holds {len(links):,} links of classes that lead nowhere, such as {links[0]}: point them to "
+            "what they stand for, or remove them"
+        )
+
+
+def _advice(path: str, entries: list[Entry], inside: dict[str, str | None], rename: bool) -> str:
+    hint = _hint(path, entries, inside)
+    if not hint and (below := _sources_below(path, rename)):
+        hint = f" (try --source {below})"
+    return f"rename the classes{hint}" if not hint else f"give the folder of the classes{hint}, or rename them"
+
+
+def _sources_below(path: str, rename: bool) -> str | None:
+    """The first folder some levels below that is a source."""
+    waiting, listed = [(path, 0)], 0
+    while waiting and listed < LISTED_BELOW:
+        place, level = waiting.pop(0)
+        listed += 1
+        entries = [entry for entry in list_folder(place) if not is_hidden(entry.name)]
+        if _kind_by_entries(entries, rename) in ("class-folders", "folder-of-tars"):
+            # Of a folder for a split, the one that has them all.
+            return os.path.dirname(place) if level and split_of_folder(base_name(place)) else place
+        if level < LEVELS_BELOW:
+            waiting += [(f"{place}/{entry.name}", level + 1) for entry in entries if entry.kind == "folder"]
+    return None
 
 
 def _hint(path: str, entries: list[Entry], inside: dict[str, str | None]) -> str:
@@ -207,6 +259,8 @@ def _hint(path: str, entries: list[Entry], inside: dict[str, str | None]) -> str
         return f" (try --source {path}/train --val-source {path}/val)"
     hint = next((f" (try --source {path}/{name})" for name, there in inside.items() if there), "")
     archive = next((entry.name for entry in entries if ".tar" in entry.name and entry.kind == "file"), None)
+    if sum(entry.name.endswith(".tar") for entry in entries) > 1 and not hint:
+        return f" (try --source {path}/{archive}; or, of WebDataset shards, `python -m data_prep index {path}`)"
     return f" (try --source {path}/{archive})" if not hint and archive is not None else hint
 
 

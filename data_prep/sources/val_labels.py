@@ -5,6 +5,7 @@ from Kaggle's LOC_val_solution.csv, or from a text file of one WordNet id per li
 from a text file of lines with an image's name and its WordNet id.
 """
 
+import codecs
 import csv
 import hashlib
 import io
@@ -112,7 +113,10 @@ def load_val_labels(path: str | Path) -> ValLabels:
             return ValLabels(_from_devkit_archive(Tar(reader), path), path)
         if compression is not None:
             raise SourceError(f"{path} is a compressed file, but no development kit: {WHAT_TO_GIVE}")
-        text = reader.read(MAX_FILE_BYTES).decode("utf-8-sig", "replace")
+        data = reader.read(MAX_FILE_BYTES)
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise SourceError(f"{path} is UTF-16: save it as UTF-8")
+    text = data.decode("utf-8-sig", "replace")
     return _from_text(text, path)
 
 
@@ -150,6 +154,8 @@ def _from_text(text: str, path: str) -> ValLabels:
         raise SourceError(f"{path} is empty: {WHAT_TO_GIVE}")
     if lines[0].replace(" ", "").lower().startswith("imageid,"):
         return ValLabels(_from_kaggle(lines, path), path)
+    header = len(lines) > 1 and _tells_class(lines[1]) and not any(char.isdigit() for char in lines[0])
+    lines = lines[header:]
     if all(line.split()[-1].isdigit() for line in lines) and not _PAIR.fullmatch(lines[0]):
         meta = None if is_url(path) else _find(Path(path).parent, META)
         if meta is not None and all(line.isdigit() for line in lines):
@@ -159,8 +165,8 @@ def _from_text(text: str, path: str) -> ValLabels:
             "give the development kit as a whole (ILSVRC2012_devkit_t12.tar.gz), whose meta.mat says what they mean"
         )
     if _PAIR.fullmatch(lines[0]):
-        return _from_pairs(lines, path)
-    for number, line in enumerate(lines, 1):
+        return _from_pairs(lines, path, 1 + header)
+    for number, line in enumerate(lines, 1 + header):
         if not SYNSET_PATTERN.fullmatch(line):
             raise SourceError(
                 f"{path} line {number} is {line[:40]!r}, not a WordNet id such as n01440764: {WHAT_TO_GIVE}"
@@ -168,9 +174,13 @@ def _from_text(text: str, path: str) -> ValLabels:
     return ValLabels(lines, path)
 
 
-def _from_pairs(lines: list[str], path: str) -> ValLabels:
+def _tells_class(line: str) -> bool:
+    return _PAIR.fullmatch(line) is not None or SYNSET_PATTERN.fullmatch(line) is not None
+
+
+def _from_pairs(lines: list[str], path: str, first: int) -> ValLabels:
     labels: dict[str, str] = {}
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, first):
         found = _PAIR.fullmatch(line)
         if found is None:
             raise SourceError(f"{path} line {number} is {line[:60]!r}, not an image's name and its WordNet id")

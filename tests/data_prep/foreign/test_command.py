@@ -203,3 +203,30 @@ def test_a_run_on_indexes_elsewhere(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in tars.iterdir()} == before
     shutil.rmtree(tmp_path / "runs")
     assert np.array_equal(Manifest.load(tmp_path / "at").split("train").class_counts, [8, 8])
+
+
+def test_what_is_said_of_tars_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(name: str, *options: str) -> str:
+        assert index(tmp_path / name, *options) == 1
+        return capsys.readouterr().err
+
+    for split in ("train", "val"):
+        (tmp_path / "inside" / split).mkdir(parents=True)
+        by_key(tmp_path / "inside" / split / "0.tar", (A,))
+    assert "they lie in train/, val/: " in refused("inside")
+    for name in ("dots", "text", "one-based"):
+        (tmp_path / name).mkdir()
+    write_tar(tmp_path / "dots" / "train.tar", [("v1.2.000.jpg", jpeg(1)), ("v1.2.000.cls", b"0")])
+    told = refused("dots")
+    assert "'v1' (no image) holds 2.000.cls, 2.000.jpg: a key ends at its first dot" in told
+    assert "--skip-unlabelled" not in told
+    write_tar(tmp_path / "text" / "train.tar", [("0.jpg", jpeg(1)), ("0.cls", b"tench")])
+    assert "'0' (no class) holds cls, jpg: an image is .jpg" in refused("text")
+    numbers(tmp_path / "one-based" / "train.tar", [1, 2])
+    classes = tmp_path / "classes.txt"
+    classes.write_text(f"{A}\n{B}\n")
+    told = refused("one-based", "--classes", str(classes))
+    assert "have the numbers 0 to 1; here are 1 to 2: do they begin with 1?" in told
+    assert "--others" not in told
+    classes.write_text(f"n00000000\n{A}\n{B}\n")
+    assert index(tmp_path / "one-based", "--classes", str(classes)) == 0

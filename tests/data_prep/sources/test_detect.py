@@ -17,7 +17,7 @@ import pytest
 from data_prep.build.ingest import name_hash
 from data_prep.sources import streams
 from data_prep.sources.chunking import Met
-from data_prep.sources.detect import KINDS, open_source
+from data_prep.sources.detect import KINDS, OTHER_ARCHIVES, open_source
 from data_prep.sources.items import Damage, Record, Stray
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
@@ -231,6 +231,25 @@ def test_messages(tmp_path):
     fails(tmp_path / "above", r"try --source .*above/data\)")
     write(tmp_path / "beside" / "winter21_whole.tar.gz", b"1")
     fails(tmp_path / "beside", r"try --source .*winter21_whole\.tar\.gz")
+    write(tmp_path / "deep" / "Data" / "LOC" / "train" / "n00000001" / "a.jpg", b"1")
+    fails(tmp_path / "deep", r"try --source .*deep/Data/LOC\)")
+    write(tmp_path / "tars" / "a" / "b" / "n00000001.tar", b"1")
+    fails(tmp_path / "tars", r"try --source .*tars/a/b\)")
+    write(tmp_path / "one" / "n00000001" / "a.jpg", b"1")
+    fails(tmp_path / "one" / "n00000001", "is the folder of one class: give the folder that it lies in")
+    (tmp_path / "links" / "train").mkdir(parents=True)
+    for folder in (tmp_path / "links", tmp_path / "links" / "train"):
+        (folder / "n00000001").symlink_to(tmp_path / "nowhere")
+        fails(folder, "1 links of classes that lead nowhere, such as n00000001")
+        (folder / "n00000002").mkdir()
+        fails(folder, "1 links of classes that lead nowhere, such as n00000001")
+        (folder / "n00000002").rmdir()
+    for magic, name in OTHER_ARCHIVES.items():
+        fails(write(tmp_path / f"x.{name}", magic + bytes(600)), f"is a {name} file.*unpack it first")
+    shard = tar_of({"a.jpg": b"1", "a.cls": b"1"})
+    fails(write(tmp_path / "wds" / "0.tar", shard), "`python -m data_prep index .*wds`")
+    write(tmp_path / "wds" / "1.tar", shard)
+    fails(tmp_path / "wds", "`python -m data_prep index .*wds`")
     fails(tmp_path / "set", f"take one of {', '.join(KINDS)}", kind="folders")
     fails(tmp_path / "set", "is a folder, but tar-of-tars is a file", kind="tar-of-tars")
     fails(tmp_path / "text.tar", "is a file, but class-folders is a folder", kind="class-folders")

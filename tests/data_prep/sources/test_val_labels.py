@@ -95,3 +95,16 @@ def test_labels_that_are_none(tmp_path, name, text, message):
         write(tmp_path / name, tar_of({"x": b""}))
     with pytest.raises(SourceError, match=message):
         load_val_labels(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "lines", ["filename,label\na.JPEG,n00000001\nb.JPEG,n00000002\n", "wnid\nn00000001\nn00000002\n"]
+)
+def test_a_header_is_no_label(tmp_path, lines):
+    assert load_val_labels(write(tmp_path / "l.csv", lines.encode("utf-8-sig"))).wnids == ["n00000001", "n00000002"]
+    with pytest.raises(SourceError, match="line 4 is 'what'"):
+        load_val_labels(write(tmp_path / "l.csv", f"{lines}what\n".encode()))
+    for encoding in ("utf-16", "utf-16-be"):
+        text = lines if encoding == "utf-16" else f"\ufeff{lines}"
+        with pytest.raises(SourceError, match="is UTF-16: save it as UTF-8"):
+            load_val_labels(write(tmp_path / "l.csv", text.encode(encoding)))
