@@ -57,18 +57,20 @@ def refuse_lost_split(source: "Source", names: Sequence[str]) -> None:
     """Raise SourceError where images lie in folders of classes that lie in a folder beside the splits, or in one for a
     split beside classes.
     """
+    splits = source.split_folders()
+    train = next((name for name in splits if split_of_folder(name) == "train"), "")
     for name in names:
-        way = way_to_class(name)
+        way = way_to_class(name, rename=True)
         if not way:
             continue
-        top, train = way[0], next((split for split in source.split_folders() if split_of_folder(split) == "train"), "")
-        if train and split_of_folder(way[-1]) is None:
+        top = f"{source.path}/{way[0]}"
+        if train and not any(split_of_folder(part) for part in way):
             raise SourceError(
-                f"{source.path}/{top} holds class folders, and is no split by its name: rename it to val, or give "
-                f"--source {source.path}/{train} --val-source {source.path}/{top}"
+                f"{top} holds class folders, and is no split by its name: rename it to val, or give "
+                f"--source {source.path}/{train} --val-source {top}"
             )
-        if split_of_folder(top) in ("train", "val"):
+        if not splits and split_of_folder(way[0]) in ("train", "val"):
             raise SourceError(
-                f"{source.path}/{top} holds class folders, and lies beside others: move it out of there, and give it "
-                "as a source of its own (--val-source)"
+                f"{top} holds class folders, and lies beside others: move it out of there, and give it as a source of "
+                "its own (--val-source)"
             )

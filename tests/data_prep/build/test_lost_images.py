@@ -231,6 +231,10 @@ def test_a_split_beside_classes_is_no_loss(tmp_path, capsys):
     for command in (lambda: shard(source, tmp_path / "out"), lambda: plan(source)):
         assert command() == 1
         says(capsys.readouterr().err.splitlines()[-1], "s/val holds class folders", "--val-source")
+    files = {f"train/{name}": data for name, data in classes(A, B, count=30).items()}
+    files |= {f"train/more/{A}/x{n}": d for n, d in class_images(C, 1).items()}
+    assert shard(write_tree(tmp_path / "in-train", files), tmp_path / "out") == 0  # told as lost
+    says(capsys.readouterr().out, "1 images", f"lie in no class, such as train/more/{A}/x")
 
 
 def test_validation_that_cannot_be_is_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
