@@ -158,6 +158,8 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
     from data_prep.build.lost import refuse_other_classes
     from data_prep.sources.detect import open_source
 
+    if args.val_source is not None and args.val_per_class:
+        raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
     if args.val_source is not None and _same_place(args.source, args.val_source):
         raise DataPrepError(f"--val-source and --source are both {args.source}: give images of their own")
     rename, labels = args.rename_classes, args.val_labels
@@ -173,8 +175,6 @@ def sources_of(args: argparse.Namespace) -> "list[Source]":
             raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-per-class")
         refuse_other_classes(train, train.known_classes("val"), train.known_classes("train"))
         return [train]
-    if args.val_per_class:
-        raise DataPrepError("--val-source and --val-per-class exclude each other: both make the split 'val'")
     if "val" in train.splits:
         raise DataPrepError(f"{args.source} has a validation split of its own: leave out --val-source")
     val = open_source(place(args.val_source, "--val-source"), split="val", labels=labels, rename=rename)
