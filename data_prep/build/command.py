@@ -34,8 +34,8 @@ Sources, none of which is unpacked to disk, local or behind a URL (s3://bucket/w
                             ILSVRC2012_img_train.tar
   folder-of-tars            the same tars in a folder
   class-folders             one folder per class (ImageFolder)
-  split-folders             train/ and val/ of class folders, also as imagenet21k_train, imagenet21k_val (21K-P); a
-                            flat val/ with --val-labels
+  split-folders             train/ and val/ (training/, valid/, validation/) of class folders, also as
+                            imagenet21k_train, imagenet21k_val (21K-P); a flat val/ with --val-labels
   tar-of-class-folders      any of these trees in one tar: imagenet21k_resized.tar.gz
   ilsvrc-val                ILSVRC2012_img_val.tar, flat, with --val-labels ILSVRC2012_devkit_t12.tar.gz
 Classes are named by WordNet id; --rename-classes finds it in n01491361_great_white_shark. What a
