@@ -131,7 +131,7 @@ def test_numbers_need_classes(tmp_path: Path, extension: str, capsys: pytest.Cap
     classes = tmp_path / "classes.txt"
     classes.write_text(f"{C}\n{A}\n")
     assert index(tmp_path, "--classes", str(classes)) == 1
-    assert "none of the 2 of --classes" in capsys.readouterr().err
+    assert "is not in --classes, whose 2 have the numbers 0 to 1" in capsys.readouterr().err
     assert not (tmp_path / "dataset.json").exists()
     classes.write_text(f"{C}\n{A}\n{B}\n")
     assert index(tmp_path, "--classes", str(classes)) == 0
