@@ -28,6 +28,9 @@ else:
 """
 
 
+UNDER_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # `make test` hands them on, and a make in it would say so
+
+
 class Checkout:
     """The folder, and its host."""
 
@@ -50,7 +53,11 @@ class Checkout:
             (root / "data" / name / "dataset.json").touch()
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        ours = {n: v for n, v in os.environ.items() if n not in (*OURS, "CUDA_VISIBLE_DEVICES", "VENV", "CONFIG")}
+        ours = {
+            n: v
+            for n, v in os.environ.items()
+            if n not in (*OURS, *UNDER_MAKE, "CUDA_VISIBLE_DEVICES", "VENV", "CONFIG")
+        }
         return subprocess.run(
             command,
             cwd=self.root,

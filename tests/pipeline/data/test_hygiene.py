@@ -102,10 +102,7 @@ def test_a_split_smaller_than_a_batch(datasets: Datasets, tmp_path: Path) -> Non
     arguments = small_run(datasets, tmp_path, "train.global_batch=128", "train.micro_batch=64")
     done = run_module("pipeline", *arguments, "--check")
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        "error: ValueError: 96 training samples do not fill one global batch of 128; lower train.global_batch "
-        "(--debug shows where)\n"
-    )
+    assert done.stderr == ("error: 96 training samples do not fill one global batch of 128; lower train.global_batch\n")
 
 
 def test_more_ranks_than_shards_and_samples_per_step(datasets: Datasets) -> None:
