@@ -104,7 +104,7 @@ class Source:
 
 
 def find_source(init: Init) -> Source:
-    """What `init.checkpoint` names, checked to exist. Raises CheckpointError, and LabelError for `init.label_space`."""
+    """What `init.checkpoint` names, checked to exist. Raises CheckpointError, for `init.label_space` too."""
     assert init.checkpoint is not None
     path = locate(init.checkpoint)
     if path.is_file() and not (path.parent / META_FILE).exists():

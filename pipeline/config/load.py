@@ -112,13 +112,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"no configuration file {path}; in {path.parent.absolute()}: {', '.join(known)}") from None
     except IsADirectoryError:
         own = path / "config.yaml"
-        hint = (
-            f"; that run's is {own}"
-            if own.exists()
-            else f", such as those in {path}"
-            if any(path.glob("*.yaml"))
-            else ""
-        )
+        hint = f"; that run's is {own}" if own.exists() else ""
         raise ConfigError(f"{path} is a folder: name a YAML file{hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read configuration file {path}: {error}") from None

@@ -17,8 +17,7 @@ from pipeline.config.load import Config
 from pipeline.config.sections import Guard
 from pipeline.data.order import validation_samples
 from pipeline.ranks.log_file import say
-from pipeline.records.address import is_default, tracking_uri
-from pipeline.records.review_address import review_base
+from pipeline.records.address import database_file, is_default, tracking_uri
 
 
 def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> None:
@@ -34,7 +33,7 @@ def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> 
     table.add_row("checkpoint", summary["checkpoint"])
     table.add_row("log", str(config.run_dir / "log.jsonl"))
     table.add_row("MLflow run", summary["mlflow_run_id"] or "not reached")
-    review = "make review" if is_default(config) else f"the runs at {without_credentials(tracking_uri(config))}"
+    review = _review(config)
     if summary["stage"] == "finetune":
         table.add_row("next", review)
     elif config.name == "demo-pretrain":
@@ -43,7 +42,16 @@ def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> 
         table.add_row("next", f'make finetune CONFIG=... ARGS="init.checkpoint={config.run_dir}"    then: {review}')
     _show(table, 100)
     if page is not None:  # apart from the table, which would break the line
-        say(f"MLflow{' (after `make review`)' if page.startswith(review_base()) else ''}: {page}", sys.stdout)
+        first = "" if database_file(tracking_uri(config)) is None else f" (after `{_review(config)}`)"
+        say(f"MLflow{first}: {page}", sys.stdout)
+
+
+def _review(config: Config) -> str:
+    """What shows the run: a command for a database file, else where MLflow is."""
+    uri = tracking_uri(config)
+    if database_file(uri) is None:
+        return f"the runs at {without_credentials(uri)}"
+    return "make review" if is_default(config) else f"make review RUN={config.run_dir}"
 
 
 def print_plan(
