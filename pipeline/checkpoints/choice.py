@@ -20,9 +20,12 @@ from pipeline.config.sections import Init
 # has to be able to go on under another one.
 _FREE_KEYS = re.compile(
     r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
+    r"|data\.stream_(val|classes|samples_per_epoch|cache)"  # what they say of the set, its dataset_id says too
     r"|train\.(micro_batch|zero_stage|precision)"
     r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
 )
+# Keys that configurations of before did not have, as what they were taken for.
+_FORMER = {"data.reader": "indexed", "data.stream_shuffle_samples": 1000}
 _LABEL_WORDS = ("checkpoint", "none", "published-22k")
 
 
@@ -70,6 +73,8 @@ def _set_aside(path: Path) -> None:
 def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
     changes = differing_keys(meta.config, config.model_dump(mode="json"))
     changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
+    changes = {key: (_FORMER.get(key) if old is None else old, new) for key, (old, new) in changes.items()}
+    changes = {key: (old, new) for key, (old, new) in changes.items() if old != new}
     if meta.dataset_id != dataset_id:
         changes["data.path (dataset_id)"] = (meta.dataset_id[:12], dataset_id[:12])
     if changes:

@@ -25,3 +25,9 @@ Count = Annotated[int, Field(ge=1)]
 LocalPath = Annotated[Path, AfterValidator(_at_home)]
 LocalText = Annotated[str, Field(min_length=1), AfterValidator(_at_home)]  # a path, among other things
 DatasetPath = Annotated[LocalText, AfterValidator(dataset_folder)]
+StreamPath = Annotated[str, Field(min_length=1)]
+
+
+def is_stream_of_urls(path: str) -> bool:
+    """Whether a path names shards one by one, as the webdataset library does, and not the folder they lie in."""
+    return path.startswith("pipe:") or "::" in path or "{" in path or path.endswith((".tar", ".tar.gz", ".tgz"))

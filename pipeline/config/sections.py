@@ -17,7 +17,16 @@ from pydantic import (
 )
 
 from data_prep.credentials import without_credentials
-from pipeline.config.fields import Count, DatasetPath, Fraction, LocalPath, LocalText, Positive
+from pipeline.config.fields import (
+    Count,
+    DatasetPath,
+    Fraction,
+    LocalPath,
+    LocalText,
+    Positive,
+    StreamPath,
+    is_stream_of_urls,
+)
 
 
 class ConfigError(ValueError):
@@ -37,6 +46,29 @@ class Data(Section):
         "WebDataset tars indexed by `python -m data_prep index`"
     )
     format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
+    reader: Literal["indexed", "stream"] = Field(
+        default="indexed",
+        description="of webdataset shards. indexed: each sample by a seek, exactly shuffled; stream: from end to end "
+        "by the webdataset library, for tars that cannot be indexed or sought in: path is then a folder, or "
+        "webdataset's URLs, as pipe:aws s3 cp s3://bucket/in22k-{000000..001419}.tar -",
+    )
+    stream_val: StreamPath | None = Field(
+        default=None, description="with stream, where path is not a folder: URLs of the validation shards; null: none"
+    )
+    stream_classes: LocalText | None = Field(
+        default=None,
+        description="with stream: WordNet ids in the order of the class numbers, as init.label_space takes them: "
+        "fall11, a text file, ...; null: the folder says them",
+    )
+    stream_samples_per_epoch: Count | None = Field(
+        default=None, description="with stream: training samples of an epoch; null: _info.json beside the shards says"
+    )
+    stream_shuffle_samples: Count = Field(
+        default=1000, description="with stream: samples of each lane that are shuffled, and held in memory, at a time"
+    )
+    stream_cache: bool = Field(
+        default=False, description="with stream: keep shards that are not local in cache_folder, up to cache_gb"
+    )
     resolution: Count = Field(description="side of the square input, pixels; a multiple of 32")
     resolution_by_epoch: dict[Annotated[int, Field(ge=0)], Count] | None = Field(
         description="progressive resolution, {0: 160, 30: 224}: from that epoch on; ends at data.resolution, at which "
@@ -70,7 +102,9 @@ class Data(Section):
         "reads whole pages ahead into its own memory; auto: os where the file fits into RAM",
     )
 
-    _no_credentials = field_serializer("path")(without_credentials)
+    @field_serializer("path", "stream_val")
+    def _no_credentials(self, path: str | None) -> str | None:
+        return path and without_credentials(path)
 
     @property
     def is_remote(self) -> bool:
@@ -100,6 +134,32 @@ class Data(Section):
         if stages is not None and (0 not in stages or stages[max(stages)] != self.resolution):
             raise ValueError(
                 f"data.resolution_by_epoch {stages} must begin at epoch 0 and end at data.resolution {self.resolution}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stream_keys_fit(self) -> Data:
+        streamed = self.reader == "stream"
+        if streamed and self.format == "ffcv":
+            raise ValueError("data.reader stream reads tars: set data.format=webdataset, or data.reader=indexed")
+        urls = is_stream_of_urls(self.path)
+        if urls and not streamed:
+            raise ValueError(
+                f"data.path {without_credentials(self.path)} is a list of shards: set data.reader=stream, or give the "
+                f"folder they lie in"
+            )
+        for key in ("stream_val", "stream_classes", "stream_samples_per_epoch"):
+            if not streamed and getattr(self, key) is not None:
+                raise ValueError(f"data.{key} is for data.reader=stream, which is {self.reader}: set one of the two")
+        if not urls and (self.stream_val is not None or self.stream_samples_per_epoch is not None):
+            raise ValueError(
+                "data.stream_val and data.stream_samples_per_epoch are for URLs of shards in data.path: a folder says "
+                "itself what is in it; set both to null"
+            )
+        if urls and self.stream_classes is None:
+            raise ValueError(
+                "data.stream_classes is needed where data.path is a list of shards: a file with a WordNet id a line in "
+                "the order of the class numbers, or a name of `python -m data_prep labels --list`"
             )
         return self
 

@@ -33,6 +33,7 @@ from pipeline.data.loader import training_batches
 from pipeline.data.order import training_order
 from pipeline.data.ring import PREFETCHED_BATCHES
 from pipeline.data.shards import DataError
+from pipeline.data.stream.manifest import load_manifest
 from pipeline.ranks.collectives import Ranks
 
 _INDEXES = 32  # of so many shards the images' sizes are looked up
@@ -93,7 +94,7 @@ def run(
         raise ConfigError("--seconds, --ranks-per-node, --nodes and --need have to be above 0")
     needed = need if of_run is None else _needed_by(of_run) / nodes
     config.train.accumulation_steps(nodes * ranks_per_node)
-    manifest = Manifest.load(config.data.path)
+    manifest = load_manifest(config.data, count_val=False)
     training_order(config, manifest)
     # As under the launchers: what torch does in a rank itself takes one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -119,7 +120,8 @@ def _needed_by(run_folder: Path) -> float:
 
 def _table(config: Config, speed: HostSpeed, of_run: Path | None) -> Table:
     ranks, data = speed.ranks, config.data
-    how = f"{data.format}, augment.where {config.augment.where}, workers_per_rank {data.workers_per_rank}"
+    which = f"{data.format}{', streamed' if data.reader == 'stream' else ''}"
+    how = f"{which}, augment.where {config.augment.where}, workers_per_rank {data.workers_per_rank}"
     table = Table(title=f"loader of {config.name}: {how}, {data.resolution} px", show_header=False)
     seconds = statistics.mean(rank.seconds for rank in ranks)
     table.add_row("measured", f"{len(ranks)} rank(s), {seconds:.1f} s, {sum(rank.images for rank in ranks):,} images")
@@ -127,7 +129,8 @@ def _table(config: Config, speed: HostSpeed, of_run: Path | None) -> Table:
     table.add_row("images/s, one core", f"{speed.images_per_cpu_second:,.1f} (images per CPU-second)")
     table.add_row("images/s, all cores", f"{speed.images_per_second_at_best:,.1f}, extrapolated to {speed.cores} cores")
     table.add_row("CPU time of an image", f"{1000 / speed.images_per_cpu_second:.3f} ms")
-    table.add_row("bytes of an image", f"{statistics.mean(rank.bytes_per_image for rank in ranks) / 1e3:,.1f} kB")
+    size = statistics.mean(rank.bytes_per_image for rank in ranks)
+    table.add_row("bytes of an image", "not known of a stream" if math.isnan(size) else f"{size / 1e3:,.1f} kB")
     table.add_row("first batch after", f"{max(rank.first_batch_seconds for rank in ranks):.1f} s")
     memory = sum(rank.memory_bytes for rank in ranks) / 1e9
     table.add_row("memory", f"{memory:.2f} GB, {memory / len(ranks):.2f} a rank (libraries and mapped files count)")
@@ -159,6 +162,8 @@ def advice(config: Config, speed: HostSpeed) -> list[str]:
         return found or ["nothing here: other programs keep the cores busy; end them and measure again"]
     if config.augment.where == "host":
         found.append("augment.where=device: a third to a fifth of the host's work is left, the GPU does the rest")
+    elif data.reader == "stream":
+        found.append("data.reader=indexed, where the shards can be indexed: tars are parsed once, not in every epoch")
     elif data.format == "ffcv":
         found.append("data.format=webdataset: of JPEG files 1.7 times as fast as FFCV")
     elif not data.is_remote:
@@ -236,7 +241,7 @@ def _rank(pipe: Any, parent: int, config: Config, rank: int, ranks: int, seconds
 
 
 def _run_rank(pipe: Any, config: Config, rank: int, ranks: int, seconds: float) -> None:
-    data, manifest = config.data, Manifest.load(config.data.path)
+    data, manifest = config.data, load_manifest(config.data, count_val=False)
     order = training_order(config, manifest)
     first_step = max(data.resolution_by_epoch or {0: 0}) * order.steps_per_epoch  # the largest images
     begun = time.monotonic()
@@ -269,6 +274,8 @@ def _bytes_per_image(config: Config, manifest: Manifest, samples: np.ndarray) ->
     split = manifest.split("train")
     if config.data.format == "ffcv":
         return split.betons[0].bytes / split.betons[0].samples
+    if config.data.reader == "stream":  # with all else that is in its tars
+        return sum(entry.bytes for entry in split.shards) / split.samples or math.nan
     ends = np.cumsum([entry.samples for entry in split.shards])
     shards = np.searchsorted(ends, samples, side="right")
     sizes = []

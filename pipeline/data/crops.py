@@ -7,7 +7,7 @@ place in the batch, which lies in memory that the rank shares (ring.py).
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -45,7 +45,8 @@ class TrainingCrops(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        fetcher = ThreadPoolExecutor(self.ahead, thread_name_prefix="fetch") if self.views.reader.remote else None
+        threads = self.views.reader.fetch_threads
+        fetcher = None if threads is None else ThreadPoolExecutor(threads or self.ahead, thread_name_prefix="fetch")
         pending: deque[_Pending] = deque()
         steps = self.order.micro_batches(
             self.first_step, self.last_step, self.rank, self.ranks, self.config.train.micro_batch
@@ -80,8 +81,8 @@ class _Pending:
         self.area_min, self.flip, self.filter = augment.crop_area_min, augment.horizontal_flip, augment.interpolation
         self.side = source.config.data.resolution_at(micro.epoch)
         self.place = BatchPlace(source.ring, len(micro.samples), self.side)
-        self.fetched: Future[list[bytes | DataError]] | None = (
-            fetcher.submit(self.views.reader.encoded_many, micro.samples) if fetcher else None
+        self.fetched: Future[Sequence[bytes | DataError]] | None = (
+            fetcher.submit(self.views.reader.encoded_batch, micro) if fetcher else None
         )
         starts = range(0, len(micro.samples), _TASK_IMAGES)
         self.tasks = [pool.submit(self._make, start, min(start + _TASK_IMAGES, len(micro.samples))) for start in starts]
@@ -102,4 +103,5 @@ class _Pending:
             box = crop_box(*image_size(data), self.area_min, key)
             crop_resize(data, box, self.side, out, flipped(key, self.flip), self.filter)
 
-        return self.views.draw(sample, self.micro.epoch, self.keys[slot], data, render)
+        others = self.fetched.result() if self.fetched else None
+        return self.views.draw(sample, self.micro, self.keys[slot], data, render, others)

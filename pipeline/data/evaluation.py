@@ -19,6 +19,7 @@ from pipeline.data.augment import evaluation_transform
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.stream.reader import StreamReader
 from pipeline.data.views import Batch
 
 _AHEAD = 2  # batches under way
@@ -27,7 +28,7 @@ _AHEAD = 2  # batches under way
 class EvaluationImages(IterableDataset[Any]):
     """Given batches of sample ids, in that order, uint8. Yields a DataError in place of a bad one, and ends."""
 
-    def __init__(self, config: Config, reader: ShardReader, batches: Sequence[np.ndarray]) -> None:
+    def __init__(self, config: Config, reader: ShardReader | StreamReader, batches: Sequence[np.ndarray]) -> None:
         self.reader, self.batches = reader, batches
         self.threads, self.side = max(1, config.data.workers_per_rank), config.data.resolution
         self.transform = evaluation_transform(config.evaluate, self.side)
@@ -36,9 +37,9 @@ class EvaluationImages(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Batch | RingBatch | DataError]:
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        fetcher = ThreadPoolExecutor(_AHEAD, thread_name_prefix="fetch")
+        fetcher = ThreadPoolExecutor(self.reader.fetch_threads or _AHEAD, thread_name_prefix="fetch")
         pending: deque[tuple[np.ndarray, BatchPlace, Future[list[int]]]] = deque()
-        self.reader.ahead(range(len(self.reader.entries)))
+        self.reader.ahead(range(self.reader.shard_count))
         try:
             for samples in self.batches:
                 place = BatchPlace(self.ring, len(samples), self.side)
@@ -66,8 +67,8 @@ class EvaluationImages(IterableDataset[Any]):
         try:
             out[:] = np.asarray(self.transform(Image.fromarray(decode_rgb(data))))
         except DecodeError as error:
-            raise self.reader.damaged(sample, error) from None
-        return self.reader.label(sample)
+            raise self.reader.damaged(sample, error, data) from None
+        return self.reader.label_of(sample, data)
 
     def _finish(self, samples: np.ndarray, place: BatchPlace, made: Future[list[int]]) -> Batch | RingBatch:
         return place.batch(np.array([made.result(), samples, samples], np.int64))

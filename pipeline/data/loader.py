@@ -7,6 +7,9 @@ Both formats yield the same sample ids in the same batches. What works where:
     webdataset  device          threads of one process uint8 crops (crops.py); the rest runs on the device
     ffcv        either          FFCV's threads, in one uint8 crops; with host, timm on PIL follows in that process
 
+With data.reader=stream the tars are read by one process of each rank: the one that makes the crops, or one that hands
+the encoded images to the workers.
+
 Evaluation is by threads of one process throughout, and hands out uint8.
 """
 
@@ -22,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
@@ -34,6 +37,9 @@ from pipeline.data.evaluation import EvaluationImages
 from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.stream.manifest import streamed_set
+from pipeline.data.stream.reader import StreamReader
+from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import Batch, Drawn, Views, numbers_of
 from pipeline.ranks.collectives import Ranks
 
@@ -43,9 +49,17 @@ _OUTLIVE_SECONDS = 60  # a worker that got SIGTERM serves its rank for so long: 
 
 
 def training_batches(
-    config: Config, manifest: Manifest, order: SampleOrder, ranks: Ranks, first_step: int, last_step: int
+    config: Config,
+    manifest: Manifest,
+    order: SampleOrder,
+    ranks: Ranks,
+    first_step: int,
+    last_step: int,
+    lengths: ShardLengths | None = None,
 ) -> Iterator[Batch]:
     """Micro-batches of one rank for optimizer steps first_step .. last_step - 1, across epochs.
+
+    `lengths`: what the run has learned of shards of which nobody has counted the samples, see stream/route.py.
 
     Raises DataError when a sample cannot be read or the workers stop answering.
     """
@@ -53,27 +67,55 @@ def training_batches(
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "train")
         return _batches(TrainingBeton(path, config, order, *span), 1, batch_size=None)
-    views = Views(config, ShardReader(config.data, manifest, "train"))
+    reader: ShardReader | StreamReader
+    if config.data.reader == "stream":
+        found = streamed_set(config.data, manifest)
+        reader = StreamReader.training(config, found, order, *span[:2], last_step, lengths or ShardLengths())
+    else:
+        reader = ShardReader(config.data, manifest, "train")
+    views = Views(config, reader)
     workers = config.data.workers_per_rank
     if config.augment.where == "device":
         return _batches(TrainingCrops(config, views, order, *span), min(workers, 1), batch_size=None)
-    items = order.micro_batches(first_step, last_step, *span[:2], config.train.micro_batch)
+    items: Iterable[Any] = order.micro_batches(first_step, last_step, *span[:2], config.train.micro_batch)
+    if isinstance(reader, StreamReader):  # a stream has one reader: workers get their images from its process
+        items = _batches(_Streamed(reader, items), min(workers, 1), batch_size=None, pinned=False)
     return _batches(_TrainingImages(config, views, order, *span[:2]), workers, batch_sampler=items)
 
 
 def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iterator[Batch]:
-    """Every validation sample exactly once over all ranks: rank r takes samples r, r + R, r + 2R, ...
+    """Every validation sample exactly once over all ranks: rank r takes samples r, r + R, r + 2R, ..., or the r-th of
+    R parts of a stream.
 
     Images are uint8. Ranks may yield different numbers of batches: hold no collective inside the loop over them.
     A sample that does not decode raises DataError whatever data.on_bad_sample says: accuracy is that of the whole set.
     """
-    mine = np.arange(ranks.rank, manifest.split("val").samples, ranks.count)
+    samples = manifest.split("val").samples
+    mine = np.arange(ranks.rank, samples, ranks.count)
+    if config.data.reader == "stream":  # a part without gaps: others' shards need not be read
+        mine = np.arange(ranks.rank * samples // ranks.count, (ranks.rank + 1) * samples // ranks.count)
     batches = [mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)]
     if config.data.format == "ffcv":
         path = beton_path(config.data.path, manifest, "val")
         return _batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
-    reader = ShardReader(config.data, manifest, "val")
+    reader: ShardReader | StreamReader
+    if config.data.reader == "stream":
+        begin, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
+        reader = StreamReader.evaluation(config, streamed_set(config.data, manifest), begin, end)
+    else:
+        reader = ShardReader(config.data, manifest, "val")
     return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
+
+
+class _Streamed(IterableDataset[Any]):
+    """(micro-batch, the data of its images): what one process reads for the workers of a rank."""
+
+    def __init__(self, reader: StreamReader, micros: Iterable[MicroBatch]) -> None:
+        self.reader, self.micros = reader, micros
+
+    def __iter__(self) -> Iterator[tuple[MicroBatch, Sequence[bytes | DataError]]]:
+        for micro in self.micros:
+            yield micro, self.reader.encoded_batch(micro)
 
 
 class _TrainingImages(Dataset[Any]):
@@ -87,10 +129,13 @@ class _TrainingImages(Dataset[Any]):
         self.ring = Ring(config.train.micro_batch * bytes_per_image, workers=workers) if workers else None
         self.augment = lru_cache(maxsize=2)(lambda side: HostAugment(config.augment, side))
 
-    def __getitems__(self, micro: MicroBatch) -> Batch | RingBatch | DataError | RingClosed:
+    def __getitems__(
+        self, asked: MicroBatch | tuple[MicroBatch, Sequence[bytes | DataError]]
+    ) -> Batch | RingBatch | DataError | RingClosed:
         reader = self.reader
         drawn: list[Drawn] = []
-        if micro.step >= self.ahead_of:
+        micro, streamed = (asked, None) if isinstance(asked, MicroBatch) else asked
+        if streamed is None and micro.step >= self.ahead_of:
             reader.ahead(self.order.shards_ahead(micro.step, self.rank, self.ranks))
             self.ahead_of = micro.step + 16
         side = self.config.data.resolution_at(micro.epoch)
@@ -101,9 +146,9 @@ class _TrainingImages(Dataset[Any]):
 
         try:
             place = BatchPlace(self.ring, len(micro.samples), side, "float32")
-            columns = (micro.samples.tolist(), self.views.keys(micro), reader.encoded_many(micro.samples))
-            for sample, key, data in zip(*columns, strict=True):
-                drawn.append(self.views.draw(sample, micro.epoch, key, data, render))
+            encoded = reader.encoded_batch(micro) if streamed is None else streamed
+            for sample, key, data in zip(micro.samples.tolist(), self.views.keys(micro), encoded, strict=True):
+                drawn.append(self.views.draw(sample, micro, key, data, render, encoded))
         except (DataError, RingClosed) as error:
             return error
         return place.batch(*numbers_of(drawn, micro.views))
@@ -143,7 +188,8 @@ def _batches(
     workers: int,
     batch_size: int | None = 1,
     batch_sampler: Iterable[Any] | Sequence[Any] | None = None,
-) -> Iterator[Batch]:
+    pinned: bool = True,
+) -> Iterator[Any]:
     # The omp layer of numba, which FFCV compiles with, does not survive a fork; read when numba is first imported.
     os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     options: dict[str, Any] = {"batch_size": batch_size}
@@ -153,7 +199,8 @@ def _batches(
         options |= {"prefetch_factor": PREFETCHED_BATCHES, "timeout": _SILENT_SECONDS}
         options["worker_init_fn"] = partial(_start_worker, os.getpid())
         options["multiprocessing_context"] = "fork"  # the datasets' arrays are shared, not pickled
-    loader = DataLoader(source, num_workers=workers, pin_memory=torch.cuda.is_available(), collate_fn=_as_is, **options)
+    pin = pinned and torch.cuda.is_available()
+    loader = DataLoader(source, num_workers=workers, pin_memory=pin, collate_fn=_as_is, **options)
     return _raising(loader)
 
 

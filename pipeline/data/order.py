@@ -10,6 +10,9 @@ are shuffled inside windows of `window_shards` shards' worth. A batch is thus dr
 lanes x window_shards shards, while a node that owns some of the lanes (all nodes do, where their number divides
 `lanes`) opens only the windows of its own. Shards are uniform draws of the whole set, so that the blocks differ by
 chance alone. With lanes=1 and a window that holds all shards the order is one uniform permutation.
+
+A set that is read as a stream (pipeline/data/stream/) has the same order with another window: `buffer_samples` of a
+lane, which may begin and end in the middle of a shard, and shards that run forwards alone.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ import numpy as np
 from data_prep.manifest import Manifest, ManifestError
 from pipeline.config.load import Config
 from pipeline.config.sections import ConfigError
-from pipeline.data.keyed import view_numbers
+from pipeline.data.keyed import uniform_one, view_numbers
 
 _CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
 _KEPT_SAMPLES, _KEPT_WINDOWS = 1 << 24, 1024  # 64 MB: 64 lanes of 40,000 samples are a sixth of it
@@ -50,6 +53,7 @@ class SampleOrder:
     `shard_samples` are the samples of each shard, in the manifest's order. With `repeats` > 1 (repeated augmentation,
     Hoffer et al., 2020) each sample stands that often in a row, differently augmented, and an epoch of as many steps
     covers 1/repeats of the set. The last samples % global_batch positions of an epoch are left out of it.
+    `buffer_samples` is for streams: the samples of a window, in place of `window_shards`.
     Raises ValueError if there are fewer samples than one global batch holds, or lanes do not divide the batch.
     """
 
@@ -59,6 +63,7 @@ class SampleOrder:
     lanes: int = 1
     window_shards: int = 1 << 30
     repeats: int = 1
+    buffer_samples: int | None = None
 
     def __post_init__(self) -> None:
         if self.samples < self.global_batch:
@@ -84,9 +89,7 @@ class SampleOrder:
         steps, part = self.steps_per_epoch, self.global_batch // self.lanes
         lanes = [self._lane(epoch, lane, 0, self._lane_samples) for lane in range(self.lanes)]
         full = np.stack([ids[: steps * part].reshape(steps, part) for ids in lanes], axis=1)
-        rest = _block_order(self.shard_samples, self.seed, epoch).samples_at(
-            np.arange(self.lanes * self._lane_samples, self.samples)
-        )
+        rest = self._blocks(epoch).samples_at(np.arange(self.lanes * self._lane_samples, self.samples))
         return np.concatenate([full.reshape(-1), *(ids[steps * part :] for ids in lanes), rest])
 
     def rank_steps(self, epoch: int, first: int, last: int, rank: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -120,44 +123,77 @@ class SampleOrder:
         """Shards that `rank` reads from the run's step `step` on, soonest first: those of the windows that its lanes
         are in, then those of the next, in all `windows` of them, into the next epoch where this one ends.
         """
-        part, mine = self.global_batch // self.lanes, self.global_batch // ranks
-        lanes = range(rank * mine // part, -(-(rank + 1) * mine // part))
+        part = self.global_batch // self.lanes
+        lanes = self.lanes_of(rank, ranks)
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         found: dict[int, None] = {}  # an ordered set
         at = dict.fromkeys(lanes, (epoch, in_epoch * part // self.repeats))
         for _ in range(windows):
             for lane, (lane_epoch, index) in at.items():
-                begin, end = self._window(lane, index)
-                blocks = _block_order(self.shard_samples, self.seed, lane_epoch)
+                begin, end = self._window(lane_epoch, lane, index)
+                blocks = self._blocks(lane_epoch)
                 start = lane * self._lane_samples
                 found |= dict.fromkeys(blocks.shards_between(start + begin, start + end))
                 over = end * self.repeats >= self.steps_per_epoch * part
                 at[lane] = (lane_epoch + 1, 0) if over else (lane_epoch, end)
         return list(found)
 
+    def lanes_of(self, rank: int, ranks: int) -> range:
+        """The lanes that a rank reads; some in part where ranks do not divide them."""
+        part, mine = self.global_batch // self.lanes, self.global_batch // ranks
+        return range(rank * mine // part, -(-(rank + 1) * mine // part))
+
+    def lane_of(self, place_in_batch: int) -> int:
+        """The lane that a place of the global batch is taken from."""
+        return place_in_batch // (self.global_batch // self.lanes)
+
+    def stream(self, epoch: int, lane: int, first_step: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, skipped, taken) of a lane from the window on that step `first_step` of the epoch begins in: which
+        shards to read in turn, how many samples of each to read past and how many to take. For streams.
+        """
+        index = first_step * (self.global_batch // self.lanes) // self.repeats
+        start = lane * self._lane_samples
+        begin = start + self._window(epoch, lane, index)[0] if index < self._lane_samples else start + index
+        return self._blocks(epoch).pieces(begin, start + self._lane_samples)
+
+    def taken_before(self, epoch: int, lane: int, first_step: int) -> np.ndarray:
+        """Sample ids of the window that step `first_step` of the epoch begins in, which the lane gave before it."""
+        index = first_step * (self.global_batch // self.lanes) // self.repeats
+        if index >= self._lane_samples:
+            return np.zeros(0, np.int64)
+        return self._lane(epoch, lane, self._window(epoch, lane, index)[0], index)
+
     @property
     def _lane_samples(self) -> int:
         return self.samples // self.lanes
 
+    def _blocks(self, epoch: int) -> _BlockOrder:
+        return _block_order(self.shard_samples, self.seed, epoch, self.buffer_samples is not None)
+
     @cached_property
     def _window_samples(self) -> int:
+        if self.buffer_samples is not None:
+            return min(self.samples, self.buffer_samples)
         mean = -(-self.samples // len(self.shard_samples))
         return min(self.samples, self.window_shards * mean)
 
-    def _window(self, lane: int, index: int) -> tuple[int, int]:
+    def _window(self, epoch: int, lane: int, index: int) -> tuple[int, int]:
         """Begin and end of the window that a lane's position `index` lies in."""
         # Lanes change windows one after the other: not all shards of a node have to be fetched at the same moment.
         phase = lane * self._window_samples // self.lanes
+        if self.buffer_samples is not None:  # else the same samples of a shard would stay together
+            phase += int(uniform_one((self.seed << 32) ^ epoch, lane) * self._window_samples)
+            phase %= self._window_samples
         number = (index + phase) // self._window_samples
         begin = number * self._window_samples - phase
         return max(0, begin), min(self._lane_samples, begin + self._window_samples)
 
     def _lane(self, epoch: int, lane: int, first: int, last: int) -> np.ndarray:
         """Sample ids at a lane's positions first .. last - 1, int64."""
-        blocks = _block_order(self.shard_samples, self.seed, epoch)
+        blocks = self._blocks(epoch)
         places = []
         while first < last:
-            begin, end = self._window(lane, first)
+            begin, end = self._window(epoch, lane, first)
             stop = min(end, last)
             shuffled = _windows.order(self.seed, epoch, lane, begin, end - begin)
             places.append(shuffled[first - begin : stop - begin] + (begin + lane * self._lane_samples))
@@ -206,6 +242,17 @@ class _BlockOrder:
                 found += self.shards[first : last + 1][self.sizes[first : last + 1] > 0].tolist()
         return found
 
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, skipped, taken) for each shard that the places begin .. end - 1 of an unshifted line lie in."""
+        first = int(np.searchsorted(self.ends, begin, side="right"))
+        for block in range(first, len(self.shards)):
+            start, size = int(self.ends[block] - self.sizes[block]), int(self.sizes[block])
+            if start >= end:
+                return
+            skipped = max(0, begin - start)
+            if taken := min(size, end - start) - skipped:
+                yield int(self.shards[block]), skipped, taken
+
 
 def _generator(seed: int, epoch: int, lane: int, begin: int) -> np.random.Generator:
     # Philox is counter-based: (seed, epoch) is its key, so (3, 1) and (4, 0) are unrelated streams; the upper half of
@@ -213,12 +260,19 @@ def _generator(seed: int, epoch: int, lane: int, begin: int) -> np.random.Genera
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, lane + 1, begin]))
 
 
+def shuffled_shards(shards: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers of shards in the order of an epoch, int64 (shards,)."""
+    return _generator(seed, epoch, -1, 0).permutation(shards)
+
+
 @lru_cache(maxsize=4)  # the epoch under way and the one that workers have begun to prefetch
-def _block_order(shard_samples: tuple[int, ...], seed: int, epoch: int) -> _BlockOrder:
+def _block_order(shard_samples: tuple[int, ...], seed: int, epoch: int, streamed: bool) -> _BlockOrder:
     sizes = np.asarray(shard_samples, np.int64)
     random = _generator(seed, epoch, -1, 0)
-    shards = random.permutation(len(sizes))
+    shards = random.permutation(len(sizes))  # first: shuffled_shards draws the same
     shift, mirrored = int(random.integers(sizes.sum())), bool(random.integers(2))
+    if streamed:  # a stream has no way back, and its first lane begins where a shard does
+        shift, mirrored = 0, False
     first_ids = (np.cumsum(sizes) - sizes)[shards]
     return _BlockOrder(shards, np.cumsum(sizes[shards]), first_ids, sizes[shards], shift, mirrored)
 
@@ -273,6 +327,7 @@ def training_order(config: Config, manifest: Manifest) -> SampleOrder:
             config.data.shuffle_lanes,
             config.data.shuffle_window_shards,
             config.augment.repeats,
+            config.data.stream_shuffle_samples if config.data.reader == "stream" else None,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

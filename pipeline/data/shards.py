@@ -18,6 +18,7 @@ import numpy as np
 from data_prep.manifest import Manifest, ManifestError, ShardIndex, dataset_folder, index_path
 from data_prep.storage import Folder, is_url
 from pipeline.config.sections import Data
+from pipeline.data.order import MicroBatch
 from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OPEN_SHARDS, OpenFile, OpenFiles
 
@@ -70,6 +71,15 @@ class ShardReader:
                 check_file(Path(self.shards) / entry.file, entry.bytes)
                 check_file(Path(self.path) / index_path(entry.file), None)
 
+    @property
+    def shard_count(self) -> int:
+        return len(self.entries)
+
+    @property
+    def fetch_threads(self) -> int | None:
+        """How many threads fetch batches (0: as many as are under way); None: those that decode read by themselves."""
+        return 0 if self.remote is not None else None
+
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
@@ -98,6 +108,14 @@ class ShardReader:
             self._pool = ThreadPoolExecutor(_REQUESTS, thread_name_prefix="shards")
         return list(self._pool.map(self._encoded_or_error, map(int, samples)))
 
+    def encoded_batch(self, micro: MicroBatch) -> Sequence[bytes | DataError]:
+        """`encoded_many` of a micro-batch's samples."""
+        return self.encoded_many(micro.samples)
+
+    def label_of(self, sample: int, data: bytes) -> int:
+        """`label`; other readers have it with the bytes."""
+        return self.label(sample)
+
     def label(self, sample: int) -> int:
         """The class number of a sample in the manifest's `synsets`."""
         _, place, index = self._find(sample)
@@ -113,7 +131,7 @@ class ShardReader:
         if self.remote is not None:
             self.remote.close()
 
-    def damaged(self, sample: int, reason: object) -> DataError:
+    def damaged(self, sample: int, reason: object, data: bytes = b"") -> DataError:
         """The error for a sample whose bytes were read but are no image."""
         return DataError(
             f"{self.describe(sample)} does not decode: {reason}; `python -m data_prep verify {self.path}` lists what "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,8 @@ from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
 from pipeline.data.order import MicroBatch
 from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.stream.reader import StreamReader
+from pipeline.data.stream.shard import LostSample, StreamedImage
 from pipeline.ranks.log_file import LogFile
 
 _STAND_IN_DRAW = 1 << 20  # far from the draws of augmentation
@@ -56,10 +58,11 @@ class Views:
     """Draws the views of a micro-batch one by one, and finds stand-ins for samples that do not decode.
 
     With data.on_bad_sample=skip a bad sample's place is taken by another, drawn from the view's key: the number of
-    steps stays the same on all ranks, and a run that is resumed draws the same one.
+    steps stays the same on all ranks, and a run that is resumed draws the same one. It is any sample of the set, but
+    one of the same micro-batch where the set is read as a stream.
     """
 
-    def __init__(self, config: Config, reader: ShardReader) -> None:
+    def __init__(self, config: Config, reader: ShardReader | StreamReader) -> None:
         self.reader, self.seed = reader, config.seed
         self.skip = config.data.on_bad_sample == "skip"
 
@@ -68,32 +71,54 @@ class Views:
         return view_keys(self.seed, micro.views).tolist()
 
     def draw(
-        self, sample: int, epoch: int, key: int, data: bytes | DataError, render: Callable[[bytes, int], None]
+        self,
+        sample: int,
+        micro: MicroBatch,
+        key: int,
+        data: bytes | DataError,
+        render: Callable[[bytes, int], None],
+        others: Sequence[bytes | DataError] | None,
     ) -> Drawn:
         """Call render(bytes, key) with the sample's `data`, or a stand-in's; returns its (sample, label, bad samples).
 
-        `render` raises DecodeError for what is no image. Raises DataError where samples may not be skipped, eight
-        stand-ins are bad too, or bytes cannot be read: a network that is down must not change what is trained on.
+        `others`: the data of the whole micro-batch, where it was read at once. `render` raises DecodeError for what is
+        no image. Raises DataError where samples may not be skipped, eight stand-ins are bad too, or bytes cannot be
+        read: a network that is down must not change what is trained on.
         """
         bad: list[BadSample] = []
         wanted = sample
+        if isinstance(data, StreamedImage) and data.lost:
+            bad.append(BadSample(sample, micro.epoch, data.lost, data.stand_in))
+            sample = data.stand_in
         for attempt in range(_STAND_INS + 1):
-            if isinstance(data, DataError):
+            if isinstance(data, LostSample):
+                damage: DataError = data
+            elif isinstance(data, DataError):
                 raise data
-            try:
-                render(data, key)
-                return sample, self.reader.label(sample), bad
-            except DecodeError as error:
-                damage = self.reader.damaged(sample, error)
-                if not self.skip:
-                    raise damage from None
-                stand_in = int(uniform_one(key, _STAND_IN_DRAW + attempt) * len(self.reader))
-                bad.append(BadSample(sample, epoch, str(damage), stand_in))
-                sample = stand_in
-                data = self.reader.encoded_many([sample])[0]
+            else:
+                try:
+                    render(data, key)
+                    return sample, self.reader.label_of(sample, data), bad
+                except DecodeError as error:
+                    damage = self.reader.damaged(sample, error, data)
+            if not self.skip:
+                raise damage
+            stand_in, data = self._stand_in(uniform_one(key, _STAND_IN_DRAW + attempt), micro, others)
+            bad.append(BadSample(sample, micro.epoch, str(damage), stand_in))
+            sample = stand_in
         raise DataError(
             f"sample {wanted} and the {_STAND_INS} drawn to stand in for it do not decode; the last: {bad[-1].error}"
         )
+
+    def _stand_in(
+        self, drawn: float, micro: MicroBatch, others: Sequence[bytes | DataError] | None
+    ) -> tuple[int, bytes | DataError]:
+        if isinstance(self.reader, StreamReader):
+            assert others is not None
+            slot = int(drawn * len(others))
+            return int(micro.samples[slot]), others[slot]
+        sample = int(drawn * len(self.reader))
+        return sample, self.reader.encoded_many([sample])[0]
 
 
 class BadSampleLedger:

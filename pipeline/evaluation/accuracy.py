@@ -13,12 +13,13 @@ from timm.utils import accuracy
 from torch import nn
 from tqdm import tqdm
 
-from data_prep.manifest import Manifest, ManifestError
+from data_prep.manifest import ManifestError
 from pipeline.checkpoints.files import CheckpointError, locate, read_meta
 from pipeline.checkpoints.state import read_tensors
 from pipeline.config.load import Config
 from pipeline.data.augment import normalise
 from pipeline.data.loader import validation_batches
+from pipeline.data.stream.manifest import load_manifest
 from pipeline.data.views import Batch
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks
@@ -73,9 +74,10 @@ def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> di
     meta = read_meta(path)
     tree = dict(meta.config)
     if data is not None:
-        tree["data"] = {**tree["data"], "path": data}
+        streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
+        tree["data"] = {**tree["data"], **streamed, "path": data}
     config = Config.model_validate(tree)
-    manifest = Manifest.load(config.data.path)
+    manifest = load_manifest(config.data)
     if manifest.synsets != meta.synsets:
         raise CheckpointError(
             f"{config.data.path} has {manifest.num_classes} classes, {path} was trained on {len(meta.synsets)} others"

@@ -20,6 +20,7 @@ from pipeline.config.load import Config
 from pipeline.data.augment import normalise
 from pipeline.data.loader import training_batches
 from pipeline.data.order import SampleOrder
+from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import Batch
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
@@ -84,7 +85,8 @@ def diagnose(
     # In this process: starting workers for one batch takes longer than decoding it (FFCV's reader needs its one).
     here = config.model_copy(update={"data": config.data.model_copy(update={"workers_per_rank": 0})})
     try:
-        batches = training_batches(here, manifest, order, ranks, step, step + 1)
+        lengths = ShardLengths(config.run_dir / "stream") if config.data.reader == "stream" else None
+        batches = training_batches(here, manifest, order, ranks, step, step + 1, lengths)
         with closing(cast(Generator[Batch, None, None], batches)):  # it ends its reader when it is closed
             batch = next(islice(batches, micro, None))
         part["samples"] = batch.samples.tolist()  # with those that stood in for bad ones

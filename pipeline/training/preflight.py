@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Sequence
 
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
@@ -31,6 +32,8 @@ def note(text: str) -> None:
 
 def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
     data, split = config.data, manifest.split("train")
+    if data.reader == "stream":
+        return
     if data.shuffle_lanes > 1 and data.shuffle_lanes % nodes:
         note(
             f"{nodes} nodes share {data.shuffle_lanes} lanes (data.shuffle_lanes) unevenly: each reads shards of "
@@ -45,15 +48,31 @@ def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
         )
 
 
+def _check_stream(config: Config, manifest: Manifest, ranks: int | None, splits: Sequence[str]) -> None:
+    """The lanes, and the first samples: the rest of a stream shows when it is read."""
+    stream = importlib.import_module("pipeline.data.stream.manifest")
+    found = stream.streamed_set(config.data, manifest)
+    importlib.import_module("pipeline.data.stream.reader").check_lanes(config, found, ranks)
+    for split in splits:
+        stream.look_into(found, config.data, split, note)
+
+
 def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> None:
     """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
 
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
     refuse_unwritable(Folder(config.run_dir), "set another output_root")
-    ensure_indexed(config.data.path)
-    manifest = Manifest.load(config.data.path)
-    if is_url(manifest.shards_folder(config.data.path)) and config.data.cache_gb:
+    streamed = config.data.reader == "stream"
+    if not streamed:
+        ensure_indexed(config.data.path)
+        manifest = Manifest.load(config.data.path)
+    else:  # by way of webdataset, which imports torch
+        manifest = importlib.import_module("pipeline.data.stream.manifest").load_manifest(config.data, count_val=False)
+    if streamed:
+        if config.data.stream_cache:
+            refuse_unwritable(Folder(config.data.cache_folder.expanduser()), "set another data.cache_folder")
+    elif is_url(manifest.shards_folder(config.data.path)) and config.data.cache_gb:
         refuse_unwritable(Folder(config.data.cache_folder.expanduser()), "set another data.cache_folder")
     training_order(config, manifest)
     splits = ("train", "val") if validation_samples(config, manifest) else ("train",)
@@ -62,11 +81,13 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     _tell_of_lanes(config, manifest, nodes)
     if config.data.format == "webdataset" and importlib.util.find_spec("pipeline.data._jpeg") is None:
         note("the compiled JPEG decoder is missing: decoding takes a third more time; see launch/setup.sh")
-    if config.data.format == "webdataset":
+    if streamed:
+        _check_stream(config, manifest, ranks, splits)
+    elif config.data.format == "webdataset":
         for split in splits:
             ShardReader(config.data, manifest, split)
-    if is_url(manifest.shards_folder(config.data.path)):
-        check_remote_files(config.data, manifest)
+        if is_url(manifest.shards_folder(config.data.path)):
+            check_remote_files(config.data, manifest)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
         source = find_source(config.init)

@@ -21,6 +21,8 @@ from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
 from pipeline.data.loader import training_batches
 from pipeline.data.order import training_order, validation_samples
+from pipeline.data.stream.manifest import load_manifest
+from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
@@ -39,7 +41,7 @@ from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_group
 from pipeline.training.validation import Validation
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
-BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
+BAD_SAMPLES, STACKS, CHECKPOINTS, STREAM = "bad_samples", "stacks", "checkpoints", "stream"
 _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
 
@@ -55,12 +57,20 @@ def main(command: str, config: Config, resume: bool) -> int:
     with ExitStack() as stack:
         if ranks.rank == 0:
             stack.enter_context(exclusive(config.run_dir))
-            ensure_indexed(config.data.path)
+            if config.data.reader == "indexed":
+                ensure_indexed(config.data.path)
         barrier()
         code = Run(command, config, ranks, device, resume, stack, stop).train()
     # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
     engine.stop_ranks()
     return code
+
+
+def _manifest(config: Config, ranks: Ranks) -> Manifest:
+    if config.data.reader == "indexed":
+        return Manifest.load(config.data.path)
+    # Rank 0 may have to read shards to know what they hold.
+    return from_rank_0(load_manifest(config.data) if ranks.rank == 0 else None)
 
 
 class Run:
@@ -78,7 +88,7 @@ class Run:
     ) -> None:
         """On `stack` goes what has to be closed or told when the run fails."""
         self.command, self.config, self.ranks, self.device, self.stop = command, config, ranks, device, stop
-        self.manifest = manifest = Manifest.load(config.data.path)
+        self.manifest = manifest = _manifest(config, ranks)
         self.order = training_order(config, manifest)
         validation_samples(config, manifest)
         self.steps = self.order.steps_per_epoch * config.train.epochs
@@ -133,7 +143,8 @@ class Run:
         if self.first_step:
             self.eta.add(self.first_step, self.seconds_before)
         self._timed = (self.first_step, self.seconds_before)
-        batches = training_batches(config, manifest, self.order, ranks, self.first_step, self.steps)
+        lengths = ShardLengths(config.run_dir / STREAM, writes=True) if config.data.reader == "stream" else None
+        batches = training_batches(config, manifest, self.order, ranks, self.first_step, self.steps, lengths)
         self.place = placing(config, device)
         self.feed = Feed(config, ranks, batches, self.place, mix, self.bad_samples, self.meter, self.watchdog)
         self.started = time.monotonic()
