@@ -23,7 +23,7 @@ from data_prep.manifest import Manifest
 from pipeline.__main__ import main as pipeline_main
 from pipeline.config.load import load
 from pipeline.data.loader import training_batches, validation_batches
-from pipeline.data.order import training_order
+from pipeline.data.opened import training_order
 from pipeline.evaluation.accuracy import evaluate
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks

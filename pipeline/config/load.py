@@ -150,14 +150,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is not a section in the file")
+    kind = _declared(key)
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
-        if not _is_text(_declared(key)):
+        if not _takes_text(kind, ""):
             raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
         value = text
-    # `a: b` and [x] are texts where a text is wanted.
-    tree[leaf] = text if isinstance(value, dict | list) and _is_text(_declared(key)) else value
+    tree[leaf] = text if _is_meant_as_text(kind, value) else value
 
 
 class _Scalar(NamedTuple):
@@ -196,6 +196,21 @@ def _is_text(kind: Any) -> bool:
     parts = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     bare = [get_args(part)[0] if get_origin(part) is Annotated else part for part in parts]
     return all(part in (str, Path, types.NoneType) for part in bare)
+
+
+def _is_meant_as_text(kind: Any, value: Any) -> bool:
+    """Whether `a: b` or [x] is a text, where YAML has made a mapping or a list of it: a list of sections is none."""
+    if isinstance(value, dict):
+        return _takes_text(kind, "")
+    if isinstance(value, list):
+        return _is_text(kind) or (_takes_sections(kind) and not all(isinstance(each, dict) for each in value))
+    return False
+
+
+def _takes_sections(kind: Any) -> bool:
+    return any(_takes_sections(part) for part in get_args(kind)) or (
+        isinstance(kind, type) and issubclass(kind, BaseModel)
+    )
 
 
 def _takes_text(kind: Any, value: Any) -> bool:

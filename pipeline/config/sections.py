@@ -10,7 +10,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     field_serializer,
     field_validator,
     model_validator,
@@ -38,12 +40,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
+class MixedSet(Section):
+    """One of several data sets, and its share of the samples in relation to the others'."""
+
+    path: DatasetPath
+    weight: Positive
+
+    _no_credentials = field_serializer("path")(without_credentials)
+
+
 class Data(Section):
     """Which shards, read how."""
 
-    path: DatasetPath = Field(
+    path: Annotated[
+        Annotated[DatasetPath, Tag("path")] | Annotated[tuple[MixedSet, ...], Field(min_length=2), Tag("sets")],
+        Discriminator(lambda value: "sets" if isinstance(value, list | tuple) else "path"),
+    ] = Field(
         description="folder or fsspec URL (s3://bucket/in22k) made by `python -m data_prep shard`, or of plain "
-        "WebDataset tars indexed by `python -m data_prep index`"
+        "WebDataset tars indexed by `python -m data_prep index`; or several: [{path: data/in22k, weight: 0.7}, "
+        "{path: data/own, weight: 0.3}]"
     )
     format: Literal["webdataset", "ffcv"] = Field(description="which files of that folder to read")
     reader: Literal["indexed", "stream"] = Field(
@@ -103,12 +118,30 @@ class Data(Section):
     )
 
     @field_serializer("path", "stream_val")
-    def _no_credentials(self, path: str | None) -> str | None:
+    def _no_credentials(self, path: Any) -> Any:
+        if isinstance(path, tuple):
+            return [each.model_dump(mode="json") for each in path]
         return path and without_credentials(path)
 
     @property
+    def sets(self) -> tuple[MixedSet, ...]:
+        """The data sets of `path`; one where it is a text."""
+        return (MixedSet(path=self.path, weight=1.0),) if isinstance(self.path, str) else self.path
+
+    @property
+    def folder(self) -> str:
+        """`path` where it is one: what several cannot be is refused before."""
+        assert isinstance(self.path, str)
+        return self.path
+
+    @property
+    def shown_path(self) -> str:
+        """`path` for messages."""
+        return " + ".join(each.path for each in self.sets)
+
+    @property
     def is_remote(self) -> bool:
-        return "://" in self.path
+        return any("://" in each.path for each in self.sets)
 
     @property
     def largest_resolution(self) -> int:
@@ -140,6 +173,17 @@ class Data(Section):
     @model_validator(mode="after")
     def _stream_keys_fit(self) -> Data:
         streamed = self.reader == "stream"
+        if not isinstance(self.path, str):
+            if streamed or self.format == "ffcv":
+                key = "data.reader=stream" if streamed else "data.format=ffcv"
+                raise ValueError(
+                    f"data.path lists {len(self.path)} sets, which are mixed by seeks into webdataset shards: take one "
+                    f"of them, or leave {key}"
+                )
+            paths = [each.path for each in self.path]
+            if len(set(paths)) < len(paths):
+                raise ValueError("data.path lists a set twice: list it once, with the sum of the weights")
+            return self
         if streamed and self.format == "ffcv":
             raise ValueError("data.reader stream reads tars: set data.format=webdataset, or data.reader=indexed")
         urls = is_stream_of_urls(self.path)

@@ -30,7 +30,7 @@ from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.config.sections import ConfigError
 from pipeline.data.loader import training_batches
-from pipeline.data.order import training_order
+from pipeline.data.opened import training_order
 from pipeline.data.ring import PREFETCHED_BATCHES
 from pipeline.data.shards import DataError
 from pipeline.data.stream.manifest import load_manifest
@@ -135,7 +135,7 @@ def _table(config: Config, speed: HostSpeed, of_run: Path | None) -> Table:
     memory = sum(rank.memory_bytes for rank in ranks) / 1e9
     table.add_row("memory", f"{memory:.2f} GB, {memory / len(ranks):.2f} a rank (libraries and mapped files count)")
     if bad := sum(rank.bad_samples for rank in ranks):
-        table.add_row("BAD SAMPLES", f"{bad:,}: `python -m data_prep verify {data.path}` lists them")
+        table.add_row("BAD SAMPLES", f"{bad:,}: `python -m data_prep verify {data.shown_path}` lists them")
     if speed.needed is not None:
         source = f"{of_run}/log.jsonl, less its waits" if of_run else "--need"
         table.add_row("images/s needed", f"{speed.needed:,.1f} ({source})")
@@ -274,13 +274,13 @@ def _bytes_per_image(config: Config, manifest: Manifest, samples: np.ndarray) ->
     split = manifest.split("train")
     if config.data.format == "ffcv":
         return split.betons[0].bytes / split.betons[0].samples
-    if config.data.reader == "stream":  # with all else that is in its tars
+    if config.data.reader == "stream" or len(config.data.sets) > 1:  # with all else that is in its tars
         return sum(entry.bytes for entry in split.shards) / split.samples or math.nan
     ends = np.cumsum([entry.samples for entry in split.shards])
     shards = np.searchsorted(ends, samples, side="right")
     sizes = []
     for shard in np.unique(shards)[:_INDEXES].tolist():
-        index = manifest.load_index(config.data.path, split.shards[shard])
+        index = manifest.load_index(config.data.folder, split.shards[shard])
         sizes.append(index.sizes[samples[shards == shard] - (ends[shard] - split.shards[shard].samples)])
     return float(np.concatenate(sizes).mean())
 

@@ -16,7 +16,8 @@ from torch.utils.data import IterableDataset
 from pipeline.config.load import Config
 from pipeline.data.decode import crop_resize, image_size
 from pipeline.data.keyed import crop_box, flipped
-from pipeline.data.order import MicroBatch, SampleOrder
+from pipeline.data.mixture import TrainingOrder
+from pipeline.data.order import MicroBatch
 from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
 from pipeline.data.shards import DataError
 from pipeline.data.views import Batch, Drawn, Views, numbers_of
@@ -32,7 +33,14 @@ class TrainingCrops(IterableDataset[Any]):
     """
 
     def __init__(
-        self, config: Config, views: Views, order: SampleOrder, rank: int, ranks: int, first_step: int, last_step: int
+        self,
+        config: Config,
+        views: Views,
+        order: TrainingOrder,
+        rank: int,
+        ranks: int,
+        first_step: int,
+        last_step: int,
     ) -> None:
         self.config, self.views, self.order = config, views, order
         self.rank, self.ranks, self.first_step, self.last_step = rank, ranks, first_step, last_step

@@ -18,8 +18,7 @@ from pipeline.config.load import Config
 from pipeline.data.augment import evaluation_transform
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.ring import BatchPlace, Ring, RingBatch, RingClosed
-from pipeline.data.shards import DataError, ShardReader
-from pipeline.data.stream.reader import StreamReader
+from pipeline.data.shards import DataError, EncodedReader
 from pipeline.data.views import Batch
 
 _AHEAD = 2  # batches under way
@@ -28,7 +27,7 @@ _AHEAD = 2  # batches under way
 class EvaluationImages(IterableDataset[Any]):
     """Given batches of sample ids, in that order, uint8. Yields a DataError in place of a bad one, and ends."""
 
-    def __init__(self, config: Config, reader: ShardReader | StreamReader, batches: Sequence[np.ndarray]) -> None:
+    def __init__(self, config: Config, reader: EncodedReader, batches: Sequence[np.ndarray]) -> None:
         self.reader, self.batches = reader, batches
         self.threads, self.side = max(1, config.data.workers_per_rank), config.data.resolution
         self.transform = evaluation_transform(config.evaluate, self.side)

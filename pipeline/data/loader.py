@@ -34,9 +34,11 @@ from pipeline.data.beton import EvaluationBeton, TrainingBeton
 from pipeline.data.beton_file import beton_path
 from pipeline.data.crops import TrainingCrops
 from pipeline.data.evaluation import EvaluationImages
+from pipeline.data.mixture import TrainingOrder
+from pipeline.data.opened import open_reader
 from pipeline.data.order import MicroBatch, SampleOrder
 from pipeline.data.ring import PREFETCHED_BATCHES, BatchPlace, Ring, RingBatch, RingClosed
-from pipeline.data.shards import DataError, ShardReader
+from pipeline.data.shards import DataError, EncodedReader
 from pipeline.data.stream.manifest import streamed_set
 from pipeline.data.stream.reader import StreamReader
 from pipeline.data.stream.route import ShardLengths
@@ -51,7 +53,7 @@ _OUTLIVE_SECONDS = 60  # a worker that got SIGTERM serves its rank for so long: 
 def training_batches(
     config: Config,
     manifest: Manifest,
-    order: SampleOrder,
+    order: TrainingOrder,
     ranks: Ranks,
     first_step: int,
     last_step: int,
@@ -65,14 +67,16 @@ def training_batches(
     """
     span = (ranks.rank, ranks.count, first_step, last_step)
     if config.data.format == "ffcv":
-        path = beton_path(config.data.path, manifest, "train")
+        assert isinstance(order, SampleOrder)
+        path = beton_path(config.data.folder, manifest, "train")
         return _batches(TrainingBeton(path, config, order, *span), 1, batch_size=None)
-    reader: ShardReader | StreamReader
+    reader: EncodedReader
     if config.data.reader == "stream":
+        assert isinstance(order, SampleOrder)
         found = streamed_set(config.data, manifest)
         reader = StreamReader.training(config, found, order, *span[:2], last_step, lengths or ShardLengths())
     else:
-        reader = ShardReader(config.data, manifest, "train")
+        reader = open_reader(config.data, manifest, "train")
     views = Views(config, reader)
     workers = config.data.workers_per_rank
     if config.augment.where == "device":
@@ -96,14 +100,14 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
         mine = np.arange(ranks.rank * samples // ranks.count, (ranks.rank + 1) * samples // ranks.count)
     batches = [mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)]
     if config.data.format == "ffcv":
-        path = beton_path(config.data.path, manifest, "val")
+        path = beton_path(config.data.folder, manifest, "val")
         return _batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
-    reader: ShardReader | StreamReader
+    reader: EncodedReader
     if config.data.reader == "stream":
         begin, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
         reader = StreamReader.evaluation(config, streamed_set(config.data, manifest), begin, end)
     else:
-        reader = ShardReader(config.data, manifest, "val")
+        reader = open_reader(config.data, manifest, "val")
     return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
 
 
@@ -121,7 +125,7 @@ class _Streamed(IterableDataset[Any]):
 class _TrainingImages(Dataset[Any]):
     """Whole micro-batches, augmented by timm; one at a time in each worker process."""
 
-    def __init__(self, config: Config, views: Views, order: SampleOrder, rank: int, ranks: int) -> None:
+    def __init__(self, config: Config, views: Views, order: TrainingOrder, rank: int, ranks: int) -> None:
         self.config, self.views, self.order, self.rank, self.ranks = config, views, order, rank, ranks
         self.reader = views.reader
         self.ahead_of = -1

@@ -27,7 +27,6 @@ import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError
 from pipeline.config.load import Config
-from pipeline.config.sections import ConfigError
 from pipeline.data.keyed import uniform_one, view_numbers
 
 _CHUNK_IDS = 1 << 16  # computed at once: numpy's overhead is spread, memory stays small
@@ -265,6 +264,11 @@ def shuffled_shards(shards: int, seed: int, epoch: int) -> np.ndarray:
     return _generator(seed, epoch, -1, 0).permutation(shards)
 
 
+def drawn_permutation(seed: int, step: int, length: int) -> np.ndarray:
+    """int64 (length,): which place takes which of the samples of the run's step `step`, where sets are mixed."""
+    return _generator(seed, step, -1, 1).permutation(length)
+
+
 @lru_cache(maxsize=4)  # the epoch under way and the one that workers have begun to prefetch
 def _block_order(shard_samples: tuple[int, ...], seed: int, epoch: int, streamed: bool) -> _BlockOrder:
     sizes = np.asarray(shard_samples, np.int64)
@@ -311,23 +315,7 @@ def validation_samples(config: Config, manifest: Manifest) -> int:
     samples = manifest.splits["val"].samples if "val" in manifest.splits else 0
     if not samples:
         raise ManifestError(
-            f"{config.data.path} has no validation images: set evaluate.every_epochs=null to train without any, or "
-            f"build the data set with --val-source or --val-per-class"
+            f"{config.data.shown_path} has no validation images: set evaluate.every_epochs=null to train without any, "
+            f"or build the data set with --val-source or --val-per-class"
         )
     return samples
-
-
-def training_order(config: Config, manifest: Manifest) -> SampleOrder:
-    """The order of the training split. Raises ConfigError where it does not fill a global batch."""
-    try:
-        return SampleOrder(
-            tuple(entry.samples for entry in manifest.split("train").shards),
-            config.train.global_batch,
-            config.seed,
-            config.data.shuffle_lanes,
-            config.data.shuffle_window_shards,
-            config.augment.repeats,
-            config.data.stream_shuffle_samples if config.data.reader == "stream" else None,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from None

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,37 @@ class DataError(ValueError):
     """A shard or sample cannot be read. The message names the file, the key, and what to do."""
 
 
+class EncodedReader(Protocol):
+    """The encoded images and labels of a split, whatever it is read by. `fetch_threads`: see ShardReader; `remote`: not
+    None where images come over a network; `random_access`: whether any sample can be had at any time.
+    """
+
+    random_access: bool
+
+    @property
+    def remote(self) -> object: ...
+
+    @property
+    def fetch_threads(self) -> int | None: ...
+
+    @property
+    def shard_count(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def encoded_many(self, samples: Sequence[int] | np.ndarray) -> Sequence[bytes | DataError]: ...
+
+    def encoded_batch(self, micro: MicroBatch) -> Sequence[bytes | DataError]: ...
+
+    def label_of(self, sample: int, data: bytes) -> int: ...
+
+    def damaged(self, sample: int, reason: object, data: bytes = b"") -> DataError: ...
+
+    def ahead(self, shards: Sequence[int]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class _Index(NamedTuple):
     """A ShardIndex without its keys, which are three quarters of it and only messages name."""
 
@@ -46,8 +77,11 @@ class ShardReader:
     that the manifest says.
     """
 
+    random_access = True
+    remote: RemoteShards | None
+
     def __init__(self, data: Data, manifest: Manifest, split: str) -> None:
-        self.path, self.manifest = dataset_folder(data.path), manifest
+        self.path, self.manifest = dataset_folder(data.folder), manifest
         self.shards = manifest.shards_folder(self.path)  # of tars of others perhaps elsewhere than their indexes
         self.entries = manifest.split(split).shards
         self._ends = np.cumsum([entry.samples for entry in self.entries])
@@ -57,7 +91,7 @@ class ShardReader:
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._pid = os.getpid()
-        self.remote: RemoteShards | None = None
+        self.remote = None
         if is_url(self.shards):
             self.remote = RemoteShards(
                 self.shards,
@@ -209,7 +243,7 @@ def check_remote_files(data: Data, manifest: Manifest) -> None:
     """`check_file` for the shards of a remote folder: all by one listing, or, where its server has none, the first and
     the last of each split. Raises DataError.
     """
-    folder, indexes = Folder(manifest.shards_folder(data.path)), Folder(dataset_folder(data.path))
+    folder, indexes = Folder(manifest.shards_folder(data.folder)), Folder(dataset_folder(data.folder))
     sizes: dict[str, int | None] = {}
     gone = "is named by dataset.json but missing: copy it there or rebuild"
     for place in {folder.url: folder, indexes.url: indexes}.values():

@@ -17,8 +17,7 @@ from pipeline.config.sections import Data
 from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
 from pipeline.data.order import MicroBatch
-from pipeline.data.shards import DataError, ShardReader
-from pipeline.data.stream.reader import StreamReader
+from pipeline.data.shards import DataError, EncodedReader
 from pipeline.data.stream.shard import LostSample, StreamedImage
 from pipeline.ranks.log_file import LogFile
 
@@ -62,7 +61,7 @@ class Views:
     one of the same micro-batch where the set is read as a stream.
     """
 
-    def __init__(self, config: Config, reader: ShardReader | StreamReader) -> None:
+    def __init__(self, config: Config, reader: EncodedReader) -> None:
         self.reader, self.seed = reader, config.seed
         self.skip = config.data.on_bad_sample == "skip"
 
@@ -113,7 +112,7 @@ class Views:
     def _stand_in(
         self, drawn: float, micro: MicroBatch, others: Sequence[bytes | DataError] | None
     ) -> tuple[int, bytes | DataError]:
-        if isinstance(self.reader, StreamReader):
+        if not self.reader.random_access:
             assert others is not None
             slot = int(drawn * len(others))
             return int(micro.samples[slot]), others[slot]
@@ -166,7 +165,8 @@ def check_bad_samples(count: int, data: Data, folder: Path) -> None:
     if count > data.bad_samples_max:
         raise DataError(
             f"{count} training samples of this epoch could not be read, data.bad_samples_max is "
-            f"{data.bad_samples_max}: {folder} lists them; check the set with `python -m data_prep verify {data.path}`"
+            f"{data.bad_samples_max}: {folder} lists them; check the set with `python -m data_prep verify "
+            f"{data.shown_path}`"
         )
 
 

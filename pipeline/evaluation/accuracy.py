@@ -80,10 +80,11 @@ def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> di
     manifest = load_manifest(config.data)
     if manifest.synsets != meta.synsets:
         raise CheckpointError(
-            f"{config.data.path} has {manifest.num_classes} classes, {path} was trained on {len(meta.synsets)} others"
+            f"{config.data.shown_path} has {manifest.num_classes} classes, {path} was trained on {len(meta.synsets)} "
+            f"others"
         )
     if "val" not in manifest.splits or not manifest.split("val").samples:
-        raise ManifestError(f"{config.data.path} has no validation images: give another data set with --data")
+        raise ManifestError(f"{config.data.shown_path} has no validation images: give another data set with --data")
     weights = weights or ("ema" if "ema.safetensors" in meta.files else "model")
     if f"{weights}.safetensors" not in meta.files:
         raise CheckpointError(f"{path} has no {weights}.safetensors: leave --weights out")
@@ -97,7 +98,7 @@ def evaluate_checkpoint(path: Path, data: str | None, weights: str | None) -> di
         desc="evaluate",
     )
     result = evaluate(model.to(device), batches, device, config.train.bf16_on(device.type))
-    table = Table(title=f"{path} ({weights}) on {config.data.path}")
+    table = Table(title=f"{path} ({weights}) on {config.data.shown_path}")
     for column in ("top-1 %", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     top1, top5, loss, samples = result.values()

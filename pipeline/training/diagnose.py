@@ -19,7 +19,7 @@ from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.augment import normalise
 from pipeline.data.loader import training_batches
-from pipeline.data.order import SampleOrder
+from pipeline.data.mixture import TrainingOrder
 from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import Batch
 from pipeline.models.hornet import HorNet
@@ -57,7 +57,7 @@ def stage_statistics(model: HorNet, images: Tensor) -> list[dict[str, Any]]:
 def diagnose(
     config: Config,
     manifest: Manifest,
-    order: SampleOrder,
+    order: TrainingOrder,
     ranks: Ranks,
     step: int,
     micro_losses: list[float],

@@ -17,8 +17,8 @@ from data_prep.storage import Folder, is_url, refuse_unwritable
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
-from pipeline.data.order import training_order, validation_samples
-from pipeline.data.shards import ShardReader, check_remote_files
+from pipeline.data.opened import check_remote, open_manifest, open_reader, parts_of, training_order
+from pipeline.data.order import validation_samples
 from pipeline.records.address import probe
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
@@ -28,6 +28,10 @@ _PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*
 def note(text: str) -> None:
     """What will work, but not as well as it could."""
     print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _any_remote(config: Config, manifest: Manifest) -> bool:
+    return any(is_url(part.shards_folder(data.folder)) for data, part in parts_of(config.data, manifest))
 
 
 def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
@@ -41,7 +45,7 @@ def _tell_of_lanes(config: Config, manifest: Manifest, nodes: int) -> None:
         )
     used = data.shuffle_lanes / nodes * (data.shuffle_window_shards + 1) / max(1, len(split.shards))
     used_gb = min(1.0, used) * sum(entry.bytes for entry in split.shards) / 1e9
-    if is_url(manifest.shards_folder(data.path)) and 0 < data.cache_gb < used_gb:
+    if _any_remote(config, manifest) and 0 < data.cache_gb < used_gb:
         note(
             f"the shards that a node reads from at a time take some {used_gb:.0f} GB, data.cache_gb is "
             f"{data.cache_gb:g}: what does not fit is read image by image over the network"
@@ -65,14 +69,15 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
     refuse_unwritable(Folder(config.run_dir), "set another output_root")
     streamed = config.data.reader == "stream"
     if not streamed:
-        ensure_indexed(config.data.path)
-        manifest = Manifest.load(config.data.path)
+        for each in config.data.sets:
+            ensure_indexed(each.path)
+        manifest = open_manifest(config.data)
     else:  # by way of webdataset, which imports torch
         manifest = importlib.import_module("pipeline.data.stream.manifest").load_manifest(config.data, count_val=False)
     if streamed:
         if config.data.stream_cache:
             refuse_unwritable(Folder(config.data.cache_folder.expanduser()), "set another data.cache_folder")
-    elif is_url(manifest.shards_folder(config.data.path)) and config.data.cache_gb:
+    elif _any_remote(config, manifest) and config.data.cache_gb:
         refuse_unwritable(Folder(config.data.cache_folder.expanduser()), "set another data.cache_folder")
     training_order(config, manifest)
     splits = ("train", "val") if validation_samples(config, manifest) else ("train",)
@@ -85,9 +90,8 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         _check_stream(config, manifest, ranks, splits)
     elif config.data.format == "webdataset":
         for split in splits:
-            ShardReader(config.data, manifest, split)
-        if is_url(manifest.shards_folder(config.data.path)):
-            check_remote_files(config.data, manifest)
+            open_reader(config.data, manifest, split)
+        check_remote(config.data, manifest)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
         source = find_source(config.init)
@@ -103,4 +107,4 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
             importlib.import_module("pipeline.data.augment").training_transform(config.augment, config.data.resolution)
     if config.data.format == "ffcv":  # last: it imports FFCV, and with it torch
         for split in splits:
-            beton_path(config.data.path, manifest, split)
+            beton_path(config.data.folder, manifest, split)

@@ -20,7 +20,8 @@ from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_te
 from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
 from pipeline.data.loader import training_batches
-from pipeline.data.order import training_order, validation_samples
+from pipeline.data.opened import open_manifest, training_order
+from pipeline.data.order import validation_samples
 from pipeline.data.stream.manifest import load_manifest
 from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import BadSampleLedger, check_bad_samples
@@ -58,7 +59,8 @@ def main(command: str, config: Config, resume: bool) -> int:
         if ranks.rank == 0:
             stack.enter_context(exclusive(config.run_dir))
             if config.data.reader == "indexed":
-                ensure_indexed(config.data.path)
+                for each in config.data.sets:
+                    ensure_indexed(each.path)
         barrier()
         code = Run(command, config, ranks, device, resume, stack, stop).train()
     # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
@@ -68,7 +70,7 @@ def main(command: str, config: Config, resume: bool) -> int:
 
 def _manifest(config: Config, ranks: Ranks) -> Manifest:
     if config.data.reader == "indexed":
-        return Manifest.load(config.data.path)
+        return open_manifest(config.data)
     # Rank 0 may have to read shards to know what they hold.
     return from_rank_0(load_manifest(config.data) if ranks.rank == 0 else None)
 

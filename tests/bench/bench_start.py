@@ -27,7 +27,7 @@ from pathlib import Path
 from data_prep.manifest import Manifest
 from pipeline.config.load import load
 from pipeline.data.loader import training_batches
-from pipeline.data.order import training_order
+from pipeline.data.opened import training_order
 from pipeline.ranks.collectives import Ranks
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 overrides = [f"data.path={sys.argv[1]}", f"data.workers_per_rank={sys.argv[2]}"]

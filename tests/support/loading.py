@@ -12,7 +12,8 @@ import torch
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config, load
 from pipeline.data.loader import training_batches
-from pipeline.data.order import SampleOrder, training_order
+from pipeline.data.opened import training_order
+from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
 from pipeline.ranks.collectives import Ranks
 from tests.support.datasets import Datasets

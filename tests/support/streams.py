@@ -15,7 +15,8 @@ import numpy as np
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config, load
 from pipeline.data.loader import training_batches
-from pipeline.data.order import SampleOrder, training_order
+from pipeline.data.opened import training_order
+from pipeline.data.order import SampleOrder
 from pipeline.data.stream.manifest import load_manifest
 from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import Batch

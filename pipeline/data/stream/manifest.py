@@ -16,9 +16,10 @@ from rich.progress import track
 from data_prep.credentials import without_credentials
 from data_prep.labels.spaces import label_space
 from data_prep.manifest import MANIFEST_NAME, Manifest, ManifestError, ShardEntry, Split, dataset_folder
-from data_prep.storage import Folder, is_url
+from data_prep.storage import Folder
 from pipeline.config.fields import is_stream_of_urls
 from pipeline.config.sections import ConfigError, Data
+from pipeline.data.opened import open_manifest
 from pipeline.data.shards import DataError
 from pipeline.data.stream.shard import Classes, LostSample, samples_of
 from pipeline.data.stream.urls import Opener, beside, expand, names, read_json, shard_name
@@ -63,23 +64,23 @@ def load_manifest(data: Data, count_val: bool = True) -> Manifest:
     Raises ConfigError, ManifestError, DataError, LabelError.
     """
     if data.reader == "indexed":
-        return Manifest.load(data.path)
-    if is_stream_of_urls(data.path):
+        return open_manifest(data)
+    if is_stream_of_urls(data.folder):
         return _of_urls(data, count_val)
-    folder = Folder(dataset_folder(data.path))
-    return Manifest.load(data.path) if folder.exists(MANIFEST_NAME) else _of_info(data, folder)
+    folder = Folder(dataset_folder(data.folder))
+    return Manifest.load(data.folder) if folder.exists(MANIFEST_NAME) else _of_info(data, folder)
 
 
 def streamed_set(data: Data, manifest: Manifest) -> StreamedSet:
     """The shards of a set whose manifest is loaded. Raises ConfigError."""
-    if not is_stream_of_urls(data.path):
-        folder = Folder(manifest.shards_folder(data.path))
+    if not is_stream_of_urls(data.folder):
+        folder = Folder(manifest.shards_folder(data.folder))
         urls = {
             name: tuple(_opened_as(folder, entry.file) for entry in split.shards)
             for name, split in manifest.splits.items()
         }
         return StreamedSet(manifest, urls, frozenset(urls))
-    urls = {"train": expand("data.path", data.path)}
+    urls = {"train": expand("data.path", data.folder)}
     if data.stream_val is not None:
         urls["val"] = expand("data.stream_val", data.stream_val)
     counted = frozenset(name for name in urls if name == "val" or data.stream_samples_per_epoch is None)
@@ -112,7 +113,7 @@ def _of_info(data: Data, folder: Folder) -> Manifest:
 
 
 def _of_urls(data: Data, count_val: bool) -> Manifest:
-    urls = {"train": expand("data.path", data.path)}
+    urls = {"train": expand("data.path", data.folder)}
     lengths = {"train": _lengths_beside(urls["train"]) if data.stream_samples_per_epoch is None else None}
     if lengths["train"] is None and data.stream_samples_per_epoch is None:
         raise ConfigError(
@@ -210,8 +211,3 @@ def look_into(found: StreamedSet, data: Data, split: str, say: Callable[[str], N
             raise first
         if first is None:
             say(f"shard {without_credentials(url)} holds no sample")
-
-
-def is_remote(data: Data, manifest: Manifest) -> bool:
-    """Whether shards come over a network, as far as their names say."""
-    return is_url(data.path if is_stream_of_urls(data.path) else manifest.shards_folder(data.path))

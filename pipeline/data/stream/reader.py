@@ -44,9 +44,10 @@ class StreamReader:
     Lanes begin to read, a thread each, at the first that is asked for: after data workers are forked.
     """
 
+    random_access = False
     fetch_threads: int | None = 1  # more would ask out of turn
     shard_count = 0  # that somebody else would have to fetch
-    remote = None
+    remote: object = None
 
     def __init__(
         self, lanes: Mapping[int, Callable[[int, int], Lane]], order: SampleOrder | None, rank: int, ranks: int
@@ -93,6 +94,9 @@ class StreamReader:
 
         return cls({0: lane}, None, 0, 1)
 
+    def __len__(self) -> int:
+        return 0  # none that could be had out of turn
+
     def encoded_batch(self, micro: MicroBatch) -> Sequence[StreamedImage | DataError]:
         """The images of a micro-batch; an error stands in its sample's place."""
         order = self._order
@@ -112,7 +116,7 @@ class StreamReader:
         assert isinstance(data, StreamedImage)
         return data.label
 
-    def damaged(self, sample: int, reason: object, data: bytes) -> DataError:
+    def damaged(self, sample: int, reason: object, data: bytes = b"") -> DataError:
         """The error for a sample whose bytes were read but are no image."""
         where = data.where if isinstance(data, StreamedImage) else f"sample {sample}"
         return DataError(f"{where} does not decode: {reason}; data.on_bad_sample=skip trains without")

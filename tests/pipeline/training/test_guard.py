@@ -19,7 +19,8 @@ from pipeline.config.sections import Guard as GuardConfig
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
 from pipeline.data.loader import training_batches
-from pipeline.data.order import SampleOrder, training_order
+from pipeline.data.opened import training_order
+from pipeline.data.order import SampleOrder
 from pipeline.data.views import Batch
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from data_prep.manifest import Manifest
 from pipeline.checkpoints.files import read_meta
 from pipeline.config.load import load
-from pipeline.data.order import training_order
+from pipeline.data.opened import training_order
 from tests.support.datasets import Datasets, has_ffcv, needs_ffcv
 from tests.support.runs import ROOT, log_of, small_run
 
