@@ -3,10 +3,11 @@
 A dataset is a folder:
 
     dataset.json               label space, splits, files with counts, bytes and checksums, settings
-    train-000000.tar           shard: `key.jpg`, `key.json` for each sample
+    train-000000.tar           shard: `key.jpg`, `key.cls`, `key.json` for each sample
     train-000000.index.npz     where each `.jpg` lies inside the shard, so that readers can seek
     train.beton                optional: the same samples in the same order, for FFCV
     val-000000.tar ...
+    _info.json                 splits, files and counts once more, as timm's reader wants them (`shards/info.py`)
 
 The number of a sample in its split (`sample_id`) is its position in the concatenated shards; the shards, the
 indexes and the `.beton` all agree on it.
@@ -30,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_prep.storage import DataPrepError, Folder, atomic_write, user_path
 
 MANIFEST_NAME = "dataset.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had neither `key.cls` nor `_info.json`: it is read as before, `index --upgrade` adds them
 SYNSET_PATTERN = re.compile(r"n\d{8}")  # a WordNet id of a noun: n01440764
 
 
@@ -105,7 +106,9 @@ class Split(_Frozen):
 
 
 class Manifest(_Frozen):
-    """The manifest. `synsets[label]` is a class's WordNet id; `dataset_id` hashes content and settings."""
+    """The manifest. `synsets[label]` is a class's WordNet id; `dataset_id` hashes content and settings as they were
+    built: an upgrade keeps it. `upgrading`: shards and indexes may not fit, until the upgrade has ended.
+    """
 
     format_version: int = FORMAT_VERSION
     name: str
@@ -113,6 +116,7 @@ class Manifest(_Frozen):
     synsets: list[str]
     splits: dict[str, Split]
     settings: dict[str, Any] = {}
+    upgrading: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -147,8 +151,10 @@ class Manifest(_Frozen):
         return str(self.settings.get("tars") or dataset_folder(directory))
 
     @classmethod
-    def load(cls, directory: str | Path) -> Self:
-        """Read `dataset.json` of a dataset folder. Raises ManifestError when it is missing or invalid."""
+    def load(cls, directory: str | Path, *, unfinished: bool = False) -> Self:
+        """Read `dataset.json` of a dataset folder. Raises ManifestError when it is missing or invalid, or when an
+        upgrade of the data set has not ended (unless `unfinished`).
+        """
         directory = dataset_folder(directory)
         path = f"{str(directory).rstrip('/')}/{MANIFEST_NAME}"
         try:
@@ -171,7 +177,7 @@ class Manifest(_Frozen):
                 f"{path} has format_version {version}, this code reads {FORMAT_VERSION}: update the code"
             )
         try:
-            return cls.model_validate(raw)
+            found = cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file as a whole"
@@ -179,10 +185,17 @@ class Manifest(_Frozen):
                 f"{path} is not a valid manifest: {where}: {first['msg']} "
                 f"({error.error_count()} problem(s)): rebuild the dataset with --force"
             ) from None
+        if found.upgrading and not unfinished:
+            raise ManifestError(
+                f"{directory} is being upgraded, or that was interrupted: wait for it, or give `python -m data_prep "
+                f"index --upgrade {directory}` again, which goes on"
+            )
+        return found
 
     def to_bytes(self) -> bytes:
         """The content of `dataset.json`; the same manifest always gives the same bytes."""
-        return (json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True) + "\n").encode()
+        told = self.model_dump(mode="json", exclude=None if self.upgrading else {"upgrading"})
+        return (json.dumps(told, indent=1, sort_keys=True) + "\n").encode()
 
     def save(self, directory: str | Path) -> None:
         """Write `dataset.json` atomically into a local folder."""
@@ -257,7 +270,10 @@ class ShardIndex:
         try:
             data = _read(path)
         except FileNotFoundError:
-            raise ManifestError(f"shard index {path} is missing: rebuild the dataset with --force") from None
+            raise ManifestError(
+                f"shard index {path} is missing: `python -m data_prep index --upgrade DIR` makes it again, of a data "
+                "set built by `shard`; for tars of others, `index DIR --force`"
+            ) from None
         except Exception as error:  # each store has its own
             raise _unreadable(path, error) from None
         return cls.from_bytes(data, path)

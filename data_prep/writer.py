@@ -14,7 +14,7 @@ BUILD_FOLDER = ".data_prep"  # unfinished work, inside the data set's folder
 LOCK_NAME = ".data_prep.lock"  # where the folder itself cannot be locked
 BUILD_RECORD = "build.json"  # in there: the settings of the build that is not finished
 OUR_FILES = re.compile(
-    r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet"
+    r"(train|val)-\d{6,}\.(tar|index\.npz)|(train|val)(-\d+)?\.beton|rejected\.jsonl|ledger\.parquet|_info\.json"
 )
 
 

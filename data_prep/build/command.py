@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
 DESCRIPTION = """\
 Read an archive of images and write a data set that trains fast:
   dataset.json              the classes (WordNet ids, in label order), files, counts, checksums, settings
-  train-000000.tar ...      shuffled WebDataset shards (KEY.jpg, KEY.json), each with an index for seeking
+  train-000000.tar ...      shuffled WebDataset shards (KEY.jpg, KEY.cls, KEY.json), each with an index for seeking
+  _info.json                what timm's reader of wds/ asks for
   train.beton               with --format ffcv or both: the same samples in the same order for FFCV
   ledger.parquet            what became of every image: kept, repaired, held_out, duplicate, rejected, and why
 

@@ -1,16 +1,16 @@
 """Stage 2 of a build: one shard, gathered from the data files of the chunks."""
 
-import hashlib
-import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.manifest import ShardEntry, ShardIndex, index_path
+from data_prep.manifest import ShardEntry, index_path
+from data_prep.shards.tar import ShardTar
 from data_prep.storage import Folder, LostWorkError
 
 JPEG_START = b"\xff\xd8"
+FORMER_RECORDS, SHARD_RECORDS = "shards", "shards-2"  # in the unfinished work: of finished shards of format 1, and 2
 GATHER_BYTES = 32 << 20  # of images in memory while a shard is written
 
 
@@ -34,57 +34,21 @@ class ShardTask:
         return self.name
 
 
-def ustar_header(name: str, size_bytes: int) -> bytes:
-    """The 512-byte tar header of a plain file, as `tarfile` makes it, in a tenth of the time. Owner, times and mode are
-    fixed: the same input gives the same bytes.
-    """
-    header = bytearray(_EMPTY_HEADER)
-    encoded = name.encode("ascii")
-    header[: len(encoded)] = encoded
-    header[124:135] = b"%011o" % size_bytes
-    header[148:155] = b"%06o\0" % (_EMPTY_SUM + sum(encoded) + sum(header[124:135]))
-    return bytes(header)
-
-
-_EMPTY_HEADER = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-# Of all but name and size; the checksum counts its own field as spaces.
-_EMPTY_SUM = sum(_EMPTY_HEADER) - sum(_EMPTY_HEADER[124:135]) - sum(_EMPTY_HEADER[148:156]) + 8 * ord(" ")
-
-
 def write_shard(task: ShardTask) -> ShardEntry:
     """Gather one shard from the chunks' data files; write it, its index, and the record that both are there."""
-    keys: list[str] = []
-    offsets: list[int] = []
-    digest, at = hashlib.sha256(), 0
     with task.output.writing(task.name) as temp:
         with open(temp, "wb") as file:
-
-            def add(name: str, data: bytes | memoryview) -> int:
-                nonlocal at
-                start = at + tarfile.BLOCKSIZE
-                for part in (ustar_header(name, len(data)), data, bytes(-len(data) % tarfile.BLOCKSIZE)):
-                    file.write(part)
-                    digest.update(part)
-                    at += len(part)
-                return start
-
+            tar = ShardTar(file)
             for position, jpeg, tail in _gather(task):
                 plain, _, described = tail.partition(b"\n")
-                key = task.keys.get(position, plain.decode())
-                label = int(task.label[position])
-                keys.append(key)
-                offsets.append(add(f"{key}.jpg", jpeg))
-                add(f"{key}.json", f'{{"wnid": "{task.wnids[label]}", "label": {label}, '.encode() + described)
-            end = bytes(2 * tarfile.BLOCKSIZE)
-            end += bytes(-(at + len(end)) % tarfile.RECORDSIZE)
-            file.write(end)
-            digest.update(end)
-        index = ShardIndex(np.array(keys), np.array(offsets), task.jpeg_bytes, task.label)
+                key, label = task.keys.get(position, plain.decode()), int(task.label[position])
+                told = f'{{"wnid": "{task.wnids[label]}", "label": {label}, '.encode()
+                tar.add(key, jpeg, label, told + described)
+            tar.finish()
         # Before the shard gets its name: a shard is never without its index.
-        task.output.write(str(index_path(task.name)), index.to_bytes())
-        size_bytes = at + len(end)
-    entry = ShardEntry(file=task.name, samples=len(keys), bytes=size_bytes, sha256=digest.hexdigest())
-    task.work.write(f"shards/{task.name}.json", entry.model_dump_json().encode())
+        task.output.write(str(index_path(task.name)), tar.index().to_bytes())
+    entry = tar.entry(task.name)
+    task.work.write(f"{SHARD_RECORDS}/{task.name}.json", entry.model_dump_json().encode())
     return entry
 
 

@@ -12,8 +12,10 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data_prep.build.gather import SHARD_RECORDS
 from data_prep.build.lost import RejectError, offer_of
-from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, index_path
+from data_prep.manifest import FORMAT_VERSION, MANIFEST_NAME, Manifest, ShardEntry, index_path
+from data_prep.shards.info import INFO_NAME, info_bytes
 from data_prep.sources.layout import is_lost_image
 from data_prep.storage import TEMP_MARK, Folder, LostWorkError, is_url
 from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, OUR_FILES, ShardError, clear_unfinished
@@ -87,14 +89,17 @@ class Output:
                 if self.folder.size(entry.file) != entry.bytes or not indexed:
                     raise ShardError(
                         f"{self.folder.join(entry.file)} or its index is missing or has another size than "
-                        f"{MANIFEST_NAME} says: give --force to build the dataset anew"
+                        f"{MANIFEST_NAME} says: give --force to build the dataset anew (`python -m data_prep index "
+                        f"--upgrade {self}` makes an index again)"
                     )
         self._remove_work()  # of a run that was killed between the manifest and the end
-        return BuildResult(manifest, True)
+        lacks = manifest.format_version < FORMAT_VERSION or not self.folder.exists(INFO_NAME)
+        note = f"it lacks what came with format {FORMAT_VERSION}: `python -m data_prep index --upgrade {self}` adds it"
+        return BuildResult(manifest, True, [note] if lacks else [])
 
     def finished_shards(self) -> dict[str, ShardEntry]:
         """Shards that an interrupted run has written."""
-        records = self.work.folder("shards")
+        records = self.work.folder(SHARD_RECORDS)
         entries = [ShardEntry.model_validate_json(records.read(name)) for name in records.names("*.json")]
         return {
             entry.file: entry
@@ -150,7 +155,8 @@ class Output:
         return "it holds no files"
 
     def finish(self, manifest: Manifest) -> None:
-        """Write the manifest, which makes the data set whole, then drop the unfinished work."""
+        """Write `_info.json` and the manifest, which makes the data set whole; then drop the unfinished work."""
+        self.folder.write(INFO_NAME, info_bytes(manifest))
         self.folder.write(MANIFEST_NAME, manifest.to_bytes())
         self._remove_work()
 

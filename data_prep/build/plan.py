@@ -33,7 +33,7 @@ disk there cannot hold it."""
 SAMPLED_IMAGES = 400
 COPY_SECONDS_PER_BYTE = 3.5e-9  # reading, hashing and writing twice, beside `prepare_image`: bench_build.py
 SURE_FACTOR = 8  # free space of so many times the source needs no sample
-TAR_BYTES_PER_SAMPLE = 512 + 256 + 512 + 512  # header and padding of the image, header and JSON
+TAR_BYTES_PER_SAMPLE = 512 + 256 + 1024 + 512 + 512  # header and padding of the image, class, header and JSON
 WORK_SHARE_RECLAIMED, WORK_SHARE_KEPT = 0.1, 1.0  # of the shards' size, beside them, with and without `reclaim.py`
 
 

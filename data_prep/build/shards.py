@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 
 from data_prep.build.assign import IN_VAL, assign, load_rows
-from data_prep.build.gather import ShardTask, write_shard
+from data_prep.build.gather import FORMER_RECORDS, SHARD_RECORDS, ShardTask, write_shard
 from data_prep.build.ingest import ChunkResult, IngestTask, chunk_name, ingest_chunk
 from data_prep.build.output import BuildResult, Output
 from data_prep.build.reclaim import Reclaimer
 from data_prep.cluster import Cluster
 from data_prep.images.prepare import ImagePolicy
 from data_prep.ledger import TRAIN, VAL, Assignment, Rows, write_ledger
-from data_prep.manifest import MANIFEST_NAME, Manifest, Split
+from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split
 from data_prep.progress import Progress
+from data_prep.shards.tar import ShardTarError
+from data_prep.shards.upgrade import ShardUpgrade, upgrade_shard
 from data_prep.sources.chunking import Source
 from data_prep.sources.streams import SourceError
 from data_prep.storage import Folder, LostWorkError
@@ -120,7 +122,7 @@ def build_shards(
         write_ledger(rows, assignment, output.folder, output.work.folder("chunks"), settings.samples_per_shard)
         manifest = Manifest(
             name=name,
-            dataset_id=_dataset_id(classes, splits, settings),
+            dataset_id=dataset_id(classes, splits, settings),
             synsets=classes,
             splits=splits,
             settings=wanted,
@@ -194,7 +196,7 @@ def _write_shards(
     """Stage 2."""
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     label = np.array([label_of.get(wnid, -1) for wnid in rows.wnids], np.int32)
-    entries = output.finished_shards()
+    entries = _finished(output, classes, cluster)
     splits = ("val", "train") if has_val else ("train",)  # no space is given back before val is whole
     shard_names = {
         split: [
@@ -247,6 +249,28 @@ def _write_shards(
     }
 
 
+def _finished(output: Output, classes: list[str], cluster: Cluster) -> dict[str, ShardEntry]:
+    """The shards that an interrupted run has written; those of format 1, whose images may be given back, upgraded."""
+    entries, records = output.finished_shards(), output.work.folder(FORMER_RECORDS)
+    former = [ShardEntry.model_validate_json(records.read(name)) for name in records.names("*.json")]
+    tasks = [
+        ShardUpgrade(output.folder, entry, tuple(classes), output.work.folder(SHARD_RECORDS))
+        for entry in former
+        if entry.file not in entries and output.folder.exists(entry.file)
+    ]
+    for task, upgraded in cluster.run(_upgraded, tasks):
+        if upgraded is not None:
+            entries[task.entry.file] = upgraded
+    return entries
+
+
+def _upgraded(task: ShardUpgrade) -> ShardEntry | None:
+    try:
+        return upgrade_shard(task)
+    except ShardTarError:
+        return None  # as if it were not there
+
+
 def _why_no_train(rows: Rows, assignment: Assignment) -> str:
     """Where usable images are all left out; else ''."""
     usable = (rows.offset >= 0) & (rows.split == TRAIN)
@@ -275,8 +299,10 @@ def _digest(exclude: Collection[tuple[str, str]]) -> str:
     return hashlib.sha256("\n".join(sorted("\t".join(pair) for pair in exclude)).encode()).hexdigest()[:32]
 
 
-def _dataset_id(synsets: list[str], splits: dict[str, Split], settings: ShardSettings) -> str:
-    """The `.beton` files are left out: they hold the same samples, and a run on either is a run on this dataset."""
+def dataset_id(synsets: list[str], splits: dict[str, Split], settings: ShardSettings) -> str:
+    """A hash of content and settings. The `.beton` files are left out: they hold the same samples, and a run on either
+    is a run on this dataset.
+    """
     content = {
         "synsets": synsets,
         "splits": {name: [shard.sha256 for shard in split.shards] for name, split in splits.items()},

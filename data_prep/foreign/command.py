@@ -7,6 +7,7 @@ from data_prep.foreign.index import DEFAULT_SPLITS, Indexing, index_tars, refuse
 from data_prep.foreign.tar import ForeignError
 from data_prep.labels.spaces import label_space
 from data_prep.manifest import dataset_folder
+from data_prep.shards.upgrade import upgrade_dataset
 from data_prep.storage import Folder, is_url, user_path
 
 DESCRIPTION = """\
@@ -51,11 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--skip-unlabelled", action="store_true", help="leave out samples without an image or a class")
     add("--force", action="store_true", help="write another dataset.json in place of one that this command wrote")
+    add(
+        "--upgrade",
+        action="store_true",
+        help="instead: give a data set that `shard` of a former version built what it lacks (KEY.cls in the shards, "
+        "_info.json, lost indexes), in place and without encoding anything; no run may read it meanwhile",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Index, print what there is now."""
     folder = _folder(args.data)
+    if args.upgrade:
+        return _upgrade(args, folder)
     at = _folder(args.index_folder) if args.index_folder else folder
     refuse_present(at, args.force)
     splits: dict[str, list[str]] = {}
@@ -74,6 +83,19 @@ def run(args: argparse.Namespace) -> int:
     if task.only:
         left_out += f"; {manifest.settings['others']:,} samples of other classes skipped"
     print(f"{at.url}: {parts}; {manifest.num_classes:,} classes{left_out}")
+    return 0
+
+
+def _upgrade(args: argparse.Namespace, folder: Folder) -> int:
+    others = {"--index-folder": args.index_folder, "--split": args.split, "--classes": args.classes}
+    others |= {"--others": args.others != "error", "--skip-unlabelled": args.skip_unlabelled, "--force": args.force}
+    given = [option for option, value in others.items() if value]
+    if given:
+        raise ForeignError(f"--upgrade is for data sets built by `shard`, {given[0]} for tars of others: give one")
+    manifest, done = upgrade_dataset(folder)
+    shards = sum(len(split.shards) for split in manifest.splits.values())
+    state = f"{done:,} of {shards:,} shards upgraded" if done else "lacks nothing"
+    print(f"{folder.url}: {state}; format {manifest.format_version}, id {manifest.dataset_id[:12]} as before")
     return 0
 
 

@@ -167,6 +167,7 @@ def _finish(task: Indexing, tars: Mapping[str, Sequence[str]]) -> Manifest:
     settings |= {"others": others} if task.only else {}
     settings |= {"tars": folder.url} if tars_elsewhere(folder, at) else {}
     manifest = Manifest(
+        format_version=1,  # what came with 2 is not of theirs
         name=without_credentials(folder.url).rpartition("/")[2] or "tars",
         dataset_id=digest.hexdigest()[:32],
         synsets=synsets,

@@ -28,6 +28,7 @@ from data_prep.manifest import (
     dataset_folder,
     index_path,
 )
+from data_prep.shards.info import INFO_NAME, info_bytes
 from data_prep.storage import Folder, is_url, open_binary, user_path
 from data_prep.verify.problems import Problem, Problems, check_file, local_copy
 from data_prep.verify.shard import BetonRows, ShardResult, ShardTask, check_shard, key_hashes
@@ -108,6 +109,7 @@ def verify_dataset(folder: Folder | str | Path, cluster: Cluster, fast: bool = F
         return Report([Problem(MANIFEST_NAME, str(error))])
     report, problems = Report(splits=len(manifest.splits)), Problems()
     _check_strays(folder, manifest, problems)
+    _check_info(folder, manifest, problems)
     _check_ledger(folder, manifest, problems, report.notes)
     readers = _open_betons(folder, manifest, fast, problems, report)
     counts = {name: np.zeros(manifest.num_classes, np.int64) for name in manifest.splits}
@@ -183,8 +185,8 @@ def _tasks(folder: Folder, manifest: Manifest, readers: dict[str, Any], fast: bo
                     np.array(reader.metadata[here]),
                     np.array(reader.alloc_table[here]),
                 )
-            foreign = bool(manifest.settings.get("indexed"))
-            yield ShardTask(folder, shards, name, shard, synsets, fast, rows, foreign)
+            foreign, with_classes = bool(manifest.settings.get("indexed")), manifest.format_version > 1
+            yield ShardTask(folder, shards, name, shard, synsets, fast, rows, foreign, with_classes)
             start += shard.samples
 
 
@@ -234,6 +236,15 @@ def _check_strays(folder: Folder, manifest: Manifest, problems: Problems) -> Non
     for name in folder.names():
         if name.endswith(ours) and name not in listed:
             problems.add(name, f"is not listed in {MANIFEST_NAME}: it belongs to another build")
+
+
+def _check_info(folder: Folder, manifest: Manifest, problems: Problems) -> None:
+    if manifest.settings.get("indexed") or manifest.format_version == 1:
+        return
+    there = folder.exists(INFO_NAME)
+    if not there or folder.read(INFO_NAME) != info_bytes(manifest):
+        text = f"does not say what {MANIFEST_NAME} does" if there else "is missing"
+        problems.add(INFO_NAME, f"{text}: `python -m data_prep index --upgrade {folder.url}` writes it")
 
 
 def _check_ledger(folder: Folder, manifest: Manifest, problems: Problems, notes: list[str]) -> None:

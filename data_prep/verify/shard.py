@@ -29,6 +29,7 @@ from data_prep.verify.problems import Problem, Problems, check_file, local_copy
 READ_BYTES = 8 << 20
 # libjpeg's warnings that mean lost pixels: a run refuses such images; those of our own shards have been repaired.
 LOST_DATA = re.compile(r"premature end|bad (huffman|arithmetic)|inconsistent progression|instead of RST", re.IGNORECASE)
+CLASS_DIGITS = 12  # more are none of a class number
 RAW_TOLERANCE = 16  # of 255: another version of the decoder may round otherwise, a flipped high bit gives 128
 
 
@@ -46,7 +47,7 @@ class BetonRows:
 @dataclass(frozen=True)
 class ShardTask:
     """`folder` has the index, `shards` the tar. `synsets` (classes,) S9. `fast`: sizes and index only. `foreign`: a tar
-    of somebody else's, under our index.
+    of somebody else's, under our index. `with_classes`: each sample must have its `.cls`.
     """
 
     folder: Folder
@@ -57,6 +58,7 @@ class ShardTask:
     fast: bool
     beton: BetonRows | None = None
     foreign: bool = False
+    with_classes: bool = True
 
     def __str__(self) -> str:
         return self.shard.file
@@ -143,7 +145,7 @@ def _checked_index(task: ShardTask, problems: Problems) -> ShardIndex | None:
 def _check_samples(
     task: ShardTask, path: Path, index: ShardIndex | None, problems: Problems, result: ShardResult
 ) -> None:
-    """The samples of the tar, each against its JSON, the index and the `.beton`."""
+    """The samples of the tar, each against its `.cls`, its JSON, the index and the `.beton`."""
     name, index_file = task.shard.file, str(index_path(task.shard.file))
     keys: list[str] = []
     labels: list[int] = []
@@ -157,11 +159,17 @@ def _check_samples(
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
         beton_file = None if beton is None else stack.enter_context(open(beton.path, "rb"))
-        for key, image, described in _samples(path, name, problems):
+        for key, image, number, described in _samples(path, name, problems):
             jpeg = os.pread(file.fileno(), image.size, image.offset_data)
             label = _check_json(
                 os.pread(file.fileno(), described.size, described.offset_data), jpeg, key, task, problems
             )
+            if number is not None:
+                said = os.pread(file.fileno(), min(number.size, CLASS_DIGITS), number.offset_data)
+                if label >= 0 and said != b"%d" % label:
+                    problems.add(name, f"says {said.decode('ascii', 'replace')!r}, its JSON {label}", f"{key}.cls")
+            elif task.with_classes:
+                problems.add(name, "has no .cls after its image", key)
             keys.append(key)
             labels.append(label)
             row = row_of.pop(key, None)
@@ -189,22 +197,30 @@ def _check_samples(
     result.label_counts = np.bincount(known, minlength=len(task.synsets)) if len(known) == len(labels) else None
 
 
-def _samples(path: Path, name: str, problems: Problems) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo]]:
-    """(key, its `.jpg`, its `.json`) of the tar; members that do not pair up are problems."""
+def _samples(
+    path: Path, name: str, problems: Problems
+) -> Iterator[tuple[str, tarfile.TarInfo, tarfile.TarInfo | None, tarfile.TarInfo]]:
+    """(key, `.jpg`, `.cls` if any, `.json`) of each sample; members that do not belong together are problems."""
     image: tarfile.TarInfo | None = None
+    number: tarfile.TarInfo | None = None
     for member in _members(path, name, problems):
         key, _, extension = member.name.partition(".")
-        if extension == "json" and image is not None and image.name == f"{key}.jpg":
-            yield key, image, member
-            image = None
+        ours = image is not None and image.name == f"{key}.jpg"
+        if extension == "cls" and ours and number is None:
+            number = member
+            continue
+        if extension == "json" and ours and image is not None:
+            yield key, image, number, member
+            image = number = None
             continue
         if image is not None:
             problems.add(name, "has no JSON after it", image.name)
-            image = None
+            image = number = None
         if extension == "jpg":
             image = member
         else:
-            problems.add(name, "stands without its image" if extension == "json" else "is no sample's", member.name)
+            sample = extension in ("cls", "json")
+            problems.add(name, "stands without its image" if sample else "is no sample's", member.name)
     if image is not None:
         problems.add(name, "has no JSON after it", image.name)
 

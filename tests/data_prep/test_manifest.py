@@ -35,7 +35,7 @@ def test_manifest_round_trip_and_what_it_refuses(tmp_path):
     refused("not a WordNet id", synsets=["dog", "n00000002"])
     refused("listed twice: n00000001", synsets=["n00000001", "n00000001"])
     refused("2 entries", synsets=["n00000001"])
-    refused("format_version 2, this code reads 1", format_version=2)
+    refused("format_version 3, this code reads 2", format_version=3)
     refused("extra: Extra inputs are not permitted", extra=1)
     refused(
         "hold 2 samples together, samples is 3",

@@ -7,13 +7,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import lzma
 import os
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +24,15 @@ import yaml
 from safetensors.numpy import load_file
 
 from data_prep.__main__ import main as data_prep
+from data_prep.build.shards import ShardSettings, dataset_id
+from data_prep.manifest import Manifest, index_path
+from data_prep.shards.tar import ShardTar, ShardTarReader
 from pipeline.__main__ import main as pipeline
 from tests.former.former_commands import evaluated, indexing, libraries, log_lines, odd_build, shards_build
+from tests.support.former import unpack_former
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-STORED = ("raw", "data", "runs", "ended")
 FINETUNE = "finetune.yaml"
 EXPECTED = json.loads((HERE / "expected.json").read_text())
 SAME_LIBRARIES = libraries() == EXPECTED["libraries"]
@@ -47,9 +50,11 @@ PROGRAM = """
 import json, os, sys
 os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 import torch.distributed
-from pipeline.__main__ import main
+from data_prep.__main__ import main as data_prep
+from pipeline.__main__ import main as pipeline
 torch.distributed.destroy_process_group = lambda: None
 for arguments in json.loads(sys.argv[1]):
+    main = data_prep if arguments[0] == "index" else pipeline
     print("== exit code", main(arguments), flush=True)
 """
 
@@ -58,6 +63,7 @@ COMMANDS = {
     "stopped": ["evaluate", "runs/pretrain"],
     "ended": ["evaluate", "ended/pretrain"],
     "check": [*_RESUME, "--check", "--ranks", "2"],
+    "upgrade": ["index", "data/in22k", "--upgrade"],
     "resume": _RESUME,
     "finetune": ["finetune", FINETUNE, "init.checkpoint=ended/pretrain", "tracking.uri=null"],
 }
@@ -65,13 +71,8 @@ COMMANDS = {
 
 def former(folder: Path) -> Path:
     """A copy of what is stored, to be worked on."""
-    for name in STORED:
-        shutil.copytree(HERE / name, folder / name, symlinks=True)
     shutil.copy(HERE / FINETUNE, folder)
-    for packed in folder.rglob("*.beton.xz"):
-        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
-        packed.unlink()
-    return folder
+    return unpack_former(folder)
 
 
 class Reading(NamedTuple):
@@ -114,17 +115,24 @@ def test_data_sets_are_whole(work: Path, capsys: pytest.CaptureFixture[str], nam
 
 
 def test_the_same_archive_gives_the_same_bytes(work: Path) -> None:
-    """Nothing of it is encoded again, so only the ledger's Parquet and the decoders' words are the libraries'."""
+    """But for what came with format 2, which `index --upgrade` adds; it keeps the set's id, for the runs on it. Nothing
+    is encoded again, so only the ledger's Parquet and the decoders' words are the libraries'.
+    """
+    assert data_prep(["index", "data/in22k", "--upgrade"]) == 0
     (work / "data" / "in22k").rename(work / "before")
     format_ = "both" if HAS_FFCV else "webdataset"
     assert data_prep([format_ if word == "both" else word for word in shards_build()]) == 0
+    manifest = json.loads((work / "before" / "dataset.json").read_text())
+    there = json.loads((HERE / "data" / "in22k" / "dataset.json").read_text())
+    assert manifest["dataset_id"] == there["dataset_id"]
+    manifest["dataset_id"] = json.loads((work / "data" / "in22k" / "dataset.json").read_text())["dataset_id"]
+    (work / "before" / "dataset.json").write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     before, now = digests(work / "before"), digests(work / "data" / "in22k")
     if not SAME_LIBRARIES:
         tables = [pq.read_table(work / folder / "ledger.parquet") for folder in ("before", "data/in22k")]
         assert tables[0].drop_columns("detail").equals(tables[1].drop_columns("detail"))
         del before["ledger.parquet"], now["ledger.parquet"]
     if not HAS_FFCV:
-        manifest = json.loads((work / "before" / "dataset.json").read_text())
         for split in manifest["splits"].values():
             split["betons"] = []
         assert json.loads((work / "data" / "in22k" / "dataset.json").read_text()) == manifest
@@ -135,8 +143,35 @@ def test_the_same_archive_gives_the_same_bytes(work: Path) -> None:
 
 @pytest.mark.skipif(not SAME_LIBRARIES, reason="images that are encoded again are as the libraries make them")
 def test_images_of_every_form_give_the_same_bytes(work: Path) -> None:
+    """But for what came with format 2, which is taken away."""
     assert data_prep(odd_build()) == 0
-    assert digests(work / "data" / "odd") == EXPECTED["odd_build"]
+    odd = work / "data" / "odd"
+    as_format_1(odd)
+    assert digests(odd) == EXPECTED["odd_build"]
+
+
+def as_format_1(folder: Path) -> None:
+    """The data set as format 1 had it: without `.cls` members and `_info.json`."""
+    now, entries = Manifest.load(folder), {}
+    for entry in (entry for split in now.splits.values() for entry in split.shards):
+        with open(folder / entry.file, "rb") as file:
+            samples = list(ShardTarReader(file, entry.file))
+        with open(folder / entry.file, "wb") as file:
+            tar = ShardTar(file, with_classes=False)
+            for sample in samples:
+                assert sample.label is not None
+                tar.add(sample.key, sample.jpeg, sample.label, sample.described)
+            tar.finish()
+        tar.index().save(folder / index_path(entry.file))
+        entries[entry.file] = tar.entry(entry.file)
+    splits = {
+        name: split.model_copy(update={"shards": [entries[entry.file] for entry in split.shards]})
+        for name, split in now.splits.items()
+    }
+    settings = ShardSettings(**{field.name: now.settings[field.name] for field in fields(ShardSettings)})
+    update = {"format_version": 1, "splits": splits, "dataset_id": dataset_id(now.synsets, splits, settings)}
+    now.model_copy(update=update).save(folder)
+    (folder / "_info.json").unlink()
 
 
 def test_indexes_of_others_tars_are_made_as_before(work: Path) -> None:
@@ -196,7 +231,10 @@ def test_a_checkpoint_is_as_good_as_it_was(read: tuple[Path, dict[str, str]], wh
 
 
 def test_a_stopped_run_goes_on(read: tuple[Path, dict[str, str]]) -> None:
-    """To where the code that began it came: every step's numbers, all state; its records go on, too."""
+    """To where the code that began it came: every step's numbers, all state; its records go on, too. The data set has
+    been upgraded in between.
+    """
+    assert "4 of 4 shards upgraded" in read[1]["upgrade"]
     folder, said = read
     run, before = folder / "runs" / "pretrain", HERE / "runs" / "pretrain"
     assert f"resumed from runs/pretrain/checkpoints/step-{STOPPED:08d}" in said["resume"]

@@ -1,5 +1,6 @@
 """Damage of every kind, planted into a whole data set: each is found, and named by its file."""
 
+import contextlib
 import json
 import shutil
 import tarfile
@@ -11,7 +12,8 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.cluster import InProcess
-from data_prep.manifest import Manifest, ShardIndex, file_sha256
+from data_prep.manifest import Manifest, ManifestError, ShardIndex, file_sha256
+from data_prep.shards.info import info_bytes
 from data_prep.verify.command import verify_dataset
 from data_prep.verify.problems import Problems
 from tests.support.archives import archive, dirt, shard
@@ -61,6 +63,8 @@ def edit_manifest(folder: Path, edit) -> None:
     raw = json.loads((folder / "dataset.json").read_text())
     edit(raw)
     (folder / "dataset.json").write_text(json.dumps(raw))
+    with contextlib.suppress(ManifestError):
+        (folder / "_info.json").write_bytes(info_bytes(Manifest.load(folder)))
 
 
 def shard_entry(raw: dict, file: str = SHARD) -> dict:
@@ -88,7 +92,7 @@ def test_a_whole_data_set(whole, capsys):
 
 
 def test_a_flipped_byte_of_an_image(data):
-    jpeg = members(data / SHARD)[4]
+    jpeg = members(data / SHARD)[6]
     flip(data / SHARD, jpeg.offset_data + jpeg.size - 40)
     problems = found(data)
     assert "differs from its sha256" in problems[SHARD][0]
@@ -99,10 +103,11 @@ def test_a_flipped_byte_of_an_image(data):
 
 
 def test_a_flipped_byte_of_a_tar_header(data):
-    jpeg, described = members(data / SHARD)[4:6]
+    jpeg, number, described = members(data / SHARD)[6:9]
     flip(data / SHARD, jpeg.offset + 3)
     problems = found(data)
     assert f"has a damaged tar header at byte {jpeg.offset}" in problems[SHARD]
+    assert f"{number.name} stands without its image" in problems[SHARD]
     assert f"{described.name} stands without its image" in problems[SHARD]
     assert "holds 9 whole samples, dataset.json says 10" in problems[SHARD]
     assert problems[INDEX] == [f"{jpeg.name[:-4]} is listed, but not in the shard"]
@@ -129,7 +134,7 @@ def test_a_missing_index(data):
 
 
 def test_a_truncated_shard(data):
-    jpeg = members(data / SHARD)[10]
+    jpeg = members(data / SHARD)[15]
     with open(data / SHARD, "r+b") as file:
         file.truncate(jpeg.offset_data + 100)
     problems = found(data, shards_only=True)
@@ -193,7 +198,7 @@ def test_stray_files(data):
 
 
 def test_images_and_jsons_that_do_not_fit(data):
-    (cut, _, _, wrong, gray, _) = members(data / SHARD)[:6]
+    (cut, _, _, _, _, wrong, gray, number, _) = members(data / SHARD)[:9]
     raw = bytearray((data / SHARD).read_bytes())
     middle = cut.offset_data + cut.size // 2
     raw[middle : cut.offset_data + cut.size] = bytes(cut.offset_data + cut.size - middle)
@@ -204,14 +209,17 @@ def test_images_and_jsons_that_do_not_fit(data):
     described = described.replace(b'"label": %d' % label, b'"label": %d' % ((label + 1) % 3))
     raw[wrong.offset_data : wrong.offset_data + wrong.size] = described
     raw[gray.offset_data : gray.offset_data + 2] = b"no"
+    raw[number.offset_data : number.offset_data + 1] = b"7"
     (data / SHARD).write_bytes(raw)
     rehash(data)
     texts = found(data, shards_only=True)[SHARD]
-    assert len(texts) == 4
+    assert len(texts) == 6
     for start in (f"{cut.name} cannot be decoded", f"{gray.name} cannot be decoded"):
         assert any(text.startswith(start) for text in texts)
     assert any(text.startswith(f"{wrong.name} says {width + 1} x ") for text in texts)
     assert any(text.startswith(f"{wrong.name} has wnid {said['wnid']}, label ") for text in texts)
+    assert f"{wrong.name[:-5]}.cls says '{label}', its JSON {(label + 1) % 3}" in texts
+    assert any(text.startswith(f"{number.name} says '7', its JSON ") for text in texts)
 
 
 def test_a_key_that_stands_in_both_splits(data):
@@ -304,7 +312,7 @@ def test_betons_of_other_modes(data):
 
 
 def test_several_workers_give_the_same_list(data, capsys):
-    flip(data / SHARD, members(data / SHARD)[4].offset + 3)
+    flip(data / SHARD, members(data / SHARD)[6].offset + 3)
     (data / "val-000000.tar").unlink()
     listed = []
     for workers in "12":
@@ -331,7 +339,7 @@ def test_on_an_object_store(data, s3, capsys):
             upload(path)
     assert main(["verify", url, "--workers", "1"]) == 0
     assert main(["verify", url, "--workers", "1", "--fast"]) == 0
-    flip(data / SHARD, members(data / SHARD)[4].offset + 3)
+    flip(data / SHARD, members(data / SHARD)[6].offset + 3)
     upload(data / SHARD)
     s3.client.delete_object(Bucket="bucket", Key="sets/val-000000.index.npz")
     s3.put("sets/train-000099.tar", b"x")
