@@ -19,7 +19,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data_prep.manifest import Manifest, ShardEntry
+from data_prep.manifest import Manifest, ShardEntry, ShardIndex, index_path
 from data_prep.storage import DataPrepError, Folder, open_binary
 
 # imagehash.phash shrinks to 32 x 32 pixels whatever it is given. libjpeg can decode at n/8 of the size and into gray,
@@ -62,13 +62,17 @@ class ImageRow(NamedTuple):
 
 @dataclass(frozen=True)
 class HashTask:
-    """Hash the shard `file` of the data set `dataset`; leave the hashes in the folder `cache` under `target`."""
+    """Hash the shard `file` that lies in `dataset`; leave the hashes in the folder `cache` under `target`. `index`: of
+    a tar of others, where its index is, and `synsets` the classes by label.
+    """
 
     dataset: str
     file: str
     cache: str
     target: str
     samples: int
+    index: str | None = None
+    synsets: tuple[str, ...] = ()
 
 
 def hash_image(jpeg: bytes) -> ImageHash:
@@ -125,7 +129,10 @@ _DTYPES = {
 
 
 def _samples(task: HashTask) -> Iterator[tuple[str, bytes, int, dict[str, Any]]]:
-    """Key, JPEG, where it begins in the tar, and the description of every sample, in one pass over the shard."""
+    """Key, image, where it begins in the tar, and the description of every sample, in one pass over the shard."""
+    if task.index is not None:
+        yield from _indexed_samples(task, ShardIndex.load(task.index))
+        return
     parts: dict[str, dict[str, Any]] = {}
     try:
         with open_binary(f"{task.dataset}/{task.file}") as file, tarfile.open(fileobj=file, mode="r:") as tar:
@@ -144,10 +151,38 @@ def _samples(task: HashTask) -> Iterator[tuple[str, bytes, int, dict[str, Any]]]
         raise DuplicateError(f"{task.dataset}/{task.file} is damaged ({error}): rebuild it with --force") from None
 
 
-def hash_tasks(dataset: Folder, shards: Iterable[ShardEntry], cache: Folder) -> list[HashTask]:
-    """One task for each shard, done or not. The name of a target comes from the shard's content."""
+def _indexed_samples(task: HashTask, index: ShardIndex) -> Iterator[tuple[str, bytes, int, dict[str, Any]]]:
+    """Of a tar of others: its key is all that an image was called."""
+    with open_binary(f"{task.dataset}/{task.file}") as file:
+        for key, offset, size, label in zip(index.keys, index.offsets, index.sizes, index.labels, strict=True):
+            file.seek(int(offset))
+            image = file.read(int(size))
+            if len(image) < size:
+                raise DuplicateError(f"{task.dataset}/{task.file} ends inside {key}: copy it again")
+            yield str(key), image, int(offset), {"wnid": task.synsets[label], "source_name": str(key)}
+
+
+def hash_tasks(dataset: Folder, manifest: Manifest, shards: Iterable[ShardEntry], cache: Folder) -> list[HashTask]:
+    """One task for each shard, done or not. The name of a target comes from the shard's content, and for a tar of
+    others also from what is taken of it.
+    """
+    if not manifest.settings.get("indexed"):
+        return [
+            HashTask(dataset.url, shard.file, cache.url, f"{shard.sha256[:32]}-v{CACHE_VERSION}.npz", shard.samples)
+            for shard in shards
+        ]
+    synsets, tars = tuple(manifest.synsets), manifest.shards_folder(dataset.url)
+    taken = manifest.dataset_id[:12]
     return [
-        HashTask(dataset.url, shard.file, cache.url, f"{shard.sha256[:32]}-v{CACHE_VERSION}.npz", shard.samples)
+        HashTask(
+            tars,
+            shard.file,
+            cache.url,
+            f"{shard.sha256[:32]}-{taken}-v{CACHE_VERSION}.npz",
+            shard.samples,
+            dataset.join(str(index_path(shard.file))),
+            synsets,
+        )
         for shard in shards
     ]
 

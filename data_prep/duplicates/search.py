@@ -154,7 +154,8 @@ def hashed_images(cluster: Cluster, dataset: Folder, splits: Sequence[str], outp
     """Hash what has not been hashed before, with a progress bar, and load the hashes of all."""
     manifest = Manifest.load(dataset.url)
     cache = output.folder(HASHES)
-    tasks = hash_tasks(dataset, [shard for split in splits for shard in manifest.split(split).shards], cache)
+    shards = [shard for split in splits for shard in manifest.split(split).shards]
+    tasks = hash_tasks(dataset, manifest, shards, cache)
     done = set(cache.names("*.npz"))
     missing = [task for task in tasks if task.target not in done]
     with tqdm(
@@ -166,7 +167,7 @@ def hashed_images(cluster: Cluster, dataset: Folder, splits: Sequence[str], outp
     ) as progress:
         for _, samples in cluster.run(hash_shard, missing):
             progress.update(samples)
-    return HashedImages(dataset, manifest, splits, tasks)
+    return HashedImages(Folder(manifest.shards_folder(dataset.url)), manifest, splits, tasks)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -214,11 +215,6 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None and not dataset.is_local:
         raise DuplicateError(f"{dataset.url} is a URL: say with --output where the report is to go")
     output = _folder(args.output) if args.output else dataset.folder("duplicates")
-    for given in filter(None, (args.dataset, args.against)):
-        if Manifest.load(given).settings.get("indexed"):
-            raise DuplicateError(
-                f"{given} is made of tars of others, which do not say what an image was called: build it with `shard`"
-            )
     Manifest.load(dataset.url).split(args.split)
     against_splits: list[str] = []
     if args.against:
@@ -247,8 +243,11 @@ def _search(args: argparse.Namespace, dataset: Folder, against_splits: Sequence[
         findings.train_rows |= rows
     write_pairs(findings, output)
     write_html(findings, output, args.show)
+    use = "WordNet id and name: python -m data_prep shard ... --exclude THIS_FILE"
+    if train.manifest.settings.get("indexed"):
+        use = "WordNet id and key: tars of others stay as they are, write them anew without these"
     comments = [
-        "images to leave out of train, WordNet id and name: python -m data_prep shard ... --exclude THIS_FILE",
+        f"images to leave out of train, {use}",
         f"made by: python -m data_prep duplicates; data set {train.manifest.name} ({train.manifest.dataset_id[:12]}), "
         f"split {args.split}",
         *(

@@ -1,4 +1,4 @@
-"""What a WebDataset sample says of its class: one rule for tars that are indexed and for tars that are streamed."""
+"""What a WebDataset sample says of its class, and which of its files count: for tars that are indexed or streamed."""
 
 import json
 import re
@@ -7,19 +7,23 @@ from typing import NamedTuple
 from data_prep.manifest import SYNSET_PATTERN
 from data_prep.sources.layout import is_hidden
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, where a sample has several
-MAX_JSON_BYTES = 1 << 20  # what is larger holds more than a label
+# In order of preference, where a sample has several.
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm")
+MAX_CLASS_BYTES, MAX_JSON_BYTES = 1 << 10, 1 << 20  # what is larger holds more than a label
+
 WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})(?=[_./]|$)")
+WNID_FIELDS = ("wnid", "synset", "label", "filename")  # of a JSON; the first that names one counts
+MAX_DIGITS = 9
 
 
 class Told(NamedTuple):
-    """A class as a WordNet id ("": not told) and as a number (-1: not told)."""
+    """A WordNet id, or "", and a class number, or -1."""
 
     wnid: str = ""
     number: int = -1
 
-    def __bool__(self) -> bool:
-        return bool(self.wnid) or self.number >= 0
+
+NONE = Told()
 
 
 def is_of_sample(name: str) -> bool:
@@ -29,33 +33,40 @@ def is_of_sample(name: str) -> bool:
 
 
 def class_of(key: str, cls: bytes | None, json_data: bytes | None) -> Told:
-    """The class in a sample's `.json` or `.cls`, or in its key. A WordNet id in either is taken as one."""
-    wnid, number = "", -1
-    if cls is not None:
-        wnid, number = _told(cls.decode("utf-8", "replace").strip())
+    """What a sample's `.cls`, `.json` and key say together: the first WordNet id of them, and the first number."""
+    told = []
+    if cls is not None and len(cls) <= MAX_CLASS_BYTES:
+        told.append(class_of_text(cls.decode("utf-8", "replace")))
     if json_data is not None and len(json_data) <= MAX_JSON_BYTES:
-        told = _fields(json_data)
-        names = [str(told[field]) for field in ("wnid", "synset", "filename") if isinstance(told.get(field), str)]
-        found = next((match[0] for name in names if (match := WNID_IN_NAME.findall(name))), "")
-        label_wnid, label_number = _told(told.get("label"))
-        wnid = found or wnid or label_wnid
-        number = number if number >= 0 else label_number
-    return Told(wnid or next(iter(WNID_IN_NAME.findall(key)), ""), number)
+        told.append(class_of_json(json_data))
+    wnid = next((each.wnid for each in told if each.wnid), "") or wnid_in(key)
+    return Told(wnid, next((each.number for each in told if each.number >= 0), -1))
 
 
-def _told(label: object) -> Told:
-    if type(label) is int:
-        return Told("", label if 0 <= label < 1 << 31 else -1)
-    if not isinstance(label, str):
-        return Told()
-    if SYNSET_PATTERN.fullmatch(label):
-        return Told(label)
-    return Told("", int(label) if label.isascii() and label.isdigit() and len(label) < 10 else -1)
+def wnid_in(name: str) -> str:
+    """The first WordNet id that begins a name or a folder of it: `a/n01440764_10026` -> `n01440764`; "" for none."""
+    return next(iter(WNID_IN_NAME.findall(name)), "")
 
 
-def _fields(data: bytes) -> dict[str, object]:
+def class_of_text(text: str) -> Told:
+    """The content of a `.cls`."""
+    text = text.strip()
+    if SYNSET_PATTERN.fullmatch(text):
+        return Told(wnid=text)
+    return Told(number=int(text)) if text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS else NONE
+
+
+def class_of_json(data: bytes) -> Told:
+    """The content of a `.json`: a WordNet id in one of WNID_FIELDS, a number in "label"."""
     try:
-        told = json.loads(data)
+        said = json.loads(data)
     except ValueError:
-        return {}
-    return told if isinstance(told, dict) else {}
+        return NONE
+    if not isinstance(said, dict):
+        return NONE
+    label = said.get("label")
+    number = class_of_text(label).number if isinstance(label, str) else -1
+    if type(label) is int and 0 <= label < 1 << 31:
+        number = label
+    names = [said[field] for field in WNID_FIELDS if isinstance(said.get(field), str)]
+    return Told(next((wnid for name in names if (wnid := wnid_in(name))), ""), number)

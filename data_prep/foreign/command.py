@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
-from data_prep.foreign.index import DEFAULT_SPLITS, Indexing, index_tars, refuse_present
-from data_prep.foreign.tar import ForeignError
+from data_prep.foreign.index import Indexing, index_tars, refuse_present
+from data_prep.foreign.scan import ForeignError
+from data_prep.foreign.splits import DEFAULT_SPLITS
+from data_prep.foreign.tar import Accepted
 from data_prep.labels.spaces import label_space
 from data_prep.manifest import dataset_folder
 from data_prep.shards.upgrade import upgrade_dataset
@@ -14,9 +16,10 @@ DESCRIPTION = """\
 Make a data set of plain WebDataset tars: an index beside each, or in --index-folder, and dataset.json. The tars stay as
 they are.
 
-The class of a sample is that of the WordNet id (n01440764) in its JSON ("wnid", "synset" or "filename") or at the
-beginning of its key or folder; else the number in its .cls, or its JSON's "label": then --classes has to say which
-class each number is. Every tar is read to its end once; the same command goes on after an interruption."""
+The class of a sample is that of the WordNet id (n01440764) in its .cls, its JSON ("wnid", "synset", "label" or
+"filename"), or at the beginning of its key or folder; else the number in its .cls, or its JSON's "label": then
+--classes has to say which class each number is. Links count as the files that they name. Every tar is read to its end
+once; the same command goes on after an interruption."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=GLOB",
-        help="tars of a split, such as val='val-{00..63}.tar'; may be repeated (train='train*.tar', val='val*.tar')",
+        help="tars of a split, such as val='val-{00..63}.tar', all of which have to be there; may be repeated "
+        "(train='train*.tar', val='val*.tar')",
     )
     add(
         "--classes",
@@ -51,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples of classes that are not in --classes: an error, or left out (default: %(default)s)",
     )
     add("--skip-unlabelled", action="store_true", help="leave out samples without an image or a class")
+    add(
+        "--unmarked",
+        action="store_true",
+        help="take tars that end without a tar's end mark for whole: some programs leave it out, but what was cut "
+        "short between two files lacks it, too",
+    )
     add("--force", action="store_true", help="write another dataset.json in place of one that this command wrote")
     add(
         "--upgrade",
@@ -76,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     if args.others == "skip" and not args.classes:
         raise ForeignError("--others skip needs the classes that are not skipped: add --classes, a text file of them")
     classes = label_space(args.classes) if args.classes else None
-    task = Indexing(folder, at, splits or DEFAULT_SPLITS, classes, args.others == "skip", args.skip_unlabelled)
+    accepted = Accepted(args.skip_unlabelled, args.unmarked)
+    task = Indexing(folder, at, splits or DEFAULT_SPLITS, classes, args.others == "skip", accepted)
     manifest = index_tars(task, replace=args.force)
     parts = ", ".join(f"{s.samples:,} {name} in {len(s.shards):,} tars" for name, s in manifest.splits.items())
     left_out = f"; {manifest.settings['left_out']:,} samples left out" if manifest.settings["left_out"] else ""
@@ -88,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _upgrade(args: argparse.Namespace, folder: Folder) -> int:
     others = {"--index-folder": args.index_folder, "--split": args.split, "--classes": args.classes}
-    others |= {"--others": args.others != "error", "--skip-unlabelled": args.skip_unlabelled, "--force": args.force}
+    others |= {"--others": args.others != "error", "--skip-unlabelled": args.skip_unlabelled}
+    others |= {"--unmarked": args.unmarked, "--force": args.force}
     given = [option for option, value in others.items() if value]
     if given:
         raise ForeignError(f"--upgrade is for data sets built by `shard`, {given[0]} for tars of others: give one")

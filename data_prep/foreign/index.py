@@ -4,30 +4,27 @@ Each tar's index is written when the tar has been read (`tar.py`), with what its
 so that the same command goes on after an interruption; `dataset.json` is last.
 """
 
-import fnmatch
 import hashlib
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
 
 from data_prep.credentials import without_credentials
-from data_prep.foreign.tar import ForeignError, Scan, is_indexed, scan_tar, tars_elsewhere
+from data_prep.foreign.scan import ForeignError, Scan
+from data_prep.foreign.splits import DEFAULT_SPLITS, promised_samples, split_tars
+from data_prep.foreign.tar import NOTHING, Accepted, is_indexed, scan_tar, tars_elsewhere
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, dataset_folder, index_path
 from data_prep.progress import Progress
-from data_prep.sources.layout import is_hidden
-from data_prep.sources.listing import list_folder
+from data_prep.shards.info import INFO_NAME
 from data_prep.storage import Folder, refuse_unwritable
 from data_prep.writer import BUILD_FOLDER, BUILD_RECORD, BusyError, sole_writer
 
-DEFAULT_SPLITS = {"train": ["train*.tar"], "val": ["val*.tar"]}
-FOLDERS_LOOKED_INTO = 10
 LOCAL_THREADS, REMOTE_THREADS = 4, 16  # one stream of an object store gives 50 to 100 MB/s; each takes 8 MB here
 
 
@@ -35,7 +32,7 @@ LOCAL_THREADS, REMOTE_THREADS = 4, 16  # one stream of an object store gives 50 
 class Indexing:
     """What is indexed, and how. at: where indexes and manifest go, else beside the tars; splits: glob patterns by
     split; classes: WordNet ids in the order of the class numbers, needed where samples have only numbers; only: take
-    just the samples of these classes; skip_unlabelled: leave out samples without an image or a class.
+    just the samples of these classes; accepted: what may be less than whole.
     """
 
     folder: Folder
@@ -43,7 +40,7 @@ class Indexing:
     splits: Mapping[str, Sequence[str]] = field(default_factory=lambda: DEFAULT_SPLITS)
     classes: Sequence[str] | None = None
     only: bool = False
-    skip_unlabelled: bool = False
+    accepted: Accepted = NOTHING
 
     @property
     def wanted(self) -> Sequence[str] | None:
@@ -64,7 +61,8 @@ def index_tars(task: Indexing, *, replace: bool = False) -> Manifest:
     if task.folder.is_local and not Path(task.folder.url).exists():
         raise ForeignError(f"{task.folder.url} does not exist: check the path")
     sizes = task.folder.sizes()
-    tars = _split_tars(task.folder, sizes, task.splits)
+    tars = split_tars(task.folder, sizes, task.splits)
+    promised = promised_samples(task.folder, sizes, all_of_them=task.splits is DEFAULT_SPLITS)
     names = [name for found in tars.values() for name in found]
     if tars_elsewhere(task.folder, task.at) and without_credentials(task.folder.url) != task.folder.url:
         raise ForeignError(
@@ -79,7 +77,7 @@ def index_tars(task: Indexing, *, replace: bool = False) -> Manifest:
             raise ForeignError(
                 f"{task.at.url} holds an unfinished build: finish it by the `shard` command that began it"
             )
-        _scan_all(task, {name: sizes[name] or 0 for name in names})
+        _scan_all(task, {name: sizes[name] or 0 for name in names}, promised)
         return _finish(task, tars)
 
 
@@ -96,9 +94,9 @@ def _elsewhere(folder: Folder) -> str:
     return f"run `python -m data_prep index {folder.url} --index-folder DIR`, and train with data.path=DIR"
 
 
-def _scan_all(task: Indexing, sizes: Mapping[str, int]) -> None:
-    folder, skip = task.folder, task.skip_unlabelled
-    kept = {name for name, size in sizes.items() if is_indexed(folder, name, size, skip, task.at, task.wanted)}
+def _scan_all(task: Indexing, sizes: Mapping[str, int], promised: Mapping[str, int]) -> None:
+    folder = task.folder
+    kept = {name for name, size in sizes.items() if is_indexed(folder, name, size, task.accepted, task.at, task.wanted)}
     stop, lock = threading.Event(), threading.Lock()
     with Progress("tars", sum(sizes.values())) as progress:
         for name in kept:
@@ -111,7 +109,13 @@ def _scan_all(task: Indexing, sizes: Mapping[str, int]) -> None:
                 progress.advance(amount, images=0)
 
         def work(name: str) -> None:
-            scan = scan_tar(folder, name, skip, advance)
+            scan = scan_tar(folder, name, task.accepted, advance)
+            held = len(scan.index) + scan.about["left_out"]
+            if held < promised.get(name, 0):
+                raise ForeignError(
+                    f"{folder.join(name)} holds {held:,} samples, {INFO_NAME} says {promised[name]:,}: copy it again, "
+                    f"or remove {INFO_NAME} where that is wrong"
+                )
             if elsewhere := tars_elsewhere(folder, task.at):
                 scan.about["tars"] = elsewhere
             scan = task.taken(scan, name)
@@ -184,36 +188,6 @@ def _own(index: bytes) -> bytes:
     if scan.about.pop("tars", None) is None:
         return index
     return scan.to_bytes(scan.index.labels)
-
-
-def _split_tars(folder: Folder, names: Iterable[str], splits: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
-    tars = sorted(name for name in names if name.endswith(".tar") and not name.startswith("."))
-    found: dict[str, list[str]] = {}
-    for split, globs in splits.items():
-        patterns = [pattern for glob in globs for pattern in braceexpand(glob)]
-        mine = [name for name in tars if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-        if mine:
-            found[split] = mine
-    taken = [name for mine in found.values() for name in mine]
-    twice = sorted({name for name in taken if taken.count(name) > 1}) if len(set(taken)) < len(taken) else []
-    if twice:
-        raise ForeignError(f"{folder.join(twice[0])} belongs to two splits: give --split patterns that keep them apart")
-    if not found:
-        inside = [] if tars else _folders_of_tars(folder)
-        if inside:
-            raise ForeignError(
-                f"{folder.url} has no tar, they lie in {', '.join(f'{name}/' for name in inside)}: a data set is one "
-                "folder: move or link them into one, by names such as train-000000.tar and val-000000.tar"
-            )
-        there = f"its tars are {tars[0]}, ..." if tars else "it holds no .tar (compressed ones have to be unpacked)"
-        asked = ", ".join(f"{split}={glob}" for split, globs in splits.items() for glob in globs)
-        raise ForeignError(f"{folder.url} has no tar of {asked}; {there}: say which are which with --split train=GLOB")
-    return found
-
-
-def _folders_of_tars(folder: Folder) -> list[str]:
-    names = [entry.name for entry in list_folder(folder.url) if entry.kind == "folder" and not is_hidden(entry.name)]
-    return [name for name in names[:FOLDERS_LOOKED_INTO] if folder.folder(name).names("*.tar")]
 
 
 def _write(folder: Folder, name: str, data: bytes) -> None:

@@ -1,140 +1,87 @@
-"""One WebDataset tar that somebody else wrote: its samples, what they say of their classes, and its index.
+"""One WebDataset tar that somebody else wrote, read to its end: its samples, each with an image and a class.
 
 The tar is read once, from end to end, which gives its checksum, too. (Over a network that is also the faster way: a
 jump from header to header costs a request, in which a stream brings several images.)
 """
 
 import hashlib
-import io
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.foreign.classes import NONE, class_of_json, class_of_text, wnid_in
+from data_prep.foreign.scan import ForeignError, Scan, digest_of
 from data_prep.manifest import ShardIndex, index_path
+from data_prep.sources.detect import OTHER_ARCHIVES
 from data_prep.sources.layout import is_hidden
-from data_prep.sources.streams import FileRange
+from data_prep.sources.streams import MAGIC, FileRange
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
-from data_prep.storage import DataPrepError, Folder, file_system
+from data_prep.storage import Folder, file_system
 
-IMAGES = ("jpg", "jpeg", "png", "webp")  # in order of preference, where a sample has several
+# In order of preference, where a sample has several. What of them cannot be decoded is told by name, by `verify` and by
+# a run; it is never "no image".
+IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm")
 MAX_JSON_BYTES = 1 << 20  # what is larger holds more than a label
+MAX_CLASS_BYTES = 1 << 10
 TOLD_SAMPLES = 5
 READ_BYTES = 8 << 20
+LINKS_TO_LINKS = 8
 # WebDataset's rule: folder and name up to the first dot; what has no such name belongs to no sample.
 MEMBER_NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
-WNID_IN_NAME = re.compile(r"(?:^|/)(n\d{8})(?=[_./]|$)")
+PACKED = {magic: name for name, magic in MAGIC.items()} | OTHER_ARCHIVES
 
 
-class ForeignError(DataPrepError):
-    """The tars cannot be made a data set as they are, or not without being told more."""
+@dataclass(frozen=True)
+class Accepted:
+    """What may be less than whole. unlabelled: samples without an image or a class are left out; unmarked: tars may end
+    without the end mark that says that nothing is missing.
+    """
+
+    unlabelled: bool = False
+    unmarked: bool = False
+
+
+NOTHING = Accepted()
+
+
+class _File(NamedTuple):
+    """What a member is, and what it says of its sample's class."""
+
+    offset: int
+    size: int
+    wnid: str = ""
+    number: int = -1
 
 
 @dataclass
 class _Sample:
-    offset: int = -1
-    size: int = 0
-    preference: int = len(IMAGES)
-    wnid: str = ""
-    number: int = -1
-    extensions: set[str] = field(default_factory=set)
+    files: dict[str, _File] = field(default_factory=dict)  # by extension
+    extensions: set[str] = field(default_factory=set)  # those of links, too
+    broken: str = ""  # a link that leads nowhere
 
     @property
-    def lacks(self) -> str:
+    def image(self) -> _File | None:
+        return next((self.files[extension] for extension in IMAGES if extension in self.files), None)
+
+    def wnid(self, key: str) -> str:
+        """The WordNet id that its `.cls`, JSON or key gives; "" for none."""
+        told = [self.files[extension].wnid for extension in ("cls", "json") if extension in self.files]
+        return next((wnid for wnid in told if wnid), wnid_in(key))
+
+    @property
+    def number(self) -> int:
+        """The class number that its `.cls` or JSON gives; -1 for none."""
+        told = [self.files[extension].number for extension in ("cls", "json") if extension in self.files]
+        return next((number for number in told if number >= 0), -1)
+
+    def lacks(self, key: str) -> str:
         """What keeps it from being trained on."""
-        return "no image" if self.offset < 0 else "" if self.wnid or self.number >= 0 else "no class"
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a tar holds. wnid (N,) int32: position in `wnids`, or -1; number (N,) int64: the class number, or -1."""
-
-    index: ShardIndex
-    wnids: list[str]
-    wnid: np.ndarray
-    number: np.ndarray
-    # bytes, sha256, left_out (samples); tars: their folder, where the index is elsewhere; others (samples of other
-    # classes that were skipped) and of_classes (a digest of those that were not), where some were taken only
-    about: dict[str, Any]
-
-    def only(self, tar: str, classes: Sequence[str]) -> Self:
-        """Without the samples of other classes than `classes`. Raises ForeignError for one that has but a number."""
-        if (self.wnid < 0).any():
-            key = str(self.index.keys[int(np.flatnonzero(self.wnid < 0)[0])])
-            raise ForeignError(
-                f"{tar}: sample {key!r} gives its class only as a number: --others skip needs WordNet ids, index the "
-                "tars with the whole list of --classes"
-            )
-        taken = np.isin(self.wnid, [at for at, wnid in enumerate(self.wnids) if wnid in set(classes)])
-        index = ShardIndex(*(getattr(self.index, name)[taken] for name in ("keys", "offsets", "sizes", "labels")))
-        others = self.about.get("others", 0) + int((~taken).sum())
-        about = {**self.about, "others": others, "of_classes": digest_of(classes)}
-        return type(self)(index, self.wnids, self.wnid[taken], self.number[taken], about)
-
-    def labels(self, tar: str, classes: Sequence[str] | None) -> np.ndarray:
-        """Class numbers, int64 (N,); `classes` None: positions in `wnids`. Raises ForeignError, naming a sample."""
-        if classes is None:
-            bad = self.wnid < 0
-            problem = (
-                "gives its class only as a number, which says nothing without a list: add --classes, with a text file "
-                "of one WordNet id per line in the order of the numbers, or imagenet-1k, fall11, winter21-p, ... "
-                "(`python -m data_prep labels --list`)"
-            )
-            found = self.wnid.astype(np.int64)
-        else:
-            at = {wnid: label for label, wnid in enumerate(classes)}
-            told = np.array([at.get(wnid, -1) for wnid in self.wnids] + [-1], np.int64)[self.wnid]
-            found = np.where(self.wnid < 0, self.number, told)
-            bad = (found < 0) | (found >= len(classes))
-            problem = (
-                f"has a class that is none of the {len(classes):,} of --classes: give the list it was made with, or "
-                "leave such samples out with --others skip"
-            )
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            if self.wnid[row] < 0:
-                numbers = self.number[self.wnid < 0]
-                problem = problem if classes is None else _why_not_listed(numbers, len(classes))
-            has = self.wnids[self.wnid[row]] if self.wnid[row] >= 0 else f"class number {self.number[row]}"
-            raise ForeignError(f"{tar}: sample {str(self.index.keys[row])!r} ({has}) {problem}")
-        return found
-
-    def to_bytes(self, labels: np.ndarray) -> bytes:
-        """An index file, with more arrays in it than readers look at."""
-        index = ShardIndex(self.index.keys, self.index.offsets, self.index.sizes, labels)
-        with np.load(io.BytesIO(index.to_bytes())) as arrays:
-            parts = dict(arrays)
-        file = io.BytesIO()
-        wnids = np.array([wnid.encode() for wnid in self.wnids], "S9")
-        about = np.frombuffer(json.dumps(self.about, sort_keys=True).encode(), np.uint8)
-        np.savez(file, allow_pickle=False, **parts, wnids=wnids, wnid=self.wnid, number=self.number, about=about)
-        return file.getvalue()
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Raises KeyError for an index that another command wrote, other errors for one that is damaged."""
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            keys = np.char.decode(arrays["keys"], "ascii") if arrays["keys"].size else arrays["keys"]
-            index = ShardIndex(keys, arrays["offsets"], arrays["sizes"], arrays["labels"])
-            return cls(index, [w.decode() for w in arrays["wnids"].tolist()], arrays["wnid"], arrays["number"], about)
-
-
-def _why_not_listed(numbers: np.ndarray, classes: int) -> str:
-    low, high = int(numbers.min()), int(numbers.max())
-    advice = "give the list it was made with"
-    if low >= 1 and high == classes:
-        advice = "do they begin with 1? Then give a list with one line more at its top, n00000000, for a class 0"
-    there = f"whose {classes:,} have the numbers 0 to {classes - 1}"
-    return f"is not in --classes, {there}; here are {low} to {high}: {advice}"
-
-
-def digest_of(classes: Sequence[str]) -> str:
-    """Of a list of classes, in whatever order."""
-    return hashlib.sha256("\n".join(sorted(classes)).encode()).hexdigest()[:32]
+        has_class = self.wnid(key) or self.number >= 0
+        lacks = "no image" if self.image is None else "" if has_class else "no class"
+        return lacks and (self.broken or lacks)
 
 
 class _Hashed(FileRange):
@@ -165,100 +112,143 @@ def tars_elsewhere(folder: Folder, at: Folder) -> str | None:
     return folder.url if folder.url != at.url else None
 
 
-def scan_tar(folder: Folder, name: str, skip_unlabelled: bool, advance: Callable[[int], None] = lambda _: None) -> Scan:
+def scan_tar(
+    folder: Folder, name: str, accepted: Accepted = NOTHING, advance: Callable[[int], None] = lambda _: None
+) -> Scan:
     """Read a tar to its end. Raises ForeignError where it is damaged, cut short, or has samples of no use."""
-    samples: dict[str, _Sample] = {}
-    last = ""
-    with _Hashed(folder.join(name), advance) as reader:
+    where = folder.join(name)
+    with _Hashed(where, advance) as reader:
+        start = reader.read(max(map(len, PACKED)))
+        reader.unread(start)
+        if packed := next((what for magic, what in PACKED.items() if start.startswith(magic)), None):
+            raise ForeignError(f"{where} is a {packed} file, in which no sample can be found: unpack it")
         tar = Tar(reader)
-        for member in tar:
-            if isinstance(member, Gap):
-                raise ForeignError(f"{folder.join(name)}: {member}: fetch or make the tar again")
-            parts = MEMBER_NAME.fullmatch(member.name)
-            hidden = is_hidden(member.name.rpartition("/")[0])  # the trash, or a notebook's copies
-            if member.kind != "file" or parts is None or member.name.startswith("__") or hidden:
-                continue
-            key, extension = parts[1], parts[2].lower()
-            sample = samples.setdefault(key, _Sample())
-            if (key != last and sample.extensions) or extension in sample.extensions:
-                raise ForeignError(
-                    f"{folder.join(name)}: {member.name!r} at byte {member.offset} is of the key {key!r}, which stands "
-                    f"before it with {', '.join(sorted(sample.extensions))}: a key may stand once in a tar, its files "
-                    "next to each other"
-                )
-            last = key
-            sample.extensions.add(extension)
-            _take(sample, extension, member, tar)
+        samples = _samples(tar, where)
         while reader.read(READ_BYTES):
             pass
         if reader.error is not None:
             raise ForeignError(f"{reader.error}: copy the tar again")
         if not samples and reader.position < 2 * BLOCK:
+            raise ForeignError(f"{where} has {reader.position} bytes, not even a tar's end mark: copy it again")
+        if not tar.end_marked and not (accepted.unmarked and samples):
             raise ForeignError(
-                f"{folder.join(name)} has {reader.position} bytes, not even a tar's end mark: copy it again"
+                f"{where} ends after {reader.position} bytes without a tar's end mark, as one that was cut short does: "
+                "copy it again; or, if whoever wrote it left the mark out, accept such with --unmarked"
             )
         about = {"bytes": reader.position, "sha256": reader.sha256.hexdigest()}
-    for key, sample in samples.items():
-        sample.wnid = sample.wnid or next(iter(WNID_IN_NAME.findall(key)), "")
-    lacking = [(key, sample.lacks) for key, sample in samples.items() if sample.lacks]
-    if lacking and not skip_unlabelled:
+        about |= {} if tar.end_marked else {"unmarked": True}
+    lacking = [(key, lacks) for key, sample in samples.items() if (lacks := sample.lacks(key))]
+    if lacking and not accepted.unlabelled:
         if len(lacking) == len(samples):
-            raise ForeignError(f"{folder.join(name)}: {_why_none(*lacking[0], samples[lacking[0][0]], len(samples))}")
+            raise ForeignError(f"{where}: {_why_none(*lacking[0], samples[lacking[0][0]], len(samples))}")
         told = ", ".join(f"{key!r} ({lacks})" for key, lacks in lacking[:TOLD_SAMPLES])
         raise ForeignError(
-            f"{folder.join(name)}: {len(lacking):,} of {len(samples):,} samples have no image or no class: {told}"
+            f"{where}: {len(lacking):,} of {len(samples):,} samples have no image or no class: {told}"
             f"{', ...' if len(lacking) > TOLD_SAMPLES else ''}: --skip-unlabelled leaves such out"
         )
     odd = next((key for key in samples if not key.isascii()), None)
     if odd is not None:
-        raise ForeignError(f"{folder.join(name)}: key {odd!r} is not ASCII: write the tar again with plain names")
-    used = {key: sample for key, sample in samples.items() if not sample.lacks}
-    wnids = sorted({sample.wnid for sample in used.values()} - {""})
+        raise ForeignError(f"{where}: key {odd!r} is not ASCII: write the tar again with plain names")
+    left_out = {key for key, _ in lacking}
+    return _scan({key: sample for key, sample in samples.items() if key not in left_out}, about, len(lacking))
+
+
+def _scan(samples: dict[str, _Sample], about: dict[str, object], left_out: int) -> Scan:
+    told = [sample.wnid(key) for key, sample in samples.items()]
+    images = [image for sample in samples.values() if (image := sample.image) is not None]
+    wnids = sorted(set(told) - {""})
     at = {wnid: number for number, wnid in enumerate(wnids)} | {"": -1}
-    rows = list(used.values())
     index = ShardIndex(
-        np.array(list(used), str),
-        np.array([sample.offset for sample in rows], np.int64),
-        np.array([sample.size for sample in rows], np.int64),
-        np.zeros(len(rows), np.int32),
+        np.array(list(samples), str),
+        np.array([image.offset for image in images], np.int64),
+        np.array([image.size for image in images], np.int64),
+        np.zeros(len(images), np.int32),
     )
-    wnid = np.array([at[sample.wnid] for sample in rows], np.int32)
-    number = np.array([sample.number for sample in rows], np.int64)
-    return Scan(index, wnids, wnid, number, {**about, "left_out": len(lacking)})
+    wnid = np.array([at[wnid] for wnid in told], np.int32)
+    number = np.array([sample.number for sample in samples.values()], np.int64)
+    return Scan(index, wnids, wnid, number, {**about, "left_out": left_out})
+
+
+def _samples(tar: Tar, where: str) -> dict[str, _Sample]:
+    """The samples of a tar by key, in its order. A link counts as the file that it names."""
+    samples: dict[str, _Sample] = {}
+    files: dict[str, _File] = {}  # by name: what links may lead to
+    links: dict[str, str] = {}
+    linked: list[tuple[str, str, Member]] = []
+    last = ""
+    for member in tar:
+        if isinstance(member, Gap):
+            raise ForeignError(f"{where}: {member}: fetch or make the tar again")
+        file = _told(member, tar)
+        if member.kind == "link":
+            links[_plain(member.name)] = _plain(member.target)
+        elif member.kind == "file":
+            files[_plain(member.name)] = file
+        parts = MEMBER_NAME.fullmatch(member.name)
+        hidden = is_hidden(member.name.rpartition("/")[0])  # the trash, or a notebook's copies
+        if member.kind == "folder" or parts is None or member.name.startswith("__") or hidden:
+            continue
+        key, extension = parts[1], parts[2].lower()
+        sample = samples.setdefault(key, _Sample())
+        before = sample.extensions
+        if (key != last and before) or extension in before:
+            raise ForeignError(
+                f"{where}: {member.name!r} at byte {member.offset} is of the key {key!r}, which stands before it with "
+                f"{', '.join(sorted(before))}: a key may stand once in a tar, its files next to each other"
+            )
+        last = key
+        before.add(extension)
+        if member.kind == "file":
+            sample.files[extension] = file
+        else:
+            linked.append((key, extension, member))
+    for key, extension, member in linked:
+        name = _plain(member.target)
+        for _ in range(LINKS_TO_LINKS):
+            name = links.get(name, name)
+        if name in files:
+            samples[key].files[extension] = files[name]
+        elif member.kind == "link":
+            samples[key].broken = f"its {extension} is a link to {member.target!r}, which is not in the tar"
+        else:
+            samples[key].broken = f"its {extension} is no plain file"
+    return samples
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("./")
 
 
 def _why_none(key: str, lacks: str, sample: _Sample, samples: int) -> str:
     """Of a tar in which no sample can be trained on, by one of them."""
     files = sorted(sample.extensions)
     told = f"{', '.join(files[:TOLD_SAMPLES])}{', ...' if len(files) > TOLD_SAMPLES else ''}"
-    rule = f"an image is .{', .'.join(IMAGES)}, a class is a number in .cls, or a WordNet id in the key or the .json"
+    rule = (
+        f"an image is .{', .'.join(IMAGES)}, a class is a number or a WordNet id in .cls, or a WordNet id in the key "
+        "or the .json"
+    )
     if any("." in extension for extension in files):
         rule = "a key ends at its first dot: write the tar again with names that have no other"
     return f"none of its {samples:,} samples has an image and a class; {key!r} ({lacks}) holds {told}: {rule}"
 
 
-def _take(sample: _Sample, extension: str, member: Member, tar: Tar) -> None:
-    """Note what a member says of its sample."""
-    if extension in IMAGES[: sample.preference]:
-        sample.offset, sample.size, sample.preference = member.data_offset, member.size, IMAGES.index(extension)
-    elif extension == "cls":
-        text = (tar.data() or b"").strip()
-        sample.number = int(text) if text.isdigit() and len(text) < 10 else -1
+def _told(member: Member, tar: Tar) -> _File:
+    """What a member is, and what it says of its sample's class."""
+    extension = member.name.rpartition(".")[2].lower()
+    file = _File(member.data_offset, member.size)
+    if member.kind != "file":
+        return file
+    told = NONE
+    if extension == "cls" and member.size <= MAX_CLASS_BYTES:
+        told = class_of_text((tar.data() or b"").decode("utf-8", "replace"))
     elif extension == "json" and member.size <= MAX_JSON_BYTES:
-        try:
-            told = json.loads(tar.data() or b"")
-        except ValueError:
-            return
-        if not isinstance(told, dict):
-            return
-        names = [told[field] for field in ("wnid", "synset", "filename") if isinstance(told.get(field), str)]
-        sample.wnid = next((found[0] for name in names if (found := WNID_IN_NAME.findall(name))), "")
-        label = told.get("label")
-        if sample.number < 0 and type(label) is int and 0 <= label < 1 << 31:
-            sample.number = label
+        told = class_of_json(tar.data() or b"")
+    return file._replace(wnid=told.wnid, number=told.number)
 
 
-def is_indexed(folder: Folder, name: str, size: int, skip: bool, at: Folder, only: Sequence[str] | None = None) -> bool:
+def is_indexed(
+    folder: Folder, name: str, size: int, accepted: Accepted, at: Folder, only: Sequence[str] | None = None
+) -> bool:
     """Whether a tar has an index of ours, in the folder `at`, that fits and is not older; `only`: of these classes."""
     file = str(index_path(name))
     try:
@@ -272,7 +262,9 @@ def is_indexed(folder: Folder, name: str, size: int, skip: bool, at: Folder, onl
         ) from None
     except Exception:  # numpy raises zipfile, zlib and value errors for damaged files
         return False
-    if scan.about["bytes"] != size or (scan.about["left_out"] and not skip):
+    if scan.about["bytes"] != size or (scan.about["left_out"] and not accepted.unlabelled):
+        return False
+    if scan.about.get("unmarked") and not accepted.unmarked:
         return False
     if scan.about.get("tars") != tars_elsewhere(folder, at):
         return False

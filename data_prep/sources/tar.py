@@ -5,6 +5,7 @@ on a header than a disk on the image behind it. This one reads forward, holds on
 the next header that it finds. It reads what GNU tar, bsdtar and tarfile write: v7, ustar, GNU and pax headers.
 """
 
+import posixpath
 import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -26,13 +27,16 @@ _CHECKSUM_FIELD = re.compile(rb"[ 0]*[0-7]{1,6}[\0 ]")
 
 
 class Member(NamedTuple):
-    """One member. kind: file, link, folder or other; offset: of its first header; data_offset, size: of its data."""
+    """One member. kind: file, link, folder or other; offset: of its first header; data_offset, size: of its data;
+    target: of a link, the name that its file has in this tar, if it is there.
+    """
 
     name: str
     kind: str
     offset: int
     data_offset: int
     size: int
+    target: str = ""
 
 
 class Gap(NamedTuple):
@@ -51,6 +55,7 @@ class Header(NamedTuple):
     name: bytes
     size: int
     type: bytes
+    link: bytes = b""  # what a link names
 
 
 def parse_header(block: bytes) -> Header | None:
@@ -72,7 +77,7 @@ def parse_header(block: bytes) -> Header | None:
     name = block[:100].split(b"\0", 1)[0]
     if block[257:263] == b"ustar\0" and block[345]:  # GNU's magic differs: it has times there
         name = block[345:500].split(b"\0", 1)[0] + b"/" + name
-    return Header(name, size, block[156:157])
+    return Header(name, size, block[156:157], block[157:257].split(b"\0", 1)[0])
 
 
 def _number(field: bytes) -> int | None:
@@ -106,6 +111,12 @@ def parse_pax(body: bytes) -> dict[bytes, bytes] | None:
     return found
 
 
+def _target(name: str, link: bytes, *, symbolic: bool) -> str:
+    """A hard link names a member, a symbolic one a path from its own folder."""
+    target = link.decode("utf-8", "surrogateescape")
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target)) if symbolic else target
+
+
 class Tar:
     """Iterate it for the members and gaps of a tar, in order; after a member, `data()` may be called once.
 
@@ -127,6 +138,7 @@ class Tar:
         self._max_scan_bytes = max_scan_bytes
         self._size = 0
         self._passed_over = False
+        self.end_marked = False  # once iterated: zeros said that the tar ends there
 
     def data(self) -> bytes | None:
         """The data of the member given last, or None where the archive ends before theirs."""
@@ -139,6 +151,7 @@ class Tar:
             return
         start: int | None = None  # first header of the member at hand: names and pax headers stand before its own
         long_name: bytes | None = None
+        long_link: bytes | None = None
         pax: dict[bytes, bytes] | None = {}
         while True:
             at = reader.position
@@ -152,7 +165,7 @@ class Tar:
                     yield gap
                 if ended:
                     return
-                start, long_name, pax = None, None, {}
+                start, long_name, long_link, pax = None, None, None, {}
                 continue
             if header.type in NAME_TYPES:
                 body = reader.read(header.size)
@@ -162,16 +175,19 @@ class Tar:
                 reader.read(-header.size % BLOCK)
                 if header.type == b"L":
                     long_name = body.split(b"\0", 1)[0]
+                elif header.type == b"K":
+                    long_link = body.split(b"\0", 1)[0]
                 elif header.type in b"xX":
                     pax = parse_pax(body)
                 continue
 
             size, kind, trouble = header.size, self._kind(header), None
             name = header.name if long_name is None else long_name
+            link = header.link if long_link is None else long_link
             if pax is None:
                 trouble = "its pax header is damaged"
             else:
-                name = pax.get(b"path", name)
+                name, link = pax.get(b"path", name), pax.get(b"linkpath", link)
                 digits = pax.get(b"size", b"0")
                 if b"size" in pax and kind in ("file", "other"):
                     size, trouble = (int(digits), None) if digits.isdigit() else (0, "its pax header is damaged")
@@ -185,7 +201,8 @@ class Tar:
             self._size, data_offset = size, reader.position
             text = name.decode("utf-8", "surrogateescape")
             if trouble is None:
-                yield Member(text.rstrip("/") if kind == "folder" else text, kind, start, data_offset, size)
+                target = _target(text, link, symbolic=header.type == b"2") if kind == "link" else ""
+                yield Member(text.rstrip("/") if kind == "folder" else text, kind, start, data_offset, size, target)
             left = data_offset + size - reader.position
             if left > 0:
                 left -= reader.skip(left)
@@ -196,7 +213,7 @@ class Tar:
             reader.read(-size % BLOCK)
             if trouble is not None:
                 yield Gap(start, reader.position, f"{text}: {trouble}")
-            start, long_name, pax = None, None, {}
+            start, long_name, long_link, pax = None, None, None, {}
 
     @staticmethod
     def _kind(header: Header) -> str:
@@ -212,6 +229,7 @@ class Tar:
         while block == ZEROS:
             zero_blocks += 1
             block = reader.read(BLOCK)
+        self.end_marked = zero_blocks > 0
         if len(block) < BLOCK:
             # The end, marked by zeros or not; anything but a header begun or zeros left over is harmless.
             lost = begun or (zero_blocks < 2 and block.strip(b"\0"))

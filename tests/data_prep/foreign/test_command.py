@@ -180,10 +180,19 @@ def test_a_tar_of_nothing(tmp_path: Path, size: int, capsys: pytest.CaptureFixtu
 
 
 def test_duplicates_of_tars_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    by_key(tmp_path / "train-0.tar", (A, B))
-    assert index(tmp_path) == 0
-    assert main(["duplicates", str(tmp_path), "--within", "--workers", "1"]) == 1
-    assert "made of tars of others" in capsys.readouterr().err.splitlines()[-1]
+    """Through their indexes, here kept elsewhere; an image is called by its key."""
+    tars, at = tmp_path / "tars", tmp_path / "at"
+    tars.mkdir()
+    write_tar(tars / "train-0.tar", [(f"{A}_1.jpg", jpeg(1)), (f"{B}_2.jpg", jpeg(2)), (f"{C}_3.jpg", jpeg(1))])
+    by_key(tars / "val-0.tar", (C,), first=2)
+    assert index(tars, "--index-folder", str(at)) == 0
+    command = ["duplicates", str(at), "--within", "--against", str(at), "--max-distance", "0", "--workers", "1"]
+    assert main(command) == 0
+    listed = (at / "duplicates" / "exclude.txt").read_text().splitlines()
+    assert [line for line in listed if not line.startswith("#")] == [f"{B}\t{B}_2", f"{C}\t{C}_3"]
+    assert "WordNet id and key" in listed[0]
+    assert "data:image/jpeg" in (at / "duplicates" / "duplicates.html").read_text()
+    capsys.readouterr()
 
 
 def test_a_run_on_indexes_elsewhere(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_prep.__main__ import main
 from data_prep.foreign.index import ensure_indexed
-from data_prep.foreign.tar import ForeignError, scan_tar
+from data_prep.foreign.scan import ForeignError
+from data_prep.foreign.tar import scan_tar
 from data_prep.manifest import Manifest, ShardIndex, file_sha256
 from data_prep.storage import Folder
 from tests.support.datasets import SYNSETS_22K, drawing
@@ -178,7 +179,7 @@ def test_samples_without_image_or_class(tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_key_twice(tmp_path: Path, names: tuple[str, ...]) -> None:
     write_tar(tmp_path / "train.tar", [(f"{A}_{name}", b"0") for name in names])
     with pytest.raises(ForeignError, match=rf"train.tar: '{A}_a.*' at byte \d+ is of the key '{A}_a'.* with .*jpg"):
-        scan_tar(Folder(tmp_path), "train.tar", False)
+        scan_tar(Folder(tmp_path), "train.tar")
 
 
 def test_damaged_tars(tmp_path: Path) -> None:
@@ -186,13 +187,13 @@ def test_damaged_tars(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:3000])
     with pytest.raises(ForeignError, match=r"train.tar: bytes \d+ to 3000 cannot be read"):
-        scan_tar(Folder(tmp_path), "train.tar", False)
+        scan_tar(Folder(tmp_path), "train.tar")
     path.write_bytes(whole[:512] + whole[600:])
     with pytest.raises(ForeignError, match="cannot be read"):
-        scan_tar(Folder(tmp_path), "train.tar", False)
+        scan_tar(Folder(tmp_path), "train.tar")
     path.write_bytes(b"this is no tar at all" * 1000)
     with pytest.raises(ForeignError, match="cannot be read"):
-        scan_tar(Folder(tmp_path), "train.tar", False)
+        scan_tar(Folder(tmp_path), "train.tar")
 
 
 def test_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
