@@ -26,7 +26,10 @@ COMMANDS = {
     "demo": ("data_prep.demo.command", "build two small ImageNet-shaped archives of real images"),
     "plan": ("data_prep.build.plan", "sample an archive; predict images, shards, disk and hours"),
     "shard": ("data_prep.build.command", "archive -> shuffled shards, ledger, manifest, FFCV file"),
-    "index": ("data_prep.foreign.command", "WebDataset tars of others -> their indexes and manifest, in place"),
+    "index": (
+        "data_prep.foreign.command",
+        "WebDataset tars of others -> their indexes and manifest, in place; --upgrade: of ours, a former version's",
+    ),
     "labels": ("data_prep.labels.report", "compare two label spaces"),
     "duplicates": ("data_prep.duplicates.search", "near-duplicates, and evaluation images hidden in train"),
     "verify": ("data_prep.verify.command", "check every sample of a data set against its manifest"),

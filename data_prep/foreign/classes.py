@@ -7,7 +7,8 @@ from typing import NamedTuple
 from data_prep.manifest import SYNSET_PATTERN
 from data_prep.sources.layout import is_hidden
 
-# In order of preference, where a sample has several.
+# In order of preference, where a sample has several. What of them cannot be decoded is told by name, by `verify` and by
+# a run; it is never "no image".
 IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm")
 MAX_CLASS_BYTES, MAX_JSON_BYTES = 1 << 10, 1 << 20  # what is larger holds more than a label
 

@@ -12,20 +12,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.foreign.classes import NONE, class_of_json, class_of_text, wnid_in
+from data_prep.foreign.classes import (
+    IMAGES,
+    MAX_CLASS_BYTES,
+    MAX_JSON_BYTES,
+    NONE,
+    class_of_json,
+    class_of_text,
+    is_of_sample,
+    wnid_in,
+)
 from data_prep.foreign.scan import ForeignError, Scan, digest_of
 from data_prep.manifest import ShardIndex, index_path
 from data_prep.sources.detect import OTHER_ARCHIVES
-from data_prep.sources.layout import is_hidden
 from data_prep.sources.streams import MAGIC, FileRange
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import Folder, file_system
 
-# In order of preference, where a sample has several. What of them cannot be decoded is told by name, by `verify` and by
-# a run; it is never "no image".
-IMAGES = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff", "ppm")
-MAX_JSON_BYTES = 1 << 20  # what is larger holds more than a label
-MAX_CLASS_BYTES = 1 << 10
 TOLD_SAMPLES = 5
 READ_BYTES = 8 << 20
 LINKS_TO_LINKS = 8
@@ -185,8 +188,7 @@ def _samples(tar: Tar, where: str) -> dict[str, _Sample]:
         elif member.kind == "file":
             files[_plain(member.name)] = file
         parts = MEMBER_NAME.fullmatch(member.name)
-        hidden = is_hidden(member.name.rpartition("/")[0])  # the trash, or a notebook's copies
-        if member.kind == "folder" or parts is None or member.name.startswith("__") or hidden:
+        if member.kind == "folder" or parts is None or not is_of_sample(member.name):
             continue
         key, extension = parts[1], parts[2].lower()
         sample = samples.setdefault(key, _Sample())

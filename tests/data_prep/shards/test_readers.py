@@ -104,11 +104,16 @@ def test_timm(folder: Path, truth: dict[str, Seen], is_training: bool) -> None:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_hugging_face_datasets(folder: Path, truth: dict[str, Seen], tmp_path: Path, streaming: bool) -> None:
+    """By its name for the format, and by the folder alone, where it finds the format and the splits itself."""
     datasets = pytest.importorskip("datasets")
+    options = {"cache_dir": str(tmp_path), "streaming": streaming}
     files = {split: str(folder / f"{split}-*.tar") for split in truth}
-    found = datasets.load_dataset("webdataset", data_files=files, cache_dir=str(tmp_path), streaming=streaming)
-    for split, expected in truth.items():
-        assert seen((row["jpg"], row["cls"]) for row in found[split]) == expected
+    named = datasets.load_dataset("webdataset", data_files=files, **options)
+    alone = datasets.load_dataset(str(folder), **options)
+    assert sorted(alone) == ["train", "validation"]
+    for split, ours in (("train", "train"), ("validation", "val")):
+        for found in (alone[split], named[ours]):
+            assert seen((row["jpg"], row["cls"]) for row in found) == truth[ours]
 
 
 def test_dali(folder: Path, truth: dict[str, Seen]) -> None:
