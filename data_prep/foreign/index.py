@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.credentials import without_credentials
 from data_prep.foreign.scan import ForeignError, Scan
-from data_prep.foreign.splits import DEFAULT_SPLITS, promised_samples, split_tars
+from data_prep.foreign.splits import DEFAULT_SPLITS, promised_samples, split_tars, why_no_tar
 from data_prep.foreign.tar import NOTHING, Accepted, is_indexed, scan_tar, tars_elsewhere
 from data_prep.manifest import MANIFEST_NAME, Manifest, ShardEntry, Split, dataset_folder, index_path
 from data_prep.progress import Progress
@@ -206,10 +206,14 @@ def ensure_indexed(path: str | Path) -> None:
     """Index a folder of tars that has no manifest yet; others, and unfinished builds, are left as they are.
 
     Runs that come at the same time wait for the first. Raises ForeignError for a URL, where nothing tells them apart,
-    and StorageError where the folder cannot be written to.
+    and where the tars are compressed or in folders of their own; StorageError where the folder cannot be written to.
     """
     folder = Folder(dataset_folder(path))
-    if folder.exists(MANIFEST_NAME) or folder.folder(BUILD_FOLDER).exists(BUILD_RECORD) or not folder.names("*.tar"):
+    if folder.exists(MANIFEST_NAME) or folder.folder(BUILD_FOLDER).exists(BUILD_RECORD):
+        return
+    if not folder.names("*.tar"):
+        if folder.is_local and Path(folder.url).is_dir() and (why := why_no_tar(folder, folder.names())):
+            raise ForeignError(why)
         return
     if not folder.is_local:
         raise ForeignError(f"{path} has to be indexed first, once: `python -m data_prep index {path}`")

@@ -75,18 +75,25 @@ def promised_samples(folder: Folder, names: Iterable[str], *, all_of_them: bool)
 
 
 def _why_none(folder: Folder, names: list[str], tars: list[str], splits: Mapping[str, Sequence[str]]) -> str:
-    inside = [] if tars else _folders_of_tars(folder)
-    if inside:
-        return (
-            f"{folder.url} has no tar, they lie in {', '.join(f'{name}/' for name in inside)}: a data set is one "
-            "folder: move or link them into one, by names such as train-000000.tar and val-000000.tar"
-        )
-    packed = sorted(name for name in names if name.lower().endswith(PACKED_TARS))
+    if not tars and (why := why_no_tar(folder, names)):
+        return why
     there = f"its tars are {tars[0]}, ..." if tars else "it holds no .tar"
-    if packed and not tars:
-        return f"{folder.url} holds compressed tars ({packed[0]}, ...), in which nothing can be found: unpack them"
     asked = ", ".join(f"{split}={glob}" for split, globs in splits.items() for glob in globs)
     return f"{folder.url} has no tar of {asked}; {there}: say which are which with --split train=GLOB"
+
+
+def why_no_tar(folder: Folder, names: Iterable[str]) -> str:
+    """Where the tars are that a folder of these names lacks, or what they are; "" where nothing tells."""
+    packed = sorted(name for name in names if name.lower().endswith(PACKED_TARS))
+    if packed:
+        return f"{folder.url} holds compressed tars ({packed[0]}, ...), in which no sample can be found: unpack them"
+    inside = _folders_of_tars(folder)
+    if not inside:
+        return ""
+    return (
+        f"{folder.url} has no tar, they lie in {', '.join(f'{name}/' for name in inside)}: a data set is one folder: "
+        "give one of these, or link all into one, by names such as train-000000.tar and val-000000.tar"
+    )
 
 
 def _folders_of_tars(folder: Folder) -> list[str]:

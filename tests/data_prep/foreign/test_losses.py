@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from data_prep.__main__ import main
+from data_prep.foreign.index import ensure_indexed
+from data_prep.foreign.scan import ForeignError
 from data_prep.foreign.tar import IMAGES
 from data_prep.images.pixels import FORMATS
 from data_prep.manifest import Manifest
@@ -90,6 +92,12 @@ def test_compressed_tars_are_told_from_damaged_ones(tmp_path: Path, capsys: Said
     (tmp_path / "train-0.tar").rename(tmp_path / "train-0.tar.gz")
     assert index(tmp_path) == 1
     assert "holds compressed tars (train-0.tar.gz, ...)" in capsys.readouterr().err
+    with pytest.raises(ForeignError, match="holds compressed tars"):
+        ensure_indexed(tmp_path)  # what a run begins with
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train-0.tar.gz").rename(tmp_path / "train" / "0.tar")
+    with pytest.raises(ForeignError, match=r"has no tar, they lie in train/: .* give one of these"):
+        ensure_indexed(tmp_path)
 
 
 def test_what_info_json_promises(tmp_path: Path, capsys: Said) -> None:
