@@ -23,6 +23,9 @@ class Told(NamedTuple):
     wnid: str = ""
     number: int = -1
 
+    def __bool__(self) -> bool:
+        return bool(self.wnid) or self.number >= 0
+
 
 NONE = Told()
 
