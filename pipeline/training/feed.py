@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -10,14 +11,22 @@ from data_prep.manifest import Manifest
 from pipeline.config.load import Config
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
-from pipeline.data.loader import validation_batches
+from pipeline.data.loader import training_batches, validation_batches
+from pipeline.data.mixture import TrainingOrder
+from pipeline.data.opened import open_manifest
+from pipeline.data.order import SampleOrder
+from pipeline.data.stream.manifest import load_manifest, streamed_set
+from pipeline.data.stream.reader import read_again
+from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import BadSampleLedger, Batch
-from pipeline.ranks.collectives import Ranks, max_over_ranks
+from pipeline.ranks.collectives import Ranks, from_rank_0, max_over_ranks
 from pipeline.ranks.lifetime import StopRequest
+from pipeline.ranks.log_file import say
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.meter import Meter
 from pipeline.training.recipe import Mixing, seed_micro_batch
 
+STREAM = "stream"  # of the run folder: what was learned of shards whose samples nobody has counted
 _ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU
 
 Place = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
@@ -72,6 +81,28 @@ class Feed:
             key = (self.config.seed, step, (self.first_slot + micro) * self.config.train.micro_batch)
             seed_micro_batch(key)
             yield self.mix(*self.place(batch), key)
+
+
+def run_manifest(config: Config, ranks: Ranks) -> Manifest:
+    """The manifest of the run's data. A collective for streams: rank 0 may have to read shards to know them."""
+    if config.data.reader == "indexed":
+        return open_manifest(config.data)
+    return from_rank_0(load_manifest(config.data) if ranks.rank == 0 else None)
+
+
+def run_batches(
+    config: Config, manifest: Manifest, order: TrainingOrder, ranks: Ranks, first_step: int, steps: int
+) -> Iterator[Batch]:
+    """This rank's batches from `first_step` on. Of a stream, rank 0 tells what going on there costs."""
+    if config.data.reader == "indexed":
+        return training_batches(config, manifest, order, ranks, first_step, steps)
+    lengths = ShardLengths(config.run_dir / STREAM, writes=True)
+    if first_step and ranks.rank == 0:
+        assert isinstance(order, SampleOrder)
+        again = read_again(config, streamed_set(config.data, manifest), order, lengths, first_step)
+        told = f"stream: {again:,} samples are read once more, by all lanes, to go on at step {first_step + 1:,}"
+        say(told, sys.stdout)
+    return training_batches(config, manifest, order, ranks, first_step, steps, lengths)
 
 
 def evaluation_batches(

@@ -12,18 +12,15 @@ from typing import Any
 import torch
 
 from data_prep.foreign.index import ensure_indexed
-from data_prep.manifest import MANIFEST_NAME, Manifest
+from data_prep.manifest import MANIFEST_NAME
 from data_prep.storage import atomic_write
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
 from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
-from pipeline.data.loader import training_batches
-from pipeline.data.opened import open_manifest, training_order
+from pipeline.data.opened import training_order
 from pipeline.data.order import validation_samples
-from pipeline.data.stream.manifest import load_manifest
-from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
@@ -36,13 +33,13 @@ from pipeline.records.meter import Eta, Meter
 from pipeline.records.tracking import Tracker
 from pipeline.training import engine
 from pipeline.training.diagnose import diagnose, incident, incident_line
-from pipeline.training.feed import Feed, placing
+from pipeline.training.feed import Feed, placing, run_batches, run_manifest
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.training.validation import Validation
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
-BAD_SAMPLES, STACKS, CHECKPOINTS, STREAM = "bad_samples", "stacks", "checkpoints", "stream"
+BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
 _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
 
@@ -68,13 +65,6 @@ def main(command: str, config: Config, resume: bool) -> int:
     return code
 
 
-def _manifest(config: Config, ranks: Ranks) -> Manifest:
-    if config.data.reader == "indexed":
-        return open_manifest(config.data)
-    # Rank 0 may have to read shards to know what they hold.
-    return from_rank_0(load_manifest(config.data) if ranks.rank == 0 else None)
-
-
 class Run:
     """One run on this rank: made whole from its newest checkpoint, or from the start, and then trained to its end."""
 
@@ -90,7 +80,7 @@ class Run:
     ) -> None:
         """On `stack` goes what has to be closed or told when the run fails."""
         self.command, self.config, self.ranks, self.device, self.stop = command, config, ranks, device, stop
-        self.manifest = manifest = _manifest(config, ranks)
+        self.manifest = manifest = run_manifest(config, ranks)
         self.order = training_order(config, manifest)
         validation_samples(config, manifest)
         self.steps = self.order.steps_per_epoch * config.train.epochs
@@ -145,8 +135,7 @@ class Run:
         if self.first_step:
             self.eta.add(self.first_step, self.seconds_before)
         self._timed = (self.first_step, self.seconds_before)
-        lengths = ShardLengths(config.run_dir / STREAM, writes=True) if config.data.reader == "stream" else None
-        batches = training_batches(config, manifest, self.order, ranks, self.first_step, self.steps, lengths)
+        batches = run_batches(config, manifest, self.order, ranks, self.first_step, self.steps)
         self.place = placing(config, device)
         self.feed = Feed(config, ranks, batches, self.place, mix, self.bad_samples, self.meter, self.watchdog)
         self.started = time.monotonic()

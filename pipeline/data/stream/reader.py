@@ -38,6 +38,20 @@ def check_lanes(config: Config, found: StreamedSet, ranks: int | None) -> None:
         )
 
 
+def _source(config: Config, found: StreamedSet, order: SampleOrder, lengths: ShardLengths) -> Counted | Uncounted:
+    read = partial(samples_of, opener=Opener(config.data), classes=Classes(found.manifest.synsets))
+    skip = config.data.on_bad_sample == "skip"
+    if "train" in found.counted:
+        return Counted(found.urls["train"], order.shard_samples, read, skip)
+    return Uncounted(found.urls["train"], order, read, skip, lengths)
+
+
+def read_again(config: Config, found: StreamedSet, order: SampleOrder, lengths: ShardLengths, step: int) -> int:
+    """Samples that all ranks together read once more, to go on with the run's step `step`."""
+    source, (epoch, in_epoch) = _source(config, found, order, lengths), divmod(step, order.steps_per_epoch)
+    return sum(source.read_again(order, epoch, lane, in_epoch) for lane in range(order.lanes))
+
+
 class StreamReader:
     """The images of one rank in the order in which they are asked for, which has to be that of the run.
 
@@ -69,14 +83,8 @@ class StreamReader:
     ) -> StreamReader:
         """The training samples of a rank, up to the run's step `last_step`. Raises ConfigError as `check_lanes`."""
         check_lanes(config, found, ranks)
-        data, urls = config.data, found.urls["train"]
-        read = partial(samples_of, opener=Opener(data), classes=Classes(found.manifest.synsets))
-        skip = data.on_bad_sample == "skip"
-        route: Route
-        if "train" in found.counted:
-            route = Counted(urls, order.shard_samples, read, skip).along(order)
-        else:
-            route = Uncounted(urls, order, read, skip, lengths)
+        source = _source(config, found, order, lengths)
+        route: Route = source.along(order) if isinstance(source, Counted) else source
         last_epoch = (last_step - 1) // order.steps_per_epoch
         lanes = {
             lane: partial(Lane.of_training, route, order, lane, last_epoch) for lane in order.lanes_of(rank, ranks)

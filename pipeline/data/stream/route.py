@@ -50,6 +50,11 @@ class Counted:
 
         return route
 
+    def read_again(self, order: SampleOrder, epoch: int, lane: int, first_step: int) -> int:
+        """Samples that a lane reads and drops to begin there."""
+        first = next(order.stream(epoch, lane, first_step), (0, 0, 0))
+        return first[1] + len(order.taken_before(epoch, lane, first_step))
+
     def between(self, begin: int, end: int) -> Iterator[tuple[int, Item]]:
         """The samples with the ids begin .. end - 1, in their order."""
         found = []
@@ -197,6 +202,18 @@ class Uncounted:
             if place == before:
                 why = fault or f"{without_credentials(self.urls[mine[0]])}, ..."
                 raise DataError(f"none of the {len(mine)} shards of lane {lane} holds a sample: {why}")
+
+    def read_again(self, order: SampleOrder, epoch: int, lane: int, first_step: int) -> int:
+        """Samples that a lane reads and drops to begin there: none of shards that are known."""
+        ((_, begin, _),) = order.stream(epoch, lane, first_step)
+        left = begin - lane * (order.samples // order.lanes)
+        mine = shuffled_shards(len(self.urls), order.seed, epoch)[lane :: order.lanes].tolist()
+        for shard in mine:
+            known = self.lengths.get(shard)
+            if known is None or known.samples > left:
+                break
+            left -= known.samples
+        return left + len(order.taken_before(epoch, lane, first_step))
 
     def _shard(self, lane: int, shard: int, left: int) -> Iterator[Item | int | Fault]:
         """The items of a shard; in place of the first `left` or fewer, where they are known, their number."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_two_ranks_are_killed_and_end_with_the_undisturbed_weights(
     first.wait()
     done = launch(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"stream: \d+ samples are read once more, by all lanes, to go on at step \d+", done.stdout)
     weights, accuracies = [], []
     for name in ("whole", "killed"):
         lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
