@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from data_prep.sources.chunking import Census, Event, Met, Source, first_images, spread
+from data_prep.sources.inflate import compression_of, open_reader
 from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import (
     class_in_name,
@@ -13,7 +14,7 @@ from data_prep.sources.layout import (
     wnid_of_image,
 )
 from data_prep.sources.reading import Piece, read_pieces, tar_items
-from data_prep.sources.streams import Bounded, FileRange, Reader, compression_of, open_reader
+from data_prep.sources.streams import Bounded, FileRange, Reader
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import is_url
 

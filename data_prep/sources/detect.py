@@ -14,6 +14,7 @@ from data_prep.sources.archives import TarOfTars
 from data_prep.sources.chunking import Source
 from data_prep.sources.file_archives import TarOfClassFolders, ValTar
 from data_prep.sources.folders import ClassFolders, FolderOfTars
+from data_prep.sources.inflate import compression_of, open_reader
 from data_prep.sources.layout import (
     base_name,
     class_of_name,
@@ -30,7 +31,7 @@ from data_prep.sources.layout import (
 from data_prep.sources.listing import Entry, list_files, list_folder
 from data_prep.sources.refusal import MAX_STRAYS_BEFORE_CLASS
 from data_prep.sources.split_folders import SplitFolders, ValFolder
-from data_prep.sources.streams import FileRange, SourceError, compression_of, open_reader, unreachable
+from data_prep.sources.streams import FileRange, SourceError, unreachable
 from data_prep.sources.tar import Member, Tar
 from data_prep.sources.val_labels import WHAT_TO_GIVE, ValLabels, load_val_labels, val_number
 from data_prep.storage import file_system, is_url

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from data_prep.sources.archives import SAMPLE_PLACE_IMAGES, SAMPLED_PLACES, Archive
 from data_prep.sources.chunking import Event, Met, first_images, spread
+from data_prep.sources.inflate import open_reader
 from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import Place, place_in_tree, split_of_folder, way_to_class
 from data_prep.sources.reading import Piece
-from data_prep.sources.streams import FileRange, Reader, SourceError, open_reader
+from data_prep.sources.streams import FileRange, Reader, SourceError
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.sources.val_labels import ValLabels
 from data_prep.storage import is_url

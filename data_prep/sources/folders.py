@@ -15,6 +15,7 @@ from data_prep.sources.chunking import (
     first_images,
     spread,
 )
+from data_prep.sources.inflate import compression_of
 from data_prep.sources.items import Item
 from data_prep.sources.layout import (
     base_name,
@@ -28,7 +29,7 @@ from data_prep.sources.layout import (
 )
 from data_prep.sources.listing import Entry, list_each, list_files, list_folder
 from data_prep.sources.reading import Piece, read_pieces
-from data_prep.sources.streams import FileRange, compression_of
+from data_prep.sources.streams import FileRange
 
 
 class FolderSource(Source):

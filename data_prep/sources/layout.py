@@ -97,7 +97,7 @@ def clean_name(name: str) -> str:
 
 def is_hidden(name: str) -> bool:
     """Whether a folder on the way to a file (or, of a folder, its own name) is none of the user's."""
-    return any(
+    return bool(name) and any(
         (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_FOLDERS
         for part in clean_name(name).split("/")
     )
@@ -128,10 +128,11 @@ def wnid_of_image(name: str) -> str | None:
 
 def tar_stem(name: str, *, compressed: bool = False) -> str | None:
     """`folder/n01440764_tench.tar` -> `n01440764_tench`; with `compressed`, also of .tar.gz; None for another file."""
-    stem, dot, extension = base_name(name).partition(".")
+    stem, _, extension = base_name(name).partition(".")
     known = ("tar", "tar.gz", "tgz", "tar.bz2", "tar.xz") if compressed else ("tar",)
-    hidden = not stem or is_hidden(name.rpartition("/")[0])
-    return stem if dot and extension.lower() in known and not hidden else None
+    if extension.lower() not in known:  # of every image
+        return None
+    return stem if stem and not is_hidden(name.rpartition("/")[0]) else None
 
 
 def synset_of_tar(name: str, *, compressed: bool = False, rename: bool = False) -> str | None:

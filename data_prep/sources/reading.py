@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.sources.inflate import Inflated, compression_of
 from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import base_name, clean_name, reason_to_skip, synset_of_tar, wnid_of_image
 from data_prep.sources.spool import read_spool
-from data_prep.sources.streams import Bounded, FileRange, Inflated, Reader, compression_of, unreachable
+from data_prep.sources.streams import Bounded, FileRange, Reader, unreachable
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import Folder, file_system, is_url, open_binary
 

@@ -1,14 +1,9 @@
-"""Forward readers of bytes: a range of a file, a compressed file, a bounded part of another reader.
+"""Forward readers of bytes: a range of a file, a bounded part of another reader; `inflate.py` has compressed files.
 
 Damaged data never raises: reading ends early and `error` says why. SourceError is for what the user must mend first
 (a file that is gone, no permission, a store that does not answer).
 """
 
-import bz2
-import lzma
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, Self
 
 from data_prep.storage import DataPrepError, StorageError, behind, file_system, is_url, open_binary
@@ -16,10 +11,7 @@ from data_prep.storage import DataPrepError, StorageError, behind, file_system, 
 LOCAL_BUFFER_BYTES = 1 << 18
 JUMP_BUFFER_BYTES = 1 << 12
 JUMP_BLOCK_BYTES = 1 << 16  # fetched at each jump, where a remote archive is only leafed through
-# zlib gives nothing for the input block that it fails on, so a small one loses little.
-COMPRESSED_BLOCK_BYTES = 1 << 16
-INFLATED_BLOCK_BYTES = 1 << 19  # measured: blocks of 1 MiB, which malloc maps anew, are a third slower
-MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}
+PASSED_BLOCK_BYTES = 1 << 19  # of what cannot be passed over without reading it
 
 
 class SourceError(DataPrepError):
@@ -142,7 +134,7 @@ class FileRange(Reader):
 
     def skip(self, size: int) -> int:
         if self.end is None:
-            return _read_away(self, size)
+            return read_away(self, size)
         size = max(0, min(size, self.end - self.position))
         self.position += size
         self._try(self._file.seek, self.position)
@@ -154,73 +146,6 @@ class FileRange(Reader):
 
     def close(self) -> None:
         self._file.close()
-
-
-class Inflated(Reader):
-    """The content of a compressed file; a thread inflates ahead by one block.
-
-    `position` counts inflated bytes, `source.position` compressed ones.
-    """
-
-    def __init__(self, source: FileRange, compression: str):
-        self.source = source
-        self._blocks = _gunzip(source) if compression == "gzip" else _decompress(source, compression)
-        self._trouble: str | None = None
-        self._block, self._at = b"", 0
-        self._thread = ThreadPoolExecutor(1, "inflate")
-        self._ahead: Future[bytes] | None = self._thread.submit(self._inflate)
-
-    def _inflate(self) -> bytes:
-        parts, size = [], 0
-        try:
-            while size < INFLATED_BLOCK_BYTES:
-                part = next(self._blocks, None)
-                if part is None:
-                    self._trouble = self._trouble or self.source.error
-                    break
-                parts.append(part)
-                size += len(part)
-        except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-            self._trouble = f"compressed data is broken or cut short near byte {self.source.position}: {error}"
-        return b"".join(parts)
-
-    def _next(self) -> bytes:
-        if self._ahead is None:
-            return b""
-        block = self._ahead.result()
-        if block and self._trouble is None:
-            self._ahead = self._thread.submit(self._inflate)
-        else:
-            self._ahead, self.error = None, self._trouble
-        return block
-
-    def read(self, size: int) -> bytes:
-        start = self._at
-        self._at += size
-        if self._at <= len(self._block):
-            self.position += size
-            return self._block[start : self._at]
-        parts = [self._block[start:]]
-        missing = size - len(parts[0])
-        self._block, self._at = b"", 0
-        while missing > 0 and (block := self._next()):
-            self._block, self._at = block, min(missing, len(block))
-            parts.append(block[: self._at])
-            missing -= self._at
-        data = b"".join(parts)
-        self.position += len(data)
-        return data
-
-    def skip(self, size: int) -> int:
-        return _read_away(self, size)
-
-    def unread(self, data: bytes) -> None:
-        self._block, self._at = data + self._block[self._at :], 0
-        self.position -= len(data)
-
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
-        self.source.close()
 
 
 class Bounded(Reader):
@@ -255,46 +180,9 @@ class Bounded(Reader):
         self.position -= len(data)
 
 
-def compression_of(path: str) -> str | None:
-    """gzip, bzip2 or xz by the first bytes of the file; None for another."""
-    with FileRange(path, jumping=True) as file:
-        start = file.read(8)
-    return next((name for name, magic in MAGIC.items() if start.startswith(magic)), None)
-
-
-def open_reader(path: str, compression: str | None, *, jumping: bool = False) -> Reader:
-    """A reader of the whole content of a file."""
-    file = FileRange(path, jumping=jumping)
-    return file if compression is None else Inflated(file, compression)
-
-
-def _read_away(reader: Reader, size: int) -> int:
+def read_away(reader: Reader, size: int) -> int:
+    """Pass over `size` bytes by reading them; returns how many there were."""
     left = size
-    while left > 0 and (data := reader.read(min(left, INFLATED_BLOCK_BYTES))):
+    while left > 0 and (data := reader.read(min(left, PASSED_BLOCK_BYTES))):
         left -= len(data)
     return size - left
-
-
-def _gunzip(file: FileRange) -> Iterator[bytes]:
-    # Not gzip.GzipFile: before Python 3.12 it feeds zlib by 8 KiB, and what it has inflated is lost at an error.
-    inflate, begun = zlib.decompressobj(wbits=31), False
-    while data := file.read(COMPRESSED_BLOCK_BYTES):
-        while data:
-            begun = True
-            yield inflate.decompress(data, INFLATED_BLOCK_BYTES)  # zeros inflate a thousandfold: hence the bound
-            data = inflate.unconsumed_tail
-            if inflate.eof:
-                data = inflate.unused_data.lstrip(b"\0")
-                inflate, begun = zlib.decompressobj(wbits=31), False
-                if not data.startswith(MAGIC["gzip"][: len(data)]):
-                    return  # as gzip does: what follows the last member is not ours
-    yield inflate.flush()
-    if begun and not inflate.eof and file.error is None:
-        raise EOFError("the end is missing")
-
-
-def _decompress(file: FileRange, compression: str) -> Iterator[bytes]:
-    opener: Any = {"bzip2": bz2.BZ2File, "xz": lzma.LZMAFile}[compression]
-    with opener(file) as content:
-        while data := content.read1(INFLATED_BLOCK_BYTES):
-            yield data

@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.manifest import SYNSET_PATTERN
+from data_prep.sources.inflate import compression_of, open_reader
 from data_prep.sources.layout import base_name, clean_name, is_lost_image, reason_to_skip
-from data_prep.sources.streams import SourceError, compression_of, open_reader
+from data_prep.sources.streams import SourceError
 from data_prep.sources.tar import Member, Tar
 from data_prep.storage import is_url
 

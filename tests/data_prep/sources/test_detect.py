@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from data_prep.build.ingest import name_hash
-from data_prep.sources import streams
+from data_prep.sources import gunzip
 from data_prep.sources.chunking import Met
 from data_prep.sources.detect import KINDS, OTHER_ARCHIVES, open_source
 from data_prep.sources.items import Damage, Record, Stray
@@ -283,7 +283,7 @@ def test_a_bad_sector_is_a_damage_and_the_rest_is_read(tmp_path, form, monkeypat
                 raise OSError(5, "Input/output error")
             return super().readinto(buffer)
 
-    monkeypatch.setattr(streams, "COMPRESSED_BLOCK_BYTES", 512)
+    monkeypatch.setattr(gunzip, "LOCAL_BUFFER_BYTES", 512)
     monkeypatch.setattr(FileRange, "_open", lambda self, jumping: io.BufferedReader(Failing(self.path), 512))
     source = open_source(path)
     items = items_of(chunks if source.seekable else all_chunks(source, 3000, Folder(tmp_path / "spool2")))

@@ -13,8 +13,9 @@ import pytest
 from data_prep.sources.archives import TarOfTars
 from data_prep.sources.detect import open_source
 from data_prep.sources.file_archives import TarOfClassFolders
+from data_prep.sources.inflate import Inflated
 from data_prep.sources.items import Damage, Record
-from data_prep.sources.streams import FileRange, Inflated
+from data_prep.sources.streams import FileRange
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar, parse_pax
 
 NAMES = {
