@@ -161,7 +161,11 @@ def _ingest_source(source: Source, work: Folder, settings: ShardSettings, cluste
     progress = Progress(f"images of {source.split}", source.total_bytes)
 
     def tasks() -> Iterator[IngestTask]:
+        told = False
         for chunk in source.chunks(max_bytes, MAX_CHUNK_IMAGES, spool, done):
+            if source.begun_at and not told:
+                progress.say(f"{source.name}: unpacking goes on from byte {source.begun_at:,} of its content")
+                told = True
             names.append(chunk_name(source.split, chunk.number))
             if chunk.split == "train":
                 classes.update(chunk.classes)

@@ -1,10 +1,12 @@
 """Sources that are one tar, plain or compressed, and what they share; here the tar of synset tars."""
 
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
-from data_prep.sources.chunking import Census, Event, Met, Source, first_images, spread
-from data_prep.sources.inflate import compression_of, open_reader
-from data_prep.sources.items import Damage, Item, Record, Stray
+from data_prep.sources.chunking import Census, Source, first_images, spread
+from data_prep.sources.inflate import Inflated, compression_of, open_reader
+from data_prep.sources.items import Damage, Event, Item, Met, Record, Stray
 from data_prep.sources.layout import (
     class_in_name,
     clean_name,
@@ -14,6 +16,7 @@ from data_prep.sources.layout import (
     wnid_of_image,
 )
 from data_prep.sources.reading import Piece, read_pieces, tar_items
+from data_prep.sources.starts import Start
 from data_prep.sources.streams import Bounded, FileRange, Reader
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import is_url
@@ -36,6 +39,9 @@ class Archive(Source):
         with FileRange(path, jumping=True) as file:
             self.total_bytes = file.end
         self.seekable = self.compression is None and self.total_bytes is not None
+        self._reader: Reader | None = None
+        self._met_at = self._since_met = 0  # the member met last, and events since
+        self._restore({})
 
     @property
     def description(self) -> str:
@@ -55,10 +61,47 @@ class Archive(Source):
         start, stop = gap.start, gap.stop
         return Piece(self.path, start, stop - start, "damage", "", "", self.split, str(gap))
 
+    def events(self, start: Start | None = None) -> Iterator[Event]:
+        self._restore(start.state if start else {})
+        with open_reader(self.path, self.compression, start=start.place if start else None) as reader:
+            self._reader, self._met_at, self._since_met = reader, 0, 0
+            if start:
+                reader.skip(start.position - reader.position)
+            events = chain(self._read(reader), self._after(reader))
+            for number, event in enumerate(events):
+                self._since_met += 1
+                if start is None or number >= start.passed:
+                    yield event
+        self._at_end()
+
+    def _read(self, reader: Reader) -> Iterator[Event]:
+        """The events of the members from where the reader stands; calls `_meet` at each."""
+        raise NotImplementedError
+
+    def _meet(self, member: Member) -> None:
+        """From here, and with the state at this time, reading can begin again."""
+        self._met_at, self._since_met = member.offset, 0
+
+    def _state(self) -> dict[str, Any]:
+        """What has to be known at the member met last, as JSON holds it, and `_restore` to take it."""
+        return {}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        pass
+
     def _after(self, reader: Reader) -> Iterator[Damage]:
         """What is to be said when reading has ended."""
         if reader.error is not None:
             yield Damage(self.split, self.name, reader.error)
+
+    def _at_end(self) -> None:
+        """Raises SourceError where what was read cannot be all."""
+
+    def start(self) -> Start | None:
+        place = self._reader.place if isinstance(self._reader, Inflated) else None
+        if place is None or place.position > self._met_at:
+            return None
+        return Start(place, self._met_at, self._since_met - 1, self._state())
 
 
 class TarOfTars(Archive):
@@ -67,6 +110,7 @@ class TarOfTars(Archive):
     kind = "tar-of-tars"
     words = "a tar of per-synset tars"
     wanted = "per-synset tar (n01440764.tar, ...)"
+    _outside = _outside_before = ""  # class of the last image outside of a tar, now and at the member met last
 
     def __init__(self, path: str, split: str, *, rename: bool = False):
         super().__init__(path, split, rename)
@@ -132,32 +176,37 @@ class TarOfTars(Archive):
             else:
                 yield piece
 
-    def events(self) -> Iterator[Event]:
-        outside = ""
-        with open_reader(self.path, self.compression) as reader:
-            tar = Tar(reader)
-            for entry in tar:
-                if isinstance(entry, Gap):
-                    if not (entry.cut and reader.cut):
-                        yield Damage(self.split, self.name, str(entry))
-                    continue
-                wnid = self._class_of(entry)
-                if wnid is not None:
-                    if wnid:
-                        yield Met(self.split, wnid)
-                    inner = Bounded(reader, entry.size)
-                    yield from tar_items(inner, self.split, wnid, f"{self.name}: {entry.name}")
-                elif entry.kind == "file" and (wnid := wnid_of_image(entry.name)):
-                    if wnid != outside:
-                        outside = wnid
-                        yield Damage(self.split, self.name, str(_lost_header(entry)))
-                    data = tar.data()
-                    if data is not None:
-                        yield Record(self.split, wnid, clean_name(entry.name), data)
-                elif entry.kind != "folder":
-                    reason = reason_to_skip(entry.name, entry.kind, 0) or "no_class"
-                    yield Stray(self.split, entry.name, entry.size, reason)
-            yield from self._after(reader)
+    def _read(self, reader: Reader) -> Iterator[Event]:
+        tar = Tar(reader)
+        for entry in tar:
+            if isinstance(entry, Gap):
+                if not (entry.cut and reader.cut):
+                    yield Damage(self.split, self.name, str(entry))
+                continue
+            self._meet(entry)
+            self._outside_before = self._outside
+            wnid = self._class_of(entry)
+            if wnid is not None:
+                if wnid:
+                    yield Met(self.split, wnid)
+                inner = Bounded(reader, entry.size)
+                yield from tar_items(inner, self.split, wnid, f"{self.name}: {entry.name}")
+            elif entry.kind == "file" and (wnid := wnid_of_image(entry.name)):
+                if wnid != self._outside:
+                    self._outside = wnid
+                    yield Damage(self.split, self.name, str(_lost_header(entry)))
+                data = tar.data()
+                if data is not None:
+                    yield Record(self.split, wnid, clean_name(entry.name), data)
+            elif entry.kind != "folder":
+                reason = reason_to_skip(entry.name, entry.kind, 0) or "no_class"
+                yield Stray(self.split, entry.name, entry.size, reason)
+
+    def _state(self) -> dict[str, Any]:
+        return {"outside": self._outside_before}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._outside = self._outside_before = state.get("outside", "")
 
     def sample_pieces(self, images: int, seed: int) -> Iterator[Iterator[Item]]:
         tars = [piece for piece in self.outline() if piece.kind == "tar"]

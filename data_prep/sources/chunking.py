@@ -5,29 +5,20 @@ number of restarts, get the same ones.
 import hashlib
 from collections.abc import Container, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
 
-from data_prep.sources.items import Damage, Item, Record, Stray
+from data_prep.sources.cutter import Cutter
+from data_prep.sources.items import Event, Item, Met, Record, Stray
 from data_prep.sources.layout import base_name, is_lost_image
 from data_prep.sources.reading import Chunk, Piece
 from data_prep.sources.refusal import Refusal
 from data_prep.sources.spool import write_spool
+from data_prep.sources.starts import Given, Start, Starts
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
 
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 64, 1 << 16
-
-
-class Met(NamedTuple):
-    """A class that is there, be it without images."""
-
-    split: str
-    wnid: str
-
-
-Event = Item | Met
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,8 @@ class Source:
     """A source of images; `open_source` makes one.
 
     path: as given; kind: one of KINDS; split: of records that do not say theirs; splits: those that records can have;
-    seekable: workers read their chunks by themselves; total_bytes: of the file or files, None where unknown.
+    seekable: workers read their chunks by themselves; total_bytes: of the file or files, None where unknown;
+    begun_at: where reading front to back began, in the content: not at 0 where an interrupted run left off later.
     """
 
     kind = ""
@@ -67,6 +59,7 @@ class Source:
     splits: tuple[str, ...]
     seekable = True
     total_bytes: int | None = None
+    begun_at = 0
 
     def __init__(self, path: str, split: str):
         self.path = path
@@ -111,9 +104,13 @@ class Source:
         """Of a seekable source: its parts in order, none longer than `max_bytes` where that can be."""
         raise NotImplementedError
 
-    def events(self) -> Iterator[Event]:
-        """Of a source that is not seekable: all of it, in order."""
+    def events(self, start: Start | None = None) -> Iterator[Event]:
+        """Of a source that is not seekable: all of it, in order, or what comes from `start` on."""
         raise NotImplementedError
+
+    def start(self) -> Start | None:
+        """Where `events` could begin again with the event that it gave last; None where it could not."""
+        return None
 
     def sample_pieces(self, images: int, seed: int) -> Iterator[Iterator[Item]]:
         """Of a seekable source: some images each from places all over it."""
@@ -143,7 +140,7 @@ class Source:
 
         A chunk is closed where the next piece would take it over `max_bytes`, or over `max_images` as far as they can
         be counted beforehand. Where the source is not seekable, its items are put into a file of `spool` before the
-        chunk is given, but for chunks in `done`, which are given without items.
+        chunk is given, but for chunks in `done`, which are given without items, and not read again where that can be.
         Raises SourceError when this is no such source after all.
         """
         if self.seekable:
@@ -186,28 +183,33 @@ class Source:
     def _spooled(self, max_bytes: int, max_images: int, spool: Folder | None, done: Container[int]) -> Iterator[Chunk]:
         if spool is None:
             raise SourceError(f"{self.path} can only be read front to back: it needs a spool folder")
-        with closing(self.events()) as events:  # type: ignore[type-var]
-            cutter = _Cutter(events, Refusal(self.path, self.wanted, self.split), max_bytes, max_images)
-            number = 0
+        check = Refusal(self.path, self.wanted, self.split)
+        starts = Starts(spool, self.split, [max_bytes, max_images])
+        if done and self.total_bytes is not None:  # else there is no seeking in it
+            starts.load(done)
+        for number, given in enumerate(starts.given):
+            yield self._given(number, given)
+        if starts.start is not None and starts.refusal is not None:
+            self.begun_at = starts.start.place.position
+            check.restore(starts.refusal)
+        with closing(self.events(starts.start)) as events:  # type: ignore[type-var]
+            cutter = Cutter(events, check, max_bytes, max_images)
             while cutter.more():
-                name = None
+                number, name = len(starts.given), None
                 if number in done:
                     for _ in cutter.take():
                         pass
                 else:
                     name = f"{self.split}-{number:06d}.spool"
                     write_spool(spool, name, cutter.take())
-                yield Chunk(
-                    number=number,
-                    split=cutter.split,
-                    pieces=(),
-                    bytes=cutter.bytes,
-                    classes=tuple(cutter.classes),
-                    spool=name,
-                    label=self._label(cutter.first, cutter.last),
-                    spool_folder=spool if name else None,
-                )
-                number += 1
+                given = Given(cutter.split, cutter.bytes, list(cutter.classes), cutter.first, cutter.last)
+                starts.add(given, self.start() if cutter.more() else None, check.state())
+                chunk = self._given(number, given)
+                yield replace(chunk, spool=name, spool_folder=spool) if name else chunk
+
+    def _given(self, number: int, given: Given) -> Chunk:
+        label = self._label(given.first, given.last)
+        return Chunk(number, given.split, (), given.bytes, tuple(given.classes), None, label)
 
     def _file_fingerprint(self, *more: str) -> str:
         digest = hashlib.sha256("\0".join((self.kind, *more)).encode())
@@ -219,51 +221,6 @@ class Source:
                 file.move(last * block // (FINGERPRINT_BLOCKS - 1))
                 digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
         return digest.hexdigest()[:32]
-
-
-class _Cutter:
-    """Cuts events into chunks. Of the chunk taken last: its split, bytes, classes, names of first and last item."""
-
-    def __init__(self, events: Iterator[Event], check: Refusal, max_bytes: int, max_images: int):
-        self._events = events
-        self._check = check
-        self._max_bytes, self._max_images = max_bytes, max_images
-        self._next = next(events, None)
-        self.split = self.first = self.last = ""
-        self.bytes = 0
-        self.classes: dict[str, None] = {}
-
-    def more(self) -> bool:
-        if self._next is None:
-            self._check.at_end()
-        return self._next is not None
-
-    def take(self) -> Iterator[Item]:
-        """The items of the next chunk; to be read to the end."""
-        images = 0
-        self.bytes, self.classes, self.first = 0, {}, ""
-        self.split = self._next.split if self._next is not None else ""
-        while (event := self._next) is not None and event.split == self.split:
-            size = len(event.data) if isinstance(event, Record) else 0
-            if images and (self.bytes + size > self._max_bytes or images >= self._max_images):
-                return
-            if isinstance(event, Met | Record):
-                self.classes[event.wnid] = None
-                self.last = f"{event.wnid}/{event.name}" if isinstance(event, Record) else event.wnid
-            else:
-                self.last = event.where if isinstance(event, Damage) else event.name
-            self.first = self.first or self.last
-            self._check.see(
-                event.split,
-                event.wnid if isinstance(event, Met | Record) else "",
-                event if isinstance(event, Stray) else None,
-                damaged=isinstance(event, Damage),
-            )
-            if not isinstance(event, Met):
-                images += 1
-                self.bytes += size
-                yield event
-            self._next = next(self._events, None)
 
 
 def _piece_label(piece: Piece) -> str:

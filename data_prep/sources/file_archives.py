@@ -1,11 +1,11 @@
 """Sources that are one tar whose members are the images: of class folders, or ILSVRC's flat validation set."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from data_prep.sources.archives import SAMPLE_PLACE_IMAGES, SAMPLED_PLACES, Archive
-from data_prep.sources.chunking import Event, Met, first_images, spread
-from data_prep.sources.inflate import open_reader
-from data_prep.sources.items import Damage, Item, Record, Stray
+from data_prep.sources.chunking import first_images, spread
+from data_prep.sources.items import Damage, Event, Item, Met, Record, Stray
 from data_prep.sources.layout import Place, place_in_tree, split_of_folder, way_to_class
 from data_prep.sources.reading import Piece
 from data_prep.sources.streams import FileRange, Reader, SourceError
@@ -20,6 +20,8 @@ class FileArchive(Archive):
     """
 
     labels: ValLabels | None = None
+    _labelled_images = _labelled_before = 0  # images that have a class by them, now and at the member met last
+    _damaged = False
 
     def place(self, member: Member) -> Place:
         """Where a member belongs."""
@@ -31,20 +33,20 @@ class FileArchive(Archive):
         self._labelled_images += not place[2]
         return Place(split, *place)
 
-    def _at_end(self, damaged: bool) -> None:
-        if self.labels is not None and not damaged:
+    def _at_end(self) -> None:
+        if self.labels is not None and not self._damaged:
             self.labels.check_count(self._labelled_images, self.path)
 
     def fingerprint(self) -> str:
         return self._file_fingerprint(*([] if self.labels is None else [self.labels.fingerprint()]))
 
     def pieces(self, max_bytes: int, max_images: int) -> Iterator[Piece]:
-        self._labelled_images, damaged = 0, False
+        self._restore({})
         # As in split_tar.
         with FileRange(self.path, jumping=not is_url(self.path)) as reader:
             for entry in Tar(reader):
                 if isinstance(entry, Gap):
-                    damaged = True
+                    self._damaged = True
                     yield self._damage(entry)
                     continue
                 place = self.place(entry)
@@ -56,28 +58,23 @@ class FileArchive(Archive):
                 elif entry.data_offset + entry.size <= (reader.end or 0):  # else a gap comes next
                     yield self._piece(entry, "range", place)
             if reader.error is not None:
+                self._damaged = True
                 yield Piece(self.path, 0, 0, "damage", "", "", self.split, reader.error)
-        self._at_end(damaged or reader.error is not None)
+        self._at_end()
 
     def _piece(self, entry: Member, kind: str, place: Place) -> Piece:
         return Piece(self.path, entry.data_offset, entry.size, kind, place.wnid, place.name, place.split, place.reason)
 
-    def events(self) -> Iterator[Event]:
-        self._labelled_images, damaged = 0, False
-        with open_reader(self.path, self.compression) as reader:
-            for event in self._read(reader, salvage=False):
-                damaged |= isinstance(event, Damage)
-                yield event
-            yield from self._after(reader)
-        self._at_end(damaged or reader.error is not None)
-
-    def _read(self, reader: Reader, *, salvage: bool) -> Iterator[Event]:
+    def _read(self, reader: Reader, *, salvage: bool = False) -> Iterator[Event]:
         tar = Tar(reader, salvage=salvage)
         for entry in tar:
             if isinstance(entry, Gap):
                 if not (entry.cut and reader.cut):
+                    self._damaged = True
                     yield Damage(self.split, self.name, str(entry))
                 continue
+            self._meet(entry)
+            self._labelled_before = self._labelled_images
             place = self.place(entry)
             if entry.kind == "folder":
                 if place.wnid:
@@ -86,6 +83,17 @@ class FileArchive(Archive):
                 yield Stray(place.split, place.name, entry.size, place.reason)
             elif (data := tar.data()) is not None:
                 yield Record(place.split, place.wnid, place.name, data)
+
+    def _after(self, reader: Reader) -> Iterator[Damage]:
+        self._damaged |= reader.error is not None
+        yield from super()._after(reader)
+
+    def _state(self) -> dict[str, Any]:
+        return {"labelled_images": self._labelled_before, "damaged": self._damaged}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._labelled_images = self._labelled_before = state.get("labelled_images", 0)
+        self._damaged = state.get("damaged", False)
 
     def sample_pieces(self, images: int, seed: int) -> Iterator[Iterator[Item]]:
         assert self.total_bytes is not None, "of a seekable file"
@@ -96,7 +104,7 @@ class FileArchive(Archive):
             yield first_images(self._from_block(block if places > 1 else 0), -(-images // places))
 
     def _from_block(self, block: int) -> Iterator[Item]:
-        self._labelled_images = 0
+        self._restore({})
         with FileRange(self.path) as reader:
             reader.move(block * BLOCK)
             for event in self._read(reader, salvage=block > 0):
@@ -118,8 +126,15 @@ class TarOfClassFolders(FileArchive):
         self.labels = labels
         if has_splits:
             self.splits = ("train", "val")
-        self._beside: dict[str, str] = {}  # folder: one in it that is no split, and has folders of classes below
-        self._has_split: set[str] = set()
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "beside": self._beside, "has_split": sorted(self._has_split)}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        # folder: one in it that is no split, and has folders of classes below
+        self._beside: dict[str, str] = dict(state.get("beside", {}))
+        self._has_split: set[str] = set(state.get("has_split", ()))
         self._last = ""
 
     def place(self, member: Member) -> Place:

@@ -94,10 +94,12 @@ def compression_of(path: str) -> str | None:
     return next((name for name, magic in MAGIC.items() if start.startswith(magic)), None)
 
 
-def open_reader(path: str, compression: str | None, *, jumping: bool = False) -> Reader:
-    """A reader of the whole content of a file."""
+def open_reader(
+    path: str, compression: str | None, *, jumping: bool = False, start: Place | None = None
+) -> FileRange | Inflated:
+    """A reader of the whole content of a file, or of what comes from `start` on."""
     file = FileRange(path, jumping=jumping)
-    return file if compression is None else Inflated(file, compression)
+    return file if compression is None else Inflated(file, compression, start)
 
 
 def _decompress(file: FileRange, compression: str) -> Iterator[bytes]:

@@ -29,4 +29,12 @@ class Damage(NamedTuple):
     detail: str
 
 
+class Met(NamedTuple):
+    """A class that is there, be it without images."""
+
+    split: str
+    wnid: str
+
+
 Item = Record | Stray | Damage
+Event = Item | Met

@@ -1,6 +1,6 @@
 """What is no source of images, or has a split without a class: refused early, or at its end."""
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from data_prep.sources.items import Stray
 from data_prep.sources.layout import INTENDED, lookalikes, offer_to_rename
@@ -32,6 +32,14 @@ class Refusal:
             strays.append(stray.name)
         if len(strays) > MAX_STRAYS_BEFORE_CLASS and not lookalikes([stray.name]):
             self._refuse(split)
+
+    def state(self) -> dict[str, Any]:
+        """What was seen, for `restore`, as JSON holds it."""
+        return {"strays": self._strays, "fine": sorted(self._fine), "damaged": self._damaged}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._strays, self._fine, self._damaged = state["strays"], set(state["fine"]), state["damaged"]
 
     def at_end(self) -> None:
         """Raises SourceError where a split has files, but no class, and where there is nothing at all."""

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -129,6 +130,61 @@ def test_killed_while_a_compressed_archive_is_spooled(source, undisturbed, tmp_p
     assert {n: d for n, d in digests(output).items() if n not in other} == {
         n: d for n, d in undisturbed.items() if n not in other
     }
+
+
+def counting(program: list[str]) -> list[str]:
+    """The same command; at its end it tells the bytes that it inflated. Places to begin again are near each other."""
+    code = """
+import sys
+from data_prep import __main__
+from data_prep.sources import gunzip
+
+gunzip.PLACE_EVERY_BYTES, plain, inflated = 1 << 20, gunzip._decompress, 0
+
+def counted(inflate, data):
+    global inflated
+    out = plain(inflate, data)
+    inflated += len(out)
+    return out
+
+gunzip._decompress = counted
+if __name__ == "__main__":  # not in the workers
+    code = __main__.main(sys.argv[1:])
+    print("inflated", inflated)
+    sys.exit(code)
+"""
+    at = program.index("data_prep")
+    return [program[0], "-c", code, *program[at + 1 :]]
+
+
+def test_a_build_killed_late_does_not_inflate_from_the_start(source, tmp_path):
+    with tarfile.open(source) as outer:
+        images = []
+        for member in outer:
+            with tarfile.open(fileobj=outer.extractfile(member)) as inner:
+                images += [inner.extractfile(image).read() for image in inner if image.isfile()]
+    classes = {f"n{n:08d}.tar": {f"n{n:08d}_{i}.JPEG": d for i, d in enumerate(images[n::20])} for n in range(20)}
+    data = tar_bytes({name: tar_bytes(members) for name, members in classes.items()})
+    zipped, output = tmp_path / "source.tar.gz", tmp_path / "out"
+    zipped.write_bytes(gzip.compress(data, 6))
+    build = counting(command(zipped, output, "--workers", "1"))
+    whole = run(build)
+    assert whole.returncode == 0, whole.stderr
+    wanted = digests(output)
+    shutil.rmtree(output)
+    process = subprocess.Popen(build, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and _chunks(output) < 24:  # of 33
+        time.sleep(0.002)
+    assert process.poll() is None, "it is killed before its end"
+    process.kill()
+    process.wait()
+    done = run(build)
+    assert done.returncode == 0, done.stderr
+    assert digests(output) == wanted
+    assert "source.tar.gz: unpacking goes on from byte " in done.stderr
+    inflated = [int(one.stdout.split("inflated ")[1]) for one in (whole, done)]
+    assert inflated[0] >= len(data)
+    assert inflated[1] < 0.5 * len(data), "the second run inflates the rest alone"
 
 
 def _files(output: Path) -> int:

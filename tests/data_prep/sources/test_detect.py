@@ -16,9 +16,8 @@ import pytest
 
 from data_prep.build.ingest import name_hash
 from data_prep.sources import gunzip
-from data_prep.sources.chunking import Met
 from data_prep.sources.detect import KINDS, OTHER_ARCHIVES, open_source
-from data_prep.sources.items import Damage, Record, Stray
+from data_prep.sources.items import Damage, Met, Record, Stray
 from data_prep.sources.streams import FileRange, SourceError
 from data_prep.storage import Folder
 from tests.support.source_forms import (
