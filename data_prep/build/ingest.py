@@ -7,7 +7,6 @@ hash, so that a shard, which is a range of these hashes, finds its share of each
 
 import hashlib
 import heapq
-import io
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import IO, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -102,22 +101,61 @@ def hashed_key(key: str, wnid: str, name: str, attempt: int = 0) -> str:
     return key[: MAX_KEY_CHARS - len(suffix)] + suffix
 
 
+class Held:
+    """What a chunk's data file will hold, until its order is known: as it came, then in a file on local disk."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._parts: dict[int, tuple[bytes, ...]] = {}
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, *parts: bytes) -> int:
+        """Keep them, one after another; returns the offset where they begin."""
+        offset, size = self._size, sum(map(len, parts))
+        self._size += size
+        if self._size > BUFFER_BYTES:
+            if self._file is None:
+                self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed with this
+            self._file.seek(offset)
+            self._file.writelines(parts)
+        else:
+            self._parts[offset] = parts
+        return offset
+
+    def parts(self, offset: int, size: int) -> tuple[bytes, ...]:
+        """The `size` bytes that begin at an offset that `add` gave."""
+        if offset in self._parts:
+            return self._parts[offset]
+        assert self._file is not None
+        self._file.seek(offset)
+        return (self._file.read(size),)
+
+
 def ingest_chunk(task: IngestTask) -> ChunkResult:
     """Prepare every image of the chunk; write NAME.data, then NAME.parquet, which says that the chunk is done."""
     rows: list[dict[str, Any]] = []
-    with tempfile.SpooledTemporaryFile(max_size=BUFFER_BYTES) as buffer:
+    with Held() as held:
         for item, wanted in _within_limit(task):
             if isinstance(item, Record):
-                rows.append(_ingest_image(item, wanted, task, buffer))
+                rows.append(_ingest_image(item, wanted, task, held))
             else:
                 rows.append(_row_of_other(item))
         usable = sorted((row for row in rows if row["offset"] >= 0), key=lambda row: (row["order"], row["plain_key"]))
         chunks = task.work.folder("chunks")
+        at = 0
         with chunks.writing(f"{task.name}.data") as temp, open(temp, "wb") as file:
             for row in usable:
-                buffer.seek(row["offset"])
-                row["offset"] = file.tell()
-                file.write(buffer.read(row["bytes_out"] + row["tail_bytes"]))
+                parts = held.parts(row["offset"], row["bytes_out"] + row["tail_bytes"])
+                row["offset"] = at
+                file.writelines(parts)
+                at += row["bytes_out"] + row["tail_bytes"]
     table = pa.Table.from_pylist(rows, schema=ROW_SCHEMA)
     with chunks.writing(f"{task.name}.parquet") as temp:
         pq.write_table(table, temp, compression="zstd")
@@ -173,7 +211,7 @@ def _row_of_other(item: Stray | Damage) -> dict[str, Any]:
     return _row(item.split, "", _text(item.name), action, reason=item.reason, bytes_in=item.bytes)
 
 
-def _ingest_image(record: Record, wanted: bool, task: IngestTask, buffer: Any) -> dict[str, Any]:
+def _ingest_image(record: Record, wanted: bool, task: IngestTask, held: Held) -> dict[str, Any]:
     name = _text(record.name)
     digest = hashlib.sha256(record.data)
     row = _row(
@@ -204,10 +242,7 @@ def _ingest_image(record: Record, wanted: bool, task: IngestTask, buffer: Any) -
         "reencoded": image.reencoded,
     }
     tail = f"{key}\n{json.dumps(described)[1:]}".encode()
-    buffer.seek(0, io.SEEK_END)
-    offset = buffer.tell()
-    buffer.write(image.jpeg)
-    buffer.write(tail)
+    offset = held.add(image.jpeg, tail)
     return {
         **row,
         "action": "repaired" if image.repairs else "kept",

@@ -9,6 +9,7 @@ from data_prep.sources.gunzip import INFLATED_BLOCK_BYTES, Gunzip, Place
 from data_prep.sources.streams import FileRange, Reader
 
 MAGIC = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\0"}
+LARGE_BLOCK_BYTES = 16 << 20
 
 
 class Inflated(Reader):
@@ -25,6 +26,9 @@ class Inflated(Reader):
         self._block, self._at = b"", 0
         self._ended = False
         self.position = start.position if start else 0
+        # glibc gives blocks as large as an image back to the system at once, and takes them anew, a fault a page: a
+        # fifth of the time of reading. That a much larger one was freed raises its threshold.
+        bytearray(LARGE_BLOCK_BYTES)
 
     @property
     def place(self) -> Place | None:

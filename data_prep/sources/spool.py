@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.sources.items import Damage, Item, Record, Stray
-from data_prep.sources.streams import LOCAL_BUFFER_BYTES, SourceError
+from data_prep.sources.streams import SourceError
 from data_prep.storage import TEMP_MARK, Folder, is_url, open_binary
 
 TAIL_BYTES = 8
@@ -57,13 +57,14 @@ def _write(file: BinaryIO, items: Iterable[Item]) -> None:
 def read_spool(path: str) -> Iterator[Item]:
     """The items of a spool file, in order. Raises SourceError where it is missing or not whole."""
     try:
-        with open_binary(path) if is_url(path) else open(path, "rb", buffering=LOCAL_BUFFER_BYTES) as file:
+        with open_binary(path) if is_url(path) else open(path, "rb", buffering=0) as file:
             end = file.seek(0, 2) - TAIL_BYTES
             file.seek(end)
             size = int.from_bytes(file.read(TAIL_BYTES), "little")
             file.seek(end - size)
             index = json.loads(file.read(size))
             file.seek(0)
+            # Unbuffered, where a file is local: an image is read in one call, without a copy between.
             for kind, *fields in index:
                 if kind == "Record":
                     split, wnid, name, size = fields

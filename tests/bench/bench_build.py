@@ -1,9 +1,12 @@
 """Images per CPU-second of a whole build, archive to shards with ledger, against the loop that people write.
 
     python tests/bench/bench_build.py [--large 32] [--small 1000] [--repeats 3]
+    python tests/bench/bench_build.py --gzip 4.3 [--before d1ce186] [--repeats 3]
 
 Both read the same tar of synset tars from disk and write shards. One process; CPU time, so that waiting for the disk
 does not count; the best of the repeats, which alternate. The plain loop neither shuffles, checks nor ledgers.
+
+With --gzip: a .tar.gz of so many GB instead, against another version of this project (gzip_rows.py).
 """
 
 import argparse
@@ -13,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import gzip_rows
 import webdataset
 from bench_images import QUALITY, SHORT_SIDE_PX, photos, shrunk
 from PIL import Image
@@ -69,7 +73,13 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=32, help="images 1500-2500 px wide (32)")
     parser.add_argument("--small", type=int, default=1000, help="images 400-600 px wide (1000)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gzip", type=float, metavar="GB", help="of content, in a .tar.gz: that alone")
+    parser.add_argument("--before", default="d1ce186", metavar="REVISION", help="or a folder; what --gzip is against")
+    parser.add_argument("--folder", type=Path, help="keep --gzip's archive there, or take the one that is")
     options = parser.parse_args()
+    if options.gzip:
+        gzip_rows.measure(options.gzip, options.before, options.repeats, options.folder)
+        return
     cases = {
         "large": (photos(options.large, (1500, 2500)), [{}]),
         "small, all encoded": (photos(options.small // 2, (400, 600)), [{"reencode": "always"}]),
