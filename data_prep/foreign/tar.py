@@ -25,7 +25,8 @@ from data_prep.foreign.classes import (
 from data_prep.foreign.scan import ForeignError, Scan, digest_of
 from data_prep.manifest import ShardIndex, index_path
 from data_prep.sources.detect import OTHER_ARCHIVES
-from data_prep.sources.streams import MAGIC, FileRange
+from data_prep.sources.inflate import MAGIC
+from data_prep.sources.streams import FileRange
 from data_prep.sources.tar import BLOCK, Gap, Member, Tar
 from data_prep.storage import Folder, file_system
 

@@ -72,6 +72,7 @@ TARGETS = (
         for name in ("torchvision v2", "litdata, simplejpeg", "SPDL, simplejpeg")
         for side, ratio in ((224, 1.8), (384, 2.1))
     ),
+    Target("ours, streamed", "webdataset, PIL", 1.5),
     Target("ours, ffcv jpg", "FFCV, jpg", 0.97),
     Target("ours, ffcv raw", "FFCV, raw", 0.97),
     Target("ours", "recipe: ImageFolder, timm", 3.0),
@@ -88,6 +89,7 @@ PEERS: dict[str, Callable[[Path, int], Batches]] = {
     "DALI on the CPU": dali,
     "ours, no worker": ours("data.workers_per_rank=0"),
     "ours": ours(),
+    "ours, streamed": ours("data.reader=stream"),
     "ours, ffcv jpg": ours("data.format=ffcv"),
     "ours, ffcv raw": ours("data.format=ffcv", mode="raw"),
     "floor: simplejpeg, whole image": floor(decode_alone),

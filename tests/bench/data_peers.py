@@ -140,7 +140,7 @@ def ours(*overrides: str, mode: str = "jpg") -> Callable[[Path, int], Batches]:
         from data_prep.manifest import Manifest
         from pipeline.config.load import load
         from pipeline.data.loader import training_batches
-        from pipeline.data.order import training_order
+        from pipeline.data.opened import training_order
         from pipeline.ranks.collectives import Ranks
 
         changes = [f"data.path={folder / mode}", f"data.resolution={side}", "data.resolution_by_epoch=null"]
