@@ -53,7 +53,7 @@ def test_rooms_stand_in_the_order_of_contributing(graph: Graph, order: Order) ->
 
 def test_packages_keep_apart(graph: Graph, order: Order) -> None:
     taken = {room_of(target) for module in graph if module.startswith("pipeline") for target in graph[module]}
-    allowed = {f"data_prep.{name}" for name in ("manifest", "labels", "storage", "foreign", "credentials")}
+    allowed = {f"data_prep.{name}" for name in ("manifest", "labels", "storage", "foreign", "credentials", "images")}
     assert {room for room in taken if room.startswith("data_prep")} <= allowed
     assert {room for room in order.open if room.startswith("data_prep")} == allowed
     for module, imported in graph.items():
@@ -88,10 +88,26 @@ def test_one_home_each() -> None:
     assert homes["deepspeed"] == {"pipeline.training.engine", "launch.deepspeed_agent"}
     assert homes["mlflow"] == {"pipeline.records.mlflow_run"}
     assert homes["dask"] | homes["distributed"] == {"data_prep.cluster"}
+    # One door to libjpeg-turbo's decoder; prepare.py encodes.
+    assert homes["simplejpeg"] == {"data_prep.images.turbo", "data_prep.images.prepare"}
     assert homes["ffcv"] <= {
         *("data_prep.beton.file", "data_prep.beton.write"),
         *("pipeline.data.beton", "pipeline.data.beton_file"),
         *("pipeline.data.ffcv_decoders", "pipeline.data.ffcv_loader"),
+    }
+
+
+def test_files_are_opened_by_pil_in_one_place() -> None:
+    """What a file looks like is said there. The others open what was drawn or stored by ourselves."""
+    opening = {
+        module
+        for module, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "Image.open"
+    }
+    assert opening == {
+        *("data_prep.images.pil", "data_prep.beton.sample"),
+        *("data_prep.demo.icons", "data_prep.demo.clipart"),
     }
 
 

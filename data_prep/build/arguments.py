@@ -106,7 +106,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         "--truncated",
         choices=("reject", "keep"),
         default="reject",
-        help="images that end too early: reject them, or keep what is there, the rest gray (default: %(default)s)",
+        help="images that end too early, or lost data in the middle: reject them, or keep what is there, the rest gray "
+        "or garbage (default: %(default)s)",
     )
     add(
         "--min-side",

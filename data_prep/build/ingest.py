@@ -19,8 +19,8 @@ from typing import IO, Any, Self
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.images.pixels import ImageRejected
 from data_prep.images.prepare import ImagePolicy, prepare_image
+from data_prep.images.rejection import ImageRejected
 from data_prep.ledger import SCHEMA
 from data_prep.sources.items import Damage, Record, Stray
 from data_prep.sources.layout import INTENDED

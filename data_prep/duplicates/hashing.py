@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import imagehash
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from data_prep.images.pixels import gray_pixels
+from data_prep.images.rejection import ImageRejected
 from data_prep.manifest import Manifest, ShardEntry, ShardIndex, index_path
 from data_prep.storage import DataPrepError, Folder, open_binary
 
@@ -33,7 +34,7 @@ HASHED_PX = 32  # phash's own
 FLAT_CONTRAST = 2.0
 
 HASHES = "hashes"  # folder, inside the output
-CACHE_VERSION = 1  # part of the names of its files: raised when their content changes
+CACHE_VERSION = 2  # part of the names of its files: raised when their content changes
 
 
 class DuplicateError(DataPrepError):
@@ -76,14 +77,12 @@ class HashTask:
 
 
 def hash_image(jpeg: bytes) -> ImageHash:
-    """Perceptual hashes of a JPEG; one that cannot be decoded counts as flat."""
+    """Perceptual hashes of an image file; one that cannot be decoded counts as flat."""
     try:
-        gray = simplejpeg.decode_jpeg(
-            jpeg, colorspace="GRAY", min_height=DECODED_PX, min_width=DECODED_PX, strict=False
-        )
-    except ValueError:
+        gray = gray_pixels(jpeg, DECODED_PX)
+    except ImageRejected:
         return ImageHash(0, 0, math.nan)
-    reduced = Image.fromarray(gray[:, :, 0]).resize((HASHED_PX, HASHED_PX), Image.Resampling.LANCZOS)
+    reduced = Image.fromarray(gray).resize((HASHED_PX, HASHED_PX), Image.Resampling.LANCZOS)
     # phash resizes to the size that these have already, which changes nothing.
     plain, mirrored = (_as_number(imagehash.phash(image)) for image in (reduced, ImageOps.mirror(reduced)))
     return ImageHash(plain, mirrored, float(np.asarray(reduced).std()))

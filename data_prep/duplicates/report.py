@@ -14,6 +14,9 @@ from rich.table import Table
 
 from data_prep.duplicates.findings import KINDS, Findings, Pair
 from data_prep.duplicates.hashing import HashedImages, ImageRow
+from data_prep.images.pixels import decode_image, image_size
+from data_prep.images.rejection import ImageRejected
+from data_prep.images.turbo import dct_scale
 from data_prep.labels.spaces import lemma
 from data_prep.storage import Folder
 
@@ -216,13 +219,13 @@ def _thumbnails(images: HashedImages, rows: Sequence[ImageRow]) -> list[str]:
     for jpeg in images.dataset.read_ranges([(row.file, row.offset, row.offset + row.size) for row in rows]):
         small = io.BytesIO()
         try:
-            with Image.open(io.BytesIO(jpeg)) as image:
-                image.draft("RGB", (2 * THUMBNAIL_PX, 2 * THUMBNAIL_PX))
-                image.thumbnail((2 * THUMBNAIL_PX, THUMBNAIL_PX))
-                image.convert("RGB").save(small, "JPEG", quality=75)
-        except OSError:
+            width, height = image_size(jpeg)
+            image = Image.fromarray(decode_image(jpeg, dct_scale(min(width, height) / THUMBNAIL_PX)).pixels)
+        except ImageRejected:
             found.append("")
             continue
+        image.thumbnail((2 * THUMBNAIL_PX, THUMBNAIL_PX))
+        image.save(small, "JPEG", quality=75)
         found.append(f"data:image/jpeg;base64,{base64.b64encode(small.getvalue()).decode()}")
     return found
 

@@ -10,6 +10,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # those three are ta
 WITHOUT_LENGTH = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))  # markers that no segment follows
 EXIF, ICC = b"Exif\0\0", b"ICC_PROFILE\0"
 ORIENTATION = 0x0112  # TIFF tag
+TIFF_INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l"}  # some writers take another than SHORT
 TIFF_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 
 
@@ -131,8 +132,9 @@ def _exif_orientation(tiff: bytes) -> int | None:
             size = TIFF_TYPE_BYTES.get(kind, 0) * values
             if size > 4 and offset + size > len(tiff):
                 return None
-            if tag == ORIENTATION and kind == 3:
-                (orientation,) = struct.unpack_from(order + "H", tiff, entry + 8)
+            if tag == ORIENTATION and kind in TIFF_INTEGERS:
+                place = entry + 8 if size <= 4 else offset
+                (orientation,) = struct.unpack_from(order + TIFF_INTEGERS[kind], tiff, place)
     except struct.error:
         return None
     return orientation if 1 <= orientation <= 8 else 1

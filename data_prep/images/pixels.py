@@ -1,57 +1,75 @@
-"""Image files to RGB pixels: libjpeg-turbo for the JPEGs it takes, PIL for everything else; and resizing."""
+"""What an image file looks like: RGB pixels, the same for `shard`, training, evaluation, `verify` and `duplicates`.
 
-import io
-import re
-import threading
-import warnings
+libjpeg-turbo for the JPEGs it takes (turbo.py), PIL for everything else (pil.py), which also judges what libjpeg warns
+of. The training reader has a faster way for ordinary JPEGs, with these pixels (pipeline/data/decode.py).
+"""
+
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
-from PIL import Image, ImageChops, ImageFile
+from PIL import Image
 
-from data_prep.images.jpeg import EOI, SOI, JpegFrame, JpegHeader, jpeg_frame
+from data_prep.images.jpeg import SOI, JpegHeader, jpeg_header
+from data_prep.images.pil import codings, decode_pil, pil_size
+from data_prep.images.rejection import ImageRejected
+from data_prep.images.turbo import (
+    LOST_DATA,
+    Size,
+    TurboRefused,
+    decode,
+    decode_eighth,
+    is_cut_short,
+    too_much,
+)
 
-# Formats found in image sets. Left to itself PIL would also run Ghostscript on an EPS.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 89_478_485  # PIL's own bound for a decompression bomb: 256 MiB of RGB
 MAX_UNPACKED_BYTES = 3 * MAX_PIXELS  # of a gzip member: an uncompressed image of that bound
 
-# Decoding at 1/2, 1/4, 1/8 (libjpeg-turbo's IDCT is SIMD at these only) takes a quarter less time at 1/2. Left with
-# 1.25 times the target or more to resize, PSNR against full decoding is 36 dB or more on photos sharp to the pixel, 40
-# to 44 in the mean; the encoding that follows (quality 90) has 31 to 35 on the same photos.
-DCT_SCALES = (8, 4, 2)
-DCT_MARGIN = 1.25
 
-REASONS = ("empty", "html", "truncated", "too_small", "too_large", "too_long", "undecodable")
-HTML = re.compile(
-    rb"(\xef\xbb\xbf)?\s*(<\?xml.*?>\s*|<!--.*?-->\s*)*<(!doctype\s+html|html|head|body|title|script|meta)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-# Codings other than baseline, by the number of their frame header (SOFn).
-CODINGS = {
-    1: {"extended"},
-    2: {"progressive"},
-    3: {"lossless"},
-    9: {"arithmetic"},
-    10: {"arithmetic", "progressive"},
-    11: {"arithmetic", "lossless"},
-}
-
-Size = tuple[int, int]  # width, height in pixels
+def bomb(size: Size) -> None:
+    """Where PIL refuses a decompression bomb. Raises ImageRejected."""
+    width, height = size
+    if width * height > 2 * MAX_PIXELS:
+        raise ImageRejected("too_large", f"{width} x {height} pixels, more than {2 * MAX_PIXELS}", width, height)
 
 
-class ImageRejected(ValueError):
-    """This image cannot be used: `reason` is one of REASONS, `detail` free text, sizes are the source's or None."""
+class Decoded(NamedTuple):
+    """`pixels` uint8 (height, width, 3) RGB of a picture of `size` (width, height) at 1/`scale`; `orientation` is
+    EXIF's, 1 to 8. `warning`: why libjpeg-turbo's were not taken. `repairs`: what sets the file apart."""
 
-    def __init__(self, reason: str, detail: str, width: int | None = None, height: int | None = None) -> None:
-        super().__init__(reason, detail, width, height)  # all of them, or it could not be pickled
-        self.reason, self.detail, self.width, self.height = reason, detail, width, height
+    pixels: np.ndarray
+    size: Size
+    scale: int
+    orientation: int
+    repairs: set[str]
+    warning: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
+
+def decode_image(data: bytes, scale: int = 1) -> Decoded:
+    """The pixels of any image file, for a reader; at 1/scale (of DCT_SCALES) where that can be. Raises
+    ImageRejected."""
+    data, _ = unpacked(data, keep_truncated=False)
+    return decode_unpacked(data, jpeg_header(data), scale)
+
+
+def image_size(data: bytes) -> Size:
+    """(width, height) of any image file, from the header alone. Raises ImageRejected."""
+    data, _ = unpacked(data, keep_truncated=False)
+    header = jpeg_header(data)
+    return pil_size(data) if header is None else (header.frame.width, header.frame.height)
+
+
+def unpacked(data: bytes, keep_truncated: bool) -> tuple[bytes, bool]:
+    """The bytes of the image, and whether they were in a gzip file. Raises ImageRejected."""
+    packed = data[:3] == b"\x1f\x8b\x08"
+    if packed:
+        data = unpack_gzip(data, keep_truncated)
+    if not data:
+        raise ImageRejected("empty", "no bytes")
+    return data, packed
 
 
 def unpack_gzip(data: bytes, keep_truncated: bool) -> bytes:
@@ -68,55 +86,86 @@ def unpack_gzip(data: bytes, keep_truncated: bool) -> bytes:
     return inner
 
 
-def codings(frame: JpegFrame) -> set[str]:
-    """What sets this JPEG apart from baseline and colour: codes of repairs."""
-    return CODINGS.get(frame.marker & 0x0F, set()) | ({"gray"} if frame.components == 1 else set())
+def decode_unpacked(
+    data: bytes,
+    header: JpegHeader | None,
+    scale: int = 1,
+    check_size: Callable[[Size], object] = bomb,
+    keep_truncated: bool = False,
+    upright: bool = False,
+) -> Decoded:
+    """As decode_image, of a file that is not gzipped and whose JPEG header is known, None for what has none in order.
 
-
-def turbo_refusal(data: bytes) -> str:
-    """Why libjpeg-turbo, and with it FFCV, cannot read this JPEG, as far as its header tells; "" where it can."""
+    `check_size` sees the size before anything is decoded, and may raise; `keep_truncated` takes what there is of a file
+    that ends early. The orientation is 1 unless `upright`, or libjpeg-turbo decoded. Raises ImageRejected.
+    """
+    found: set[str] = set()
+    if header is None:
+        if data[:2] == SOI and (reason := too_much(data, None)):
+            raise ImageRejected("undecodable", reason)
+        pixels, orientation = decode_pil(data, found, check_size, keep_truncated, upright)
+        return Decoded(pixels, (pixels.shape[1], pixels.shape[0]), 1, orientation, found)
+    frame = header.frame
+    size = (frame.width, frame.height)
+    check_size(size)
+    if reason := too_much(data, header):
+        raise ImageRejected("undecodable", reason, *size)
     try:
-        simplejpeg.decode_jpeg_header(data, strict=False)
-    except ValueError as error:
-        return str(error)
-    return ""
+        pixels = decode(data, header, (-(-size[0] // scale), -(-size[1] // scale)), strict=True)
+        scale = 1 if pixels.shape[:2] == (frame.height, frame.width) else scale  # lossless ones have no scale
+        return Decoded(pixels, size, scale, 1, codings(frame))
+    except TurboRefused as error:  # warnings too: libjpeg's do not tell a stray byte from a lost half
+        warning = str(error)
+    pixels, orientation = decode_pil(data, found, check_size, keep_truncated, upright)
+    if LOST_DATA.search(warning) and "truncated" not in found:  # PIL does not complain, and shows gray or garbage
+        if not keep_truncated:
+            if _ends_in_gray(data, header):
+                raise ImageRejected("truncated", "its end marker comes before the picture is complete", *size)
+            raise ImageRejected("damaged", warning, *size)
+        found.add("truncated")
+    return Decoded(pixels, size, 1, orientation, found, warning)
 
 
-def decode_turbo(data: bytes, header: JpegHeader, target: Size) -> tuple[np.ndarray | None, str]:
-    """RGB pixels (height, width, 3) at full size or at a DCT scale well above `target`; or None, and why not."""
-    width, height = header.frame.width, header.frame.height
-    if header.frame.components not in (1, 3):
-        return None, ""
-    ratio = 1.0 if "lossless" in codings(header.frame) else min(width, height) / min(target)
-    scale = next((scale for scale in DCT_SCALES if ratio >= scale * DCT_MARGIN), 1)
+def _ends_in_gray(data: bytes, header: JpegHeader) -> bool:
     try:
-        return simplejpeg.decode_jpeg(data, "RGB", min_width=-(-width // scale), min_height=-(-height // scale)), ""
-    except ValueError as error:  # warnings too: libjpeg's do not tell a stray byte from a lost half
-        return None, str(error)
+        return is_cut_short(data, header)
+    except TurboRefused:
+        return False
 
 
-def decode_eighth(data: bytes, size: Size, strict: bool) -> np.ndarray:
-    """Luma at 1/8, a pixel a block: decodes the entropy coding of everything, and little else. `strict` raises
-    ValueError for libjpeg's warnings too."""
-    return simplejpeg.decode_jpeg(data, "GRAY", min_width=-(-size[0] // 8), min_height=-(-size[1] // 8), strict=strict)
-
-
-def decodes_cleanly(data: bytes, size: Size) -> bool:
+def decodes_cleanly(data: bytes, header: JpegHeader) -> bool:
     """Whether a JPEG decodes without a warning. False does not yet mean that it is bad.
 
     Entropy decoding is 0.47 of its 0.56 ms: no cheap check is complete, so `structure` is a choice of the user's.
     """
     try:
-        decode_eighth(data, size, strict=True)
-        with _pil():  # PIL's own parser is who reads it in the end, and it is strict in other ways
-            return Image.open(io.BytesIO(data), formats=FORMATS).size == size
-    except Exception:
+        decode_eighth(data, header, strict=True)
+        # PIL's own parser is who reads it in the end, and it is strict in other ways.
+        return pil_size(data) == (header.frame.width, header.frame.height)
+    except (TurboRefused, ImageRejected):
         return False
 
 
-def is_cut_short(data: bytes, size: Size) -> bool:
-    """Whether the last row of blocks is what libjpeg puts where there is no data: gray."""
-    return bool((decode_eighth(data, size, strict=False)[-1] == 128).all())
+def check_image(data: bytes) -> Size:
+    """(width, height) of an image file that decodes to its end. Raises ImageRejected."""
+    data, _ = unpacked(data, keep_truncated=False)
+    header = jpeg_header(data)
+    if header is not None and not too_much(data, header) and decodes_cleanly(data, header):
+        return header.frame.width, header.frame.height
+    return decode_unpacked(data, header).size
+
+
+def gray_pixels(data: bytes, smallest_px: int) -> np.ndarray:
+    """Luma, uint8 (height, width), for hashing: of a JPEG at the least scale with both sides `smallest_px` or more, and
+    what there is of a damaged one. Raises ImageRejected."""
+    data, _ = unpacked(data, keep_truncated=True)
+    header = jpeg_header(data)
+    if header is not None:
+        bomb((header.frame.width, header.frame.height))
+        with suppress(TurboRefused):
+            return decode(data, header, (smallest_px, smallest_px), "GRAY", strict=False)[:, :, 0]
+    pixels = decode_unpacked(data, header, keep_truncated=True).pixels
+    return np.asarray(Image.fromarray(pixels).convert("L"))
 
 
 def resize(pixels: np.ndarray, source: Size, target: Size) -> np.ndarray:
@@ -140,113 +189,3 @@ def resize(pixels: np.ndarray, source: Size, target: Size) -> np.ndarray:
     finally:
         torch.set_num_threads(threads)
     return out[0].permute(1, 2, 0).numpy()
-
-
-_PIL_STATE = threading.Lock()
-
-
-@contextmanager
-def _pil(lenient: bool = False) -> Iterator[None]:
-    """PIL without its warnings (broken EXIF, odd palettes: none is our user's business), strict or not on truncated
-    files. Both are states of the process, hence the lock."""
-    with _PIL_STATE, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, lenient
-        try:
-            yield
-        finally:
-            ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def decode_pil(
-    data: bytes, repairs: set[str], check_size: Callable[[Size], object], keep_truncated: bool, upright: bool
-) -> tuple[np.ndarray, int]:
-    """RGB pixels (height, width, 3) of an image of any format, and its EXIF orientation (1 unless `upright`).
-
-    Adds the codes of what was repaired to `repairs`. `check_size` sees the size before anything is decoded, and may
-    raise. Raises ImageRejected.
-    """
-    try:
-        return _load(data, repairs, check_size, upright, lenient=False)
-    except ImageRejected as error:
-        if error.reason != "truncated" or not keep_truncated:
-            raise
-    repairs.add("truncated")
-    return _load(data, repairs, check_size, upright, lenient=True)
-
-
-def _load(
-    data: bytes, repairs: set[str], check_size: Callable[[Size], object], upright: bool, lenient: bool
-) -> tuple[np.ndarray, int]:
-    size: Size | tuple[None, None] = (None, None)
-    try:
-        with _pil(lenient), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            size = image.size
-            check_size(image.size)
-            raw_mode = str(image.tile)
-            image.load()
-            orientation = image.getexif().get(0x0112, 1) if upright else 1
-            pixels = np.array(_to_rgb(image, data, raw_mode, repairs))
-            return pixels, orientation if orientation in range(1, 9) else 1
-    except ImageRejected:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ImageRejected("too_large", str(error)) from None
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error... for damaged files
-        if HTML.match(data[:4096]):
-            raise ImageRejected("html", "a web page, not an image") from None
-        reason = "truncated" if "truncated" in str(error).lower() or _ends_early(data) else "undecodable"
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        detail = f"no image of a known format, begins {data[:8]!r}" if unknown else str(error) or type(error).__name__
-        raise ImageRejected(reason, detail, *size) from None
-
-
-def _ends_early(data: bytes) -> bool:
-    """Whether the container says that there should be more; of formats where PIL's words do not tell."""
-    if data.startswith(SOI + b"\xff"):
-        return EOI not in data
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return b"IEND" not in data
-    if data.startswith(b"RIFF"):
-        return int.from_bytes(data[4:8], "little") + 8 > len(data)
-    return False
-
-
-def _to_rgb(image: Image.Image, data: bytes, raw_mode: str, repairs: set[str]) -> Image.Image:
-    mode = image.mode
-    if image.format in ("JPEG", "MPO"):
-        frame = jpeg_frame(data)
-        repairs |= codings(frame) if frame else set()
-        if mode == "CMYK":
-            repairs.add("ycck" if image.info.get("adobe_transform") == 2 else "cmyk")
-            if "adobe" not in image.info:  # PIL takes all ink as inverted, which only Adobe's files are
-                return ImageChops.invert(image).convert("RGB")
-    else:
-        repairs.add(str(image.format).lower())
-        if mode == "CMYK":
-            repairs.add("cmyk")
-    wide = mode.startswith(("I", "F"))
-    if wide or re.search(r";16[BLN]", raw_mode):
-        repairs.add("16bit")
-    if mode in ("P", "PA"):
-        repairs.add("palette")
-    if wide or mode in ("1", "L", "LA", "La"):
-        repairs.add("gray")
-    if wide:
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        repairs.add("alpha")
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Gray of 16 or 32 bits or floating point to uint8; PIL would clip at 255, which makes a white image."""
-    gray = np.nan_to_num(values.astype(np.float32), posinf=1)
-    top = float(gray.max(initial=0))
-    if top <= 1 and values.dtype.kind == "f":  # the convention of floating point: 0 to 1
-        gray = gray * 255
-    elif top > 255:
-        gray = gray * (255 / max(top, 65535))
-    return gray.clip(0, 255).round().astype(np.uint8)

@@ -13,27 +13,16 @@ import numpy as np
 import simplejpeg
 
 from data_prep.images.jpeg import BASELINE, JpegHeader, is_closed, jpeg_header, metadata, without
-from data_prep.images.pixels import (
-    MAX_PIXELS,
-    ImageRejected,
-    Size,
-    codings,
-    decode_pil,
-    decode_turbo,
-    decodes_cleanly,
-    is_cut_short,
-    resize,
-    turbo_refusal,
-    unpack_gzip,
-)
+from data_prep.images.pixels import MAX_PIXELS, Decoded, decode_unpacked, decodes_cleanly, resize, unpacked
+from data_prep.images.rejection import ImageRejected, words
+from data_prep.images.turbo import Size, dct_scale, refusal, too_much
 
 MAX_SIDE_PX = 65_500  # libjpeg's bound
-MAX_SCANS = 500  # a real progressive JPEG has about 10; each costs a pass over the image, however few its bytes
 ANY_DECODER = (BASELINE, 0xC1, 0xC2)  # baseline, extended, progressive
 
 # In the order in which `Prepared.repairs` lists them.
 REPAIRS = (
-    *("gzip", "png", "bmp", "gif", "webp", "tiff", "ppm", "cmyk", "ycck", "palette", "alpha", "16bit", "gray"),
+    *("gzip", "png", "bmp", "gif", "webp", "tiff", "ppm", "avif", "cmyk", "ycck", "palette", "alpha", "16bit", "gray"),
     *("extended", "arithmetic", "lossless", "progressive", "subsampling"),  # JPEGs that not every decoder takes
     *("exif_orientation", "broken_exif", "broken_icc", "truncated"),
 )
@@ -97,33 +86,27 @@ def prepare_image(data: bytes, policy: ImagePolicy) -> Prepared:
     except ImageRejected:
         raise
     except Exception as error:  # decoders raise anything on damaged files
-        raise ImageRejected("undecodable", str(error) or type(error).__name__) from None
+        raise ImageRejected("undecodable", words(error)) from None
 
 
 def _prepare(data: bytes, policy: ImagePolicy) -> Prepared:
     repairs: set[str] = set()
-    if data.startswith(b"\x1f\x8b\x08"):
-        data = unpack_gzip(data, policy.truncated == "keep")
+    data, packed = unpacked(data, policy.truncated == "keep")
+    if packed:
         repairs.add("gzip")
-    if not data:
-        raise ImageRejected("empty", "no bytes")
     header = jpeg_header(data)
     if header is not None:
         return _prepare_jpeg(data, header, policy, repairs)
-    pixels, orientation = _decode_pil(data, policy, repairs)
-    return _encode(pixels, (pixels.shape[1], pixels.shape[0]), orientation, policy, repairs)
+    found = _decode(data, None, policy)
+    return _encode(found.pixels, found.size, found.orientation, policy, repairs | found.repairs)
 
 
 def _prepare_jpeg(data: bytes, header: JpegHeader, policy: ImagePolicy, repairs: set[str]) -> Prepared:
     frame = header.frame
     size = (frame.width, frame.height)
     target = _target(size, policy)
-    if header.precision != 8:
-        raise ImageRejected("undecodable", f"a JPEG of {header.precision} bits a sample", *size)
-    if frame.marker != BASELINE or frame.width * frame.height > 1 << 20:  # few pixels: little work at any rate
-        scans = data.count(b"\xff\xda")
-        if scans > MAX_SCANS:
-            raise ImageRejected("undecodable", f"{scans} scans, more than {MAX_SCANS}", *size)
+    if reason := too_much(data, header):
+        raise ImageRejected("undecodable", reason, *size)
     orientation, broken = metadata(data, header)
     if policy.exif_orientation == "ignore":
         orientation = 1
@@ -131,36 +114,30 @@ def _prepare_jpeg(data: bytes, header: JpegHeader, policy: ImagePolicy, repairs:
         repairs |= {code for code, _ in broken}
         data = without(data, [segment for _, segment in broken])
         header = jpeg_header(data) or header
-    refusal = turbo_refusal(data)
-    if "subsampling" in refusal:
+    refused = refusal(data)
+    if "subsampling" in refused:
         repairs.add("subsampling")
     passes = (
-        not refusal
+        not refused
         and policy.reencode != "always"
         and frame.marker in (ANY_DECODER if policy.reencode == "never" else (BASELINE,))
         and (frame.components, orientation, target) == (3, 1, size)
     )
-    if passes and (is_closed(data, header) if policy.check == "structure" else decodes_cleanly(data, size)):
+    if passes and (is_closed(data, header) if policy.check == "structure" else decodes_cleanly(data, header)):
         return _prepared(data, size, size, False, repairs)
-    pixels, warning = decode_turbo(data, header, target)
-    if pixels is not None:
-        return _encode(pixels, size, orientation, policy, repairs | codings(frame))
-    found: set[str] = set()
-    pixels, orientation = _decode_pil(data, policy, found)
-    if "premature end of data" in warning and is_cut_short(data, size):
-        # The end marker comes too early: PIL does not complain, and shows the rest in gray.
-        if policy.truncated == "reject":
-            raise ImageRejected("truncated", "its end marker comes before the picture is complete", *size)
-        found.add("truncated")
-    if passes and "truncated" not in found:  # PIL takes it: turbo's warning was of something that does no harm
+    found = _decode(data, header, policy, dct_scale(min(size) / min(target)))
+    if not found.warning:
+        return _encode(found.pixels, size, orientation, policy, repairs | found.repairs)
+    if passes and "truncated" not in found.repairs:  # PIL takes it: turbo's warning was of something that does no harm
         return _prepared(data, size, size, False, repairs)
-    return _encode(pixels, size, orientation, policy, repairs | found)
+    return _encode(found.pixels, size, found.orientation, policy, repairs | found.repairs)
 
 
-def _decode_pil(data: bytes, policy: ImagePolicy, repairs: set[str]) -> tuple[np.ndarray, int]:
-    return decode_pil(
+def _decode(data: bytes, header: JpegHeader | None, policy: ImagePolicy, scale: int = 1) -> Decoded:
+    return decode_unpacked(
         data,
-        repairs,
+        header,
+        scale,
         check_size=lambda size: _target(size, policy),
         keep_truncated=policy.truncated == "keep",
         upright=policy.exif_orientation == "apply",

@@ -3,10 +3,8 @@ does not use the index, and every image is decoded.
 """
 
 import hashlib
-import io
 import json
 import os
-import re
 import tarfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,21 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import simplejpeg
-from PIL import Image
 
 from data_prep.beton.file import RAW, BetonError
 from data_prep.beton.sample import BetonSettings, plan_sample, store_sample
 from data_prep.beton.write import rows_that_differ
-from data_prep.images.pixels import FORMATS, is_cut_short
+from data_prep.images.jpeg import jpeg_frame
+from data_prep.images.pixels import check_image
+from data_prep.images.rejection import ImageRejected
 from data_prep.manifest import ManifestError, ShardEntry, ShardIndex, index_path
 from data_prep.storage import Folder, StorageError
 from data_prep.verify.problems import Problem, Problems, check_file, local_copy
 
 READ_BYTES = 8 << 20
-# libjpeg's warnings that mean lost pixels: a run refuses such images; those of our own shards have been repaired.
-LOST_DATA = re.compile(r"premature end|bad (huffman|arithmetic)|inconsistent progression|instead of RST", re.IGNORECASE)
 CLASS_DIGITS = 12  # more are none of a class number
+MODES = {1: "gray", 3: "RGB", 4: "CMYK"}  # by components
 RAW_TOLERANCE = 16  # of 255: another version of the decoder may round otherwise, a flipped high bit gives 128
 
 
@@ -254,23 +251,14 @@ def _members(path: Path, name: str, problems: Problems) -> Iterator[tarfile.TarI
 
 def _decoded(data: bytes, foreign: bool = False) -> tuple[tuple[int, int], str]:
     """((width, height), mode) of an image, decoded to its end; a JPEG unless `foreign`. Raises ValueError."""
+    frame = jpeg_frame(data)
+    if frame is None and not foreign:
+        raise ValueError(f"cannot be decoded: is no JPEG, begins {data[:8]!r}")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS if foreign else ["JPEG"]) as image:
-            size, mode = image.size, image.mode
-            if image.format != "JPEG":
-                image.load()
-                return size, mode
-            try:
-                simplejpeg.decode_jpeg(data, fastdct=True, fastupsample=True)
-            except (ValueError, LookupError) as warning:  # also of what does no harm: PIL judges, as in the making
-                image.load()
-                if foreign and LOST_DATA.search(str(warning)):
-                    raise
-                if "premature end" in str(warning) and is_cut_short(data, size):
-                    raise ValueError("its data ends before the picture is complete") from None
-            return size, mode
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error... for damaged files
-        raise ValueError(f"cannot be decoded: {str(error) or type(error).__name__}") from None
+        size = check_image(data)
+    except ImageRejected as error:
+        raise ValueError(f"cannot be decoded: {error.detail}") from None
+    return size, MODES.get(frame.components, "of unknown colours") if frame else ""
 
 
 def _check_json(data: bytes, jpeg: bytes, key: str, task: ShardTask, problems: Problems) -> int:

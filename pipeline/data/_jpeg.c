@@ -38,7 +38,7 @@
 #define FRACTION 22                 /* bits of PIL's weights */
 #define SPLIT 12                    /* bits in the low half of a weight: both halves fit 16 bits */
 
-enum verdict { DONE, CORRUPT, REFUSED, OUTSIDE, NO_MEMORY };
+enum verdict { DONE, REFUSED, OUTSIDE, NO_MEMORY }; /* REFUSED: for the other decoder, which also judges damage */
 
 struct taps {      /* the weights of a pass: outputs x `step`, padded by zeros to a multiple of 4 */
     int step, most; /* `most`: the greatest count */
@@ -81,7 +81,7 @@ static void on_message(j_common_ptr jpeg, int level) {
         case JWRN_HUFF_BAD_CODE:
         case JWRN_ARITH_BAD_CODE:
         case JWRN_MUST_RESYNC:
-        case JWRN_BOGUS_PROGRESSION: leave(jpeg, CORRUPT);
+        case JWRN_BOGUS_PROGRESSION: leave(jpeg, REFUSED);
     }
 }
 
@@ -95,13 +95,38 @@ static void give_up(struct job *job, enum verdict verdict, const char *reason) {
 
 static void on_progress(j_common_ptr jpeg) {
     if (((j_decompress_ptr)jpeg)->input_scan_number > MAX_SCANS)
-        give_up(jpeg->client_data, CORRUPT, "a progressive file of too many scans");
+        give_up(jpeg->client_data, REFUSED, "a progressive file of too many scans");
 }
 
 static void *need(struct job *job, size_t count, size_t bytes) {
     void *memory = calloc(count, bytes);
     if (!memory) give_up(job, NO_MEMORY, "out of memory");
     return memory;
+}
+
+/* Whether the library may be asked at all, by the header alone: baseline, extended or progressive, 8 bits, gray or three
+ * colours, and in order up to the first scan. Of other codings it might be asked for a scale that they do not have, on
+ * which some versions write past their rows. As data_prep/images/jpeg.py reads headers. */
+static int is_ordinary(const uint8_t *data, size_t size) {
+    int frames = 0;
+    if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
+    for (size_t at = 2; at + 4 <= size && data[at] == 0xFF;) {
+        int marker = data[at + 1];
+        if (marker == 0xFF) { /* a fill byte */
+            at++;
+            continue;
+        }
+        size_t length = (size_t)data[at + 2] << 8 | data[at + 3], end = at + 2 + length;
+        if (end > size || length < 2 || marker <= 0x01 || (marker >= 0xD0 && marker <= 0xD9)) return 0;
+        if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
+            if (marker > 0xC2 || frames++ || length < 8 || data[at + 4] != 8) return 0;
+            int components = data[at + 9];
+            if ((components != 1 && components != 3) || length != 8 + 3 * (size_t)components) return 0;
+        }
+        if (marker == 0xDA) return frames;
+        at = end;
+    }
+    return 0;
 }
 
 static void open_job(struct job *job, const Py_buffer *data) {
@@ -114,11 +139,10 @@ static void open_job(struct job *job, const Py_buffer *data) {
     jpeg_create_decompress(jpeg);
     job->progress.progress_monitor = on_progress;
     jpeg->progress = &job->progress;
-    if (data->len < 4) give_up(job, REFUSED, "too short for a JPEG");
+    if (!is_ordinary(data->buf, (size_t)data->len)) give_up(job, REFUSED, "not an ordinary JPEG");
     jpeg_mem_src(jpeg, (const unsigned char *)data->buf, (unsigned long)data->len);
     jpeg_read_header(jpeg, TRUE);
     if ((int64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) give_up(job, REFUSED, "too many pixels");
-    if (jpeg->num_components != 1 && jpeg->num_components != 3) give_up(job, REFUSED, "not RGB and not gray");
 }
 
 static void close_job(struct job *job) {
@@ -146,7 +170,7 @@ static void start(struct job *job, int top, int left, int height, int width, int
                 if (jpeg->coef_bits[c][i]) give_up(job, REFUSED, "a progressive file without all of its scans");
     int all = (int)jpeg->output_width;
     if (all != ((int)jpeg->image_width + scale - 1) / scale || left + width > all ||
-        top + height > (int)jpeg->output_height) /* a lossless file does not scale */
+        top + height > (int)jpeg->output_height)
         give_up(job, REFUSED, "scaled to another size than expected");
     int from = left > MARGIN ? left - MARGIN : 0, to = left + width + MARGIN < all ? left + width + MARGIN : all;
     job->skip = left;
@@ -166,7 +190,7 @@ static void read_rows(struct job *job, int count, size_t stride) {
     for (int i = 0; i < ROWS; i++) rows[i] = job->rows + i * stride;
     for (int got = 0; got < count;) {
         int more = (int)jpeg_read_scanlines(&job->jpeg, rows + got, (JDIMENSION)(count - got));
-        if (more <= 0) give_up(job, CORRUPT, "the rows end early");
+        if (more <= 0) give_up(job, REFUSED, "the rows end early");
         got += more;
     }
 }
@@ -487,7 +511,7 @@ static PyObject *py_size(PyObject *self, PyObject *args) {
 }
 
 static int on_import(PyObject *module) {
-    return PyModule_AddIntMacro(module, CORRUPT) || PyModule_AddIntMacro(module, OUTSIDE) ? -1 : 0;
+    return PyModule_AddIntMacro(module, OUTSIDE) ? -1 : 0;
 }
 
 static PyMethodDef methods[] = {

@@ -12,15 +12,17 @@ decoding, about three quarters of decoding a region: it has to go through all th
 from __future__ import annotations
 
 import importlib
-import re
-from io import BytesIO
 from types import ModuleType
 from typing import Literal
 
 import numpy as np
-import simplejpeg
 import torch
 from PIL import Image
+
+from data_prep.images.pixels import MAX_PIXELS, decode_image
+from data_prep.images.pixels import image_size as size_of_any
+from data_prep.images.rejection import ImageRejected
+from data_prep.images.turbo import dct_scale
 
 _jpeg: ModuleType | None
 try:
@@ -29,19 +31,9 @@ except ImportError:  # no compiler or no headers when it was installed: slower, 
     _jpeg = None
 COMPILED: bool = _jpeg is not None
 
-# Decoding at 1/2, 1/4, 1/8 (libjpeg-turbo's IDCT is SIMD at these only) leaves at least this many times the target to
-# resize. PSNR against full decoding, least and mean over crops of photographs: 28 and 41 dB at 1.125, 32 and 40 at
-# 1.25, 35 and 43 at 1.5; a test holds the bound.
-DCT_SCALES = (8, 4, 2)
-DCT_MARGIN = 1.25
-
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # left to itself PIL would run Ghostscript on an EPS
 MAX_SIDE = 65_535  # of a JPEG
-MAX_PIXELS = 2 * 89_478_485  # where PIL refuses a decompression bomb
+MOST_PIXELS = 2 * MAX_PIXELS  # where PIL refuses a decompression bomb
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# libjpeg's warnings that mean lost pixels; the others are about stray bytes and odd headers.
-LOST_DATA = re.compile(r"premature end|bad (huffman|arithmetic)|inconsistent progression|instead of RST", re.IGNORECASE)
-
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
@@ -55,12 +47,15 @@ def image_size(data: bytes) -> tuple[int, int]:
         size = _jpeg.size(data)
         if size is not None:
             return size
-    with _open(data) as image:
-        return image.height, image.width
+    try:
+        width, height = size_of_any(data)
+    except ImageRejected as error:
+        raise DecodeError(_one_line(error)) from None
+    return height, width
 
 
 def decode_rgb(data: bytes) -> np.ndarray:
-    """The whole image, uint8 (height, width, 3) RGB; any format that PIL reads. Raises DecodeError."""
+    """The whole image, uint8 (height, width, 3) RGB, as `shard` sees it; of any format. Raises DecodeError."""
     return decode_region(data, 0, 0, *image_size(data))
 
 
@@ -68,16 +63,15 @@ def decode_region(data: bytes, top: int, left: int, height: int, width: int) -> 
     """A region of the image, uint8 (height, width, 3) RGB: the pixels of PIL's `convert("RGB")`, cut out.
 
     Where COMPILED, only what the region needs is decoded: damage below it goes unseen. Raises DecodeError for lost data
-    above it or beside it, and for all else that cannot be decoded; ValueError for a region that is not inside of the
+    above it or beside it, and for all else that `shard` would reject; ValueError for a region that is not inside of the
     image.
     """
     box = (top, left, height, width)
-    if COMPILED and _jpeg is not None and 0 <= min(box) <= max(box) <= MAX_SIDE and 0 < height * width <= MAX_PIXELS:
+    if COMPILED and _jpeg is not None and 0 <= min(box) <= max(box) <= MAX_SIDE and 0 < height * width <= MOST_PIXELS:
         out = np.empty((height, width, 3), np.uint8)
         if _succeeded(_jpeg.region(data, out, *box)):
             return out
-    pixels, _ = _whole(data, 1)
-    _check(box, *pixels.shape[:2])
+    pixels, _ = _whole(data, box)
     return np.ascontiguousarray(pixels[top : top + height, left : left + width])
 
 
@@ -93,7 +87,7 @@ def crop_resize(
     """The region `box` resized with antialiasing to uint8 (size, size, 3) RGB, mirrored left to right with `flip`.
 
     The pixels are those of PIL's crop and resize: bit for bit where COMPILED; elsewhere off by 1, seldom by 2 or 3.
-    With `scaled` a region of at least 2 * DCT_MARGIN times `size` is decoded at 1/2, 1/4 or 1/8: PSNR against the
+    With `scaled` a region of at least 2.5 times `size` is decoded at 1/2, 1/4 or 1/8: PSNR against the
     unscaled is then 32 dB or more on photographs sharp to the pixel, 40 in the mean. Damage below the region goes
     unseen. Written into `out`, C-contiguous uint8 (size, size, 3), where given; `out` is returned, and undefined after
     an error.
@@ -110,8 +104,7 @@ def crop_resize(
         raise ValueError(
             f"out is {out.dtype} {out.shape}; it has to be C-contiguous, writeable uint8 ({size}, {size}, 3)"
         )
-    room = min(height, width) / (size * DCT_MARGIN) if scaled else 0
-    scale = next((scale for scale in DCT_SCALES if room >= scale), 1)
+    scale = dct_scale(min(height, width) / size) if scaled else 1
     # Taller than 100 to 1, and only then, PIL resizes downwards first.
     if COMPILED and _jpeg is not None and 0 <= min(box) <= max(box) <= MAX_SIDE and height <= 100 * width:
         bicubic = interpolation == "bicubic"
@@ -119,7 +112,7 @@ def crop_resize(
             return out
     if min(box) < 0:
         _check(box, *image_size(data))
-    pixels, scale = _whole(data, scale, box)
+    pixels, scale = _whole(data, box, scale)
     # As the compiled decoder does: whole pixels of the scaled image around the region, and the region's place in them.
     first_row, first_column = top // scale, left // scale
     end_row, end_column = -(-(top + height) // scale), -(-(left + width) // scale)
@@ -137,13 +130,11 @@ def crop_resize(
 
 
 def _succeeded(failure: tuple[int, str] | None) -> bool:
-    """Whether the compiled decoder wrote its pixels; False where the file is for another decoder. Raises."""
+    """Whether the compiled decoder wrote its pixels; False where the file is for the other one. Raises ValueError."""
     if failure is None:
         return True
     assert _jpeg is not None
     kind, reason = failure
-    if kind == _jpeg.CORRUPT:
-        raise DecodeError(reason)
     if kind == _jpeg.OUTSIDE:
         raise ValueError(reason)
     return False
@@ -157,44 +148,15 @@ def _check(box: Box, image_height: int, image_width: int) -> None:
         )
 
 
-def _whole(data: bytes, scale: int, box: Box | None = None) -> tuple[np.ndarray, int]:
+def _whole(data: bytes, box: Box, scale: int = 1) -> tuple[np.ndarray, int]:
     """RGB pixels (height, width, 3) of the whole image at 1/scale where that can be, and the scale that it is at."""
     try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, LookupError):  # the latter for an unusual subsampling
-        colors = ""
-    if colors in ("Gray", "YCbCr", "RGB") and height * width <= MAX_PIXELS:
-        if box:
-            _check(box, height, width)
-        smallest = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
-        try:
-            pixels = simplejpeg.decode_jpeg(data, "RGB", **smallest)
-            return pixels, 1 if pixels.shape[:2] == (height, width) else scale  # a lossless file does not scale
-        except (ValueError, LookupError) as error:
-            if LOST_DATA.search(str(error)):
-                raise DecodeError(str(error)) from None
-    with _open(data) as image:
-        try:
-            pixels = np.array(image.convert("RGB"))
-        except MemoryError:
-            raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, struct.error... for damaged files
-            raise DecodeError(_one_line(error)) from None
-    if box:
-        _check(box, *pixels.shape[:2])
-    return pixels, 1
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        return Image.open(BytesIO(data), formats=FORMATS)
-    except MemoryError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise DecodeError(f"no image of a known format, begins {bytes(data[:8])!r}") from None
-    except Exception as error:
+        found = decode_image(data, scale)
+    except ImageRejected as error:
         raise DecodeError(_one_line(error)) from None
+    _check(box, *found.size[::-1])
+    return found.pixels, found.scale
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: ImageRejected) -> str:
+    return " ".join(str(error).split())

@@ -32,8 +32,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from data_prep.images.jpeg import jpeg_header
-from data_prep.images.pixels import decode_turbo, resize
+from data_prep.images.pixels import decode_unpacked, resize
 from data_prep.images.prepare import ImagePolicy, prepare_image
+from data_prep.images.turbo import dct_scale
 
 SHORT_SIDE_PX, QUALITY = 512, 90
 Method = Callable[[list[bytes], Path], None]
@@ -110,7 +111,8 @@ def floor(scaled: bool) -> Method:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             source, target = (width, height), shrunk(width, height)
             header = jpeg_header(data)
-            pixels = decode_turbo(data, header, target)[0] if scaled and header else simplejpeg.decode_jpeg(data)
+            scale = dct_scale(min(width, height) / min(target)) if scaled else 1
+            pixels = decode_unpacked(data, header, scale).pixels
             assert pixels is not None
             if target != source:
                 pixels = resize(pixels, source, target)

@@ -1,74 +1,51 @@
 """One image at a time: what passes, what is repaired, what is rejected, and that nothing else can happen."""
 
-import base64
 import gzip
 import io
 import pickle
 import struct
 import warnings
-import zlib
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from data_prep.images import prepare
 from data_prep.images.jpeg import JpegFrame, jpeg_frame, jpeg_header, metadata
-from data_prep.images.pixels import REASONS, ImageRejected
+from data_prep.images.pixels import decode_unpacked, resize
 from data_prep.images.prepare import REPAIRS, ImagePolicy, prepare_image
+from data_prep.images.rejection import REASONS, ImageRejected, words
+from data_prep.images.turbo import dct_scale
+from tests.support.image_kinds import (
+    CUT,
+    DAMAGED,
+    FORMATS,
+    JPEG,
+    PHOTOS,
+    RARE,
+    SMALL,
+    ask_safely,
+    encoded,
+    exif,
+    odd_adobe,
+    opened,
+    orientation_of_kind,
+    png_of_16_bits,
+    psnr,
+    rare,
+    stray_bytes,
+    turned_411,
+    with_segment,
+    without_marker,
+)
 
-# 40x40, red = 6 x, green = 6 y, blue = 100, by libjpeg-turbo 3.1: arithmetic coding, lossless (SOF3), 12 bits,
-# and sampling factors of 2x1, 1x1, 2x1.
-RARE = {
-    "arithmetic": (
-        "c-s4a<NpH&0WUXCHwH#V1_nkTWcYuZ!I?pTn}?5wOMs7;Pe@QeSVBWeLQG7;P+3)0!^+s!#?sir+`%Kp&%q_!)!ZT=H!wUtDLo_I&bP3#Af+"
-        "NEH9Z+*2&15okc6m&zLb=HvXg~VGRffoNd`d<1`P%cW=16jCP7AKLB{`Q7`PY&1Xvjb1X=&zV&GwB1WGUqGT1ZxXPDEGX_$J@mzCdhQ#W@{r"
-        "}F&5XGgE4eLwr?@`N8eaVvh$RIXL)Ne+&*E6V7fZ&mfDD`dO9VTG9HnTWZQ%yv&bqFCX?o1Yets{G>oe+J2_nzzsGeVN*ha6jCl{l?4T|4jh"
-        "lSz~w"
-    ),
-    "lossless": (
-        "c-s4a<NrGbKF5^&q*R6!1`zmvm_d+(L4!eqIY^MfU68>^km3Ik25|;PAYecS%p9!$Z!z#N2Qj!aI57a_&j0++(4KU(TTCZnBOWSpRLQ84Q6-"
-        "~FMwL)c$^V-GVDwtk"
-    ),
-    "12bit": (
-        "c-s4a<NpH&0WUXCHwH#V1_nkTWcYuZ!I?pTn}?5wOMs7;Pe@QeSVBWeLQG7;P+3)0!^+s!#?sir+`%Kp&%q_!)!ZT=H!wUtDLo_I&bP3#Af+"
-        "NEH9Z+*2&15okc6m&zLb=HvXg~VGRffoK?Xq{1`P%cW=16jCP7AKLB{__7{q~21vwT0*cmvufD)1d42-M{D1eP!#b_Z=N{W$ziHR9S4<`#3D"
-        ";oz;PFawFk(r5&nGso=5=$T>6RWbJv9O}5=>J;`JV0qCL1sY)dxpn*<*r<^<IDKAY~qJJ_pK)V&9iJ*E~&A$b$U>29GgB@Zs!d_u<#_1u=K^"
-        "ZzRC}t^=D<uGibFQc$S<6Rv`dV(UPZ99qjSLA!_e|d&iQ^Ja^fftDMmSDP=bSNti3&n&p1*EXX>6D|+n48cFA^Y>PK2AgNdkSHTd<-FW8MC4"
-        ">r&J02h>Hf*hK+}m?3Z*oapp685EgxfpLtSDV|zDQ%=d5!FE&l67~$uNOsq=Ri1uD?CE9c+_}L)8ALHJ_6eXRBN>{m(FaQu_a!08%i%eg"
-    ),
-    "subsampling": (
-        "c-s4a<NpH&0WUXCHwH#V1_nkTWcYuZ!I?pTn}?5wOMs7;Pe@QeSVBWeLQG7;P+3)0!^+s!#?sir+`%Kp&%q_!)!ZT=H!wUtDLo_I&bP3#Af+"
-        "NEH9Z+*2&15okc6m&zLb=HvXg~VGRffo0R}-11`P%cW=2H@CP7AKMaKU}7{q~21vwT0m{}OuKoSDz5)4eti9iWSMhHNNvoJHTF|h)r!~`+4F"
-        "fjhV#lXYN2(*z|kinke@nYp;{)?tQuuMEJsnOH!l~8neo>5AvH{TV(iH}t$?U?Yi-6my`k)vkfX}*e+6RsLq2e`TSO!s=kJWbXmrQ$@%GIkx"
-        "y$7=2&8{Rrf${9U68RJoOctuaYq{5U9&)98JPGn7!U7@ThIO%1K1ITEb6sut7X)+%tE3b+u+yDP205F|%j{"
-    ),
-}
 DEFAULT = ImagePolicy()
-PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 640 x 427, real
-SMALL = PHOTOS[0].resize((96, 64))
 
 
-def rare(name: str) -> bytes:
-    return zlib.decompress(base64.b85decode(RARE[name]))
-
-
-def encoded(image: Image.Image = SMALL, fmt: str = "JPEG", **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, fmt, **options)
-    return file.getvalue()
-
-
-def opened(jpeg: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(jpeg))
-    image.load()
-    return image
-
-
-def psnr(a, b) -> float:
-    return float(10 * np.log10(255**2 / max(1e-9, np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))))
+@pytest.fixture(autouse=True)
+def _asked_safely(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask_safely(monkeypatch)
 
 
 def rejection(data: bytes, **policy) -> ImageRejected:
@@ -76,27 +53,6 @@ def rejection(data: bytes, **policy) -> ImageRejected:
         prepare_image(data, ImagePolicy(**policy))
     assert caught.value.reason in REASONS
     return caught.value
-
-
-def with_segment(jpeg: bytes, marker: int, payload: bytes) -> bytes:
-    """The JPEG with one more segment after its JFIF one."""
-    end = jpeg_header(jpeg).segments[0].end
-    return jpeg[:end] + struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload + jpeg[end:]
-
-
-def without_marker(jpeg: bytes, marker: int) -> bytes:
-    (segment,) = [s for s in jpeg_header(jpeg).segments if s.marker == marker]
-    return jpeg[: segment.begin] + jpeg[segment.end :]
-
-
-def exif(orientation: int) -> bytes:
-    data = Image.Exif()
-    data[0x0112] = orientation
-    data[0x010F] = "a maker with a name of more than four bytes"
-    return data.tobytes()
-
-
-JPEG = encoded(quality=90)
 
 
 @pytest.mark.parametrize("check", ["decode", "structure"])
@@ -127,43 +83,16 @@ def test_good_jpegs_pass_byte_for_byte(check):
 
 
 def test_what_libjpeg_merely_warns_of_passes():
-    stray = encoded(restart_marker_blocks=3)
-    at = stray.index(b"\xff\xd0")
-    stray = stray[:at] + b"\x12\x34\x56" + stray[at:]
+    stray = stray_bytes()
     with pytest.raises(ValueError, match="extraneous"):
         simplejpeg.decode_jpeg(stray)
     assert prepare_image(stray, DEFAULT) == (stray, 96, 64, 96, 64, False, ())
     # An Adobe segment of an unknown kind is another warning. Here the pixels do not pass, so PIL's are taken.
-    odd = without_marker(with_segment(JPEG, 0xEE, b"Adobe" + bytes(6) + b"\x07"), 0xE0)
+    odd = odd_adobe()
     with pytest.raises(ValueError, match="Adobe"):
         simplejpeg.decode_jpeg(odd)
     assert prepare_image(odd, DEFAULT).jpeg == odd
     assert prepare_image(odd, ImagePolicy(short_side_px=32))[1:] == (48, 32, 96, 64, True, ())
-
-
-FORMATS = {
-    ("png",): encoded(SMALL, "PNG"),
-    ("bmp",): encoded(SMALL, "BMP"),
-    ("webp",): encoded(SMALL, "WEBP"),
-    ("tiff",): encoded(SMALL, "TIFF"),
-    ("ppm",): encoded(SMALL, "PPM"),
-    ("gif", "palette"): encoded(SMALL.quantize(64), "GIF"),
-    ("png", "palette"): encoded(SMALL.quantize(64), "PNG"),
-    ("png", "palette", "alpha"): encoded(SMALL.quantize(64), "PNG", transparency=0),
-    ("png", "alpha"): encoded(SMALL.convert("RGBA"), "PNG"),
-    ("png", "alpha", "gray"): encoded(SMALL.convert("LA"), "PNG"),
-    ("png", "gray"): encoded(SMALL.convert("1"), "PNG"),
-    ("tiff", "cmyk"): encoded(SMALL.convert("CMYK"), "TIFF"),
-    ("tiff", "16bit", "gray"): encoded(SMALL.convert("F"), "TIFF"),
-    ("webp", "alpha"): encoded(Image.merge("RGBA", (*SMALL.split(), Image.new("L", (96, 64), 250))), "WEBP"),
-    ("cmyk",): encoded(SMALL.convert("CMYK")),
-    ("gray",): encoded(SMALL.convert("L")),
-    ("progressive",): encoded(progressive=True),
-    ("gray", "progressive"): encoded(SMALL.convert("L"), progressive=True),
-    ("gzip",): gzip.compress(JPEG),
-    ("gzip", "png", "alpha"): gzip.compress(encoded(SMALL.convert("RGBA"), "PNG")),
-    ("gzip", "gray", "progressive"): gzip.compress(encoded(SMALL.convert("L"), progressive=True)),
-}
 
 
 @pytest.mark.parametrize("repairs", FORMATS, ids="+".join)
@@ -247,13 +176,7 @@ def test_depth_and_transparency():
         assert out.repairs == (fmt.lower(), "16bit", "gray")
         assert psnr(levels.convert("RGB"), opened(out.jpeg)) > 40
 
-    def chunk(kind, body):
-        return struct.pack(">L", len(body)) + kind + body + struct.pack(">L", zlib.crc32(kind + body))
-
-    colour = np.repeat(wide.astype(">u2")[..., None], 3, 2)  # PNG of 3 x 16 bits, which PIL cannot write
-    rows = b"".join(b"\0" + row.tobytes() for row in colour)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">LLBBBBB", 96, 64, 16, 2, 0, 0, 0))
-    out = prepare_image(png + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""), DEFAULT)
+    out = prepare_image(png_of_16_bits(np.repeat(wide.astype(np.uint16)[..., None], 3, 2)), DEFAULT)
     assert out.repairs == ("png", "16bit")
     assert psnr(levels.convert("RGB"), opened(out.jpeg)) > 40
 
@@ -318,28 +241,54 @@ def test_broken_exif_and_profile_are_cut_out():
 
 
 def test_truncated():
-    restart = encoded(restart_marker_rows=1)
-    sources = {
-        "jpeg": JPEG[: len(JPEG) // 2],
-        "jpeg with an end marker": JPEG[: len(JPEG) // 2] + b"\xff\xd9",
-        "restart": restart[: len(restart) // 2] + b"\xff\xd9",
-        "progressive": FORMATS["progressive",][:1000],
-        "no end marker": JPEG[:-2],
-        "png": FORMATS["png",][:3000],
-        "gif": FORMATS["gif", "palette"][:2000],
-        "bmp": FORMATS["bmp",][:5000],
-        "gzip": gzip.compress(JPEG)[:1500],
-    }
-    for what, data in sources.items():
+    for what, data in CUT.items():
         for policy in ({}, {"reencode": "always"}, {"reencode": "never"}, {"short_side_px": 32}):
             assert rejection(data, **policy).reason == "truncated", (what, policy)
         out = prepare_image(data, ImagePolicy(truncated="keep"))
         assert out.repairs[-1] == "truncated", what
-        assert opened(out.jpeg).size == (96, 64)
+        assert opened(out.jpeg).size == ((40, 40) if "lossless" in what else (96, 64))
     assert rejection(JPEG[: len(JPEG) // 2], check="structure").reason == "truncated"
     assert (rejection(JPEG[:-900]).width, rejection(JPEG[:-900]).height) == (96, 64)
     for data in (JPEG[:300], FORMATS["png",][:20], FORMATS["webp",][:200]):  # too little to keep
         assert rejection(data).reason == rejection(data, truncated="keep").reason == "truncated"
+
+
+def test_what_lost_data_in_the_middle_is_damaged():
+    """PIL shows garbage and does not complain; a training run would refuse it."""
+    for what, data in DAMAGED.items():
+        for policy in ({}, {"reencode": "always"}, {"reencode": "never"}, {"short_side_px": 32}):
+            error = rejection(data, **policy)
+            assert error.reason == "damaged", (what, policy)
+            assert "Corrupt JPEG data" in error.detail
+        assert prepare_image(data, ImagePolicy(truncated="keep")).repairs[-1] == "truncated"
+
+
+def test_reasons_are_words():
+    assert words(KeyError(6)) == "KeyError: 6"
+    assert words(ValueError("6")) == "ValueError: 6"
+    assert words(OSError("broken\n data stream")) == "broken data stream"
+    assert words(ValueError()) == "ValueError"
+
+
+def test_441_is_as_good_as_any():
+    out = prepare_image(turned_411(), DEFAULT)
+    assert out[1:] == (96, 64, 96, 64, True, ("subsampling",))
+    assert psnr(opened(turned_411()), opened(out.jpeg)) > 25
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4, 6, 8, 9])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_orientation_is_an_integer_of_any_kind(kind, order):
+    """As Pillow, OpenCV and torchvision take it, though the standard says SHORT."""
+    policy = ImagePolicy(exif_orientation="apply", min_side_px=0)
+    for orientation in range(1, 9):
+        data = orientation_of_kind(kind, orientation, order)
+        assert metadata(data, jpeg_header(data)) == (orientation, ())
+    out = prepare_image(orientation_of_kind(kind, 6, order), policy)
+    assert (out.width, out.height, out.repairs) == (64, 96, ("exif_orientation",))
+    exif = Image.open(io.BytesIO(orientation_of_kind(kind, 6, order))).info["exif"]
+    png = prepare_image(encoded(SMALL, "PNG", exif=exif), policy)
+    assert (png.width, png.height) == (64, 96)
 
 
 def test_reasons():
@@ -393,7 +342,7 @@ def test_bombs_are_refused_at_once(monkeypatch):
     header = bytearray(JPEG)
     at = header.index(b"\xff\xc0")
     header[at + 5 : at + 9] = struct.pack(">HH", 20_000, 20_000)
-    for name in ("decode_pil", "decode_turbo", "decodes_cleanly"):
+    for name in ("decode_unpacked", "decodes_cleanly"):
         monkeypatch.setattr(prepare, name, None)  # nothing of it is decoded
     assert rejection(bytes(header)).reason == "too_large"
 
@@ -415,12 +364,11 @@ def test_scaled_decoding_is_close_to_full_decoding(scale, bound):
 
 
 def _decoded_by_turbo(data: bytes, target: tuple[int, int]) -> np.ndarray:
-    from data_prep.images.pixels import decode_turbo, resize
-
     header = jpeg_header(data)
-    pixels, _ = decode_turbo(data, header, target)
-    assert pixels.shape[0] < header.frame.height  # it was scaled
-    return resize(pixels, (header.frame.width, header.frame.height), target)
+    size = (header.frame.width, header.frame.height)
+    found = decode_unpacked(data, header, dct_scale(min(size) / min(target)))
+    assert found.pixels.shape[0] < header.frame.height  # it was scaled
+    return resize(found.pixels, size, target)
 
 
 def test_resize_is_pils_bicubic():

@@ -16,6 +16,7 @@ import simplejpeg
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from data_prep.images.turbo import DCT_MARGIN
 from pipeline.data import decode
 from pipeline.data.decode import DecodeError, crop_resize, decode_region, decode_rgb, image_size
 
@@ -146,7 +147,7 @@ def test_scaled_decoding_is_the_same_without_the_compiled_decoder(monkeypatch: p
         for _ in range(6):
             box, flip = random_box(rng, 427, 640), rng.random() < 0.5
             size = max(1, int(min(box[2:]) / rng.uniform(2.5, 12)))
-            if min(box[2:]) < 2 * decode.DCT_MARGIN * size:
+            if min(box[2:]) < 2 * DCT_MARGIN * size:
                 continue
             monkeypatch.setattr(decode, "COMPILED", True)
             one = crop_resize(data, box, size, flip=flip)
@@ -161,8 +162,8 @@ def test_scaled_decoding_keeps_its_bound(scale: int, compiled: bool) -> None:
     for photo in PHOTOS:
         data = pil_jpeg(photo)
         for _ in range(20):
-            size = rng.randint(16, int(427 / scale / decode.DCT_MARGIN))
-            side = -int(-scale * decode.DCT_MARGIN * size // 1)  # the least that is decoded so: the worst
+            size = rng.randint(16, int(427 / scale / DCT_MARGIN))
+            side = -int(-scale * DCT_MARGIN * size // 1)  # the least that is decoded so: the worst
             box = (rng.randint(0, 427 - side), rng.randint(0, 640 - side), side, side)
             found.append(psnr(crop_resize(data, box, size), crop_resize(data, box, size, scaled=False)))
     assert min(found) >= 32
