@@ -46,7 +46,7 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with the pinned packages, and FFCV where its libraries are (others call it)
 
-$(STAMP): pyproject.toml constraints.txt launch/setup.sh pipeline/data/_jpeg.c
+$(STAMP): pyproject.toml constraints.txt launch/setup.sh pipeline/data/_jpeg.c pipeline/data/_huffman.h
 	@$(if $(PYTHON),PYTHON="$(PYTHON)") launch/setup.sh
 	@touch $@
 

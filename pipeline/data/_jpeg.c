@@ -22,6 +22,8 @@
 
 #include <jerror.h>
 
+#include "_huffman.h"
+
 #if !defined(LIBJPEG_TURBO_VERSION_NUMBER) || LIBJPEG_TURBO_VERSION_NUMBER < 2000006
 #error "libjpeg-turbo 2.0.6 or later is needed: before, 4:4:0 looks different and skipping rows has defects"
 #endif
@@ -29,6 +31,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define AVX2 __attribute__((target("avx2")))
+#define BMI2 __attribute__((target("bmi2")))
 #endif
 
 #define MAX_PIXELS (2 * 89478485LL) /* where PIL refuses a decompression bomb */
@@ -58,6 +61,8 @@ struct job {
     double *exact;               /* weights before they are rounded */
     uint8_t *rows, *ring, *line; /* decoded rows; rows after the horizontal pass; an output row */
     int skip;                    /* columns of a decoded row before the region */
+    int takes_over;              /* whether `huffman` decodes in the library's place */
+    struct huffman huffman;
 };
 
 /* ---- libjpeg without stderr, exit, or silence about lost data ---- */
@@ -107,7 +112,7 @@ static void *need(struct job *job, size_t count, size_t bytes) {
 /* Whether the library may be asked at all, by the header alone: baseline, extended or progressive, 8 bits, gray or three
  * colours, and in order up to the first scan. Of other codings it might be asked for a scale that they do not have, on
  * which some versions write past their rows. As data_prep/images/jpeg.py reads headers. */
-static int is_ordinary(const uint8_t *data, size_t size) {
+static int is_ordinary(const uint8_t *data, size_t size, int *height, int *width) {
     int frames = 0;
     if (size < 4 || data[0] != 0xFF || data[1] != 0xD8) return 0;
     for (size_t at = 2; at + 4 <= size && data[at] == 0xFF;) {
@@ -121,6 +126,7 @@ static int is_ordinary(const uint8_t *data, size_t size) {
         if (marker >= 0xC0 && marker <= 0xCF && marker != 0xC4 && marker != 0xC8 && marker != 0xCC) {
             if (marker > 0xC2 || frames++ || length < 8 || data[at + 4] != 8) return 0;
             int components = data[at + 9];
+            *height = data[at + 5] << 8 | data[at + 6], *width = data[at + 7] << 8 | data[at + 8];
             if ((components != 1 && components != 3) || length != 8 + 3 * (size_t)components) return 0;
         }
         if (marker == 0xDA) return frames;
@@ -139,7 +145,8 @@ static void open_job(struct job *job, const Py_buffer *data) {
     jpeg_create_decompress(jpeg);
     job->progress.progress_monitor = on_progress;
     jpeg->progress = &job->progress;
-    if (!is_ordinary(data->buf, (size_t)data->len)) give_up(job, REFUSED, "not an ordinary JPEG");
+    int height, width;
+    if (!is_ordinary(data->buf, (size_t)data->len, &height, &width)) give_up(job, REFUSED, "not an ordinary JPEG");
     jpeg_mem_src(jpeg, (const unsigned char *)data->buf, (unsigned long)data->len);
     jpeg_read_header(jpeg, TRUE);
     if ((int64_t)jpeg->image_width * jpeg->image_height > MAX_PIXELS) give_up(job, REFUSED, "too many pixels");
@@ -153,6 +160,21 @@ static void close_job(struct job *job) {
     }
     free(job->exact), free(job->rows), free(job->ring), free(job->line);
 }
+
+static boolean decode_mcu(j_decompress_ptr jpeg, JBLOCKROW *rows) {
+    struct job *job = jpeg->client_data;
+    if (!decode_next(&job->huffman, rows)) give_up(job, REFUSED, "data out of order");
+    return TRUE;
+}
+
+#ifdef AVX2
+/* The same; shifts by a variable count are shorter. */
+BMI2 static boolean decode_mcu_bmi2(j_decompress_ptr jpeg, JBLOCKROW *rows) {
+    struct job *job = jpeg->client_data;
+    if (!decode_next(&job->huffman, rows)) give_up(job, REFUSED, "data out of order");
+    return TRUE;
+}
+#endif
 
 /* Start decoding at 1/scale so that the next row read is `top`, and the region begins `skip` columns into it; these
  * are pixels of the scaled image. */
@@ -172,12 +194,21 @@ static void start(struct job *job, int top, int left, int height, int width, int
     if (all != ((int)jpeg->image_width + scale - 1) / scale || left + width > all ||
         top + height > (int)jpeg->output_height)
         give_up(job, REFUSED, "scaled to another size than expected");
+    if ((job->takes_over = huffman_start(&job->huffman, jpeg))) {
+        ((struct entropy *)jpeg->entropy)->decode_mcu = decode_mcu;
+#ifdef AVX2
+        if (__builtin_cpu_supports("bmi2")) ((struct entropy *)jpeg->entropy)->decode_mcu = decode_mcu_bmi2;
+#endif
+    }
     int from = left > MARGIN ? left - MARGIN : 0, to = left + width + MARGIN < all ? left + width + MARGIN : all;
     job->skip = left;
     if (from > 0 || to < all) {
         JDIMENSION offset = (JDIMENSION)from, count = (JDIMENSION)(to - from);
         jpeg_crop_scanline(jpeg, &offset, &count);
         job->skip = left - (int)offset;
+        int mcu = DCTSIZE * (jpeg->num_components == 1 ? 1 : jpeg->max_h_samp_factor) / scale; /* its columns */
+        job->huffman.first = (int)offset / mcu;
+        job->huffman.last = (to - 1) / mcu;
         if (job->skip < 0 || job->skip + width > (int)jpeg->output_width) give_up(job, REFUSED, "cropped elsewhere");
     }
     if (top > 0 && jpeg_skip_scanlines(jpeg, (JDIMENSION)top) != (JDIMENSION)top)
@@ -196,7 +227,9 @@ static void read_rows(struct job *job, int count, size_t stride) {
 }
 
 static void finish(struct job *job) { /* a file that ends without saying so is cut short: PIL refuses it as well */
-    if (job->jpeg.output_scanline == job->jpeg.output_height) jpeg_finish_decompress(&job->jpeg);
+    if (job->jpeg.output_scanline < job->jpeg.output_height) return;
+    if (job->takes_over) huffman_end(&job->huffman, &job->jpeg);
+    jpeg_finish_decompress(&job->jpeg);
 }
 
 /* ---- resizing ---- */
@@ -209,40 +242,45 @@ static double cubic(double x) { /* Keys, a = -1/2 */
     return x < 2 ? ((-0.5 * x + 2.5) * x - 4) * x + 2 : 0;
 }
 
-/* Weights for `outputs` pixels from [begin, end), in pixels of a row of `inputs`; `flip`: in reverse order. */
+/* Weights for `outputs` pixels from [begin, end), in pixels of a row of `inputs`; `flip`: in reverse order. `whole`: all
+ * `step` of an output's inputs may be read, so those at the end begin before their first weight that is not 0. */
 static void make_taps(struct job *job, struct taps *taps, int inputs, double begin, double end, int outputs,
-                      int bicubic, int flip) {
+                      int bicubic, int flip, int whole) {
     double (*filter)(double) = bicubic ? cubic : triangle;
     double scale = (end - begin) / outputs, stretch = scale < 1 ? 1 : scale, squeeze = 1 / stretch;
     double support = (bicubic ? 2 : 1) * stretch;
-    int most = (int)ceil(support) * 2 + 1;
-    taps->step = ((most < inputs ? most : inputs) + 3) & ~3;
-    size_t all = (size_t)outputs * (size_t)taps->step;
     taps->first = need(job, (size_t)outputs, sizeof *taps->first);
     taps->count = need(job, (size_t)outputs, sizeof *taps->count);
+    for (int i = 0; i < outputs; i++) {
+        double center = begin + (i + 0.5) * scale;
+        int at = flip ? outputs - 1 - i : i;
+        int first = (int)(center - support + 0.5), last = (int)(center + support + 0.5);
+        taps->first[at] = first < 0 ? 0 : first;
+        taps->count[at] = (last > inputs ? inputs : last) - taps->first[at];
+        if (taps->count[at] > taps->most) taps->most = taps->count[at];
+    }
+    taps->step = (taps->most + 3) & ~3;
+    size_t all = (size_t)outputs * (size_t)taps->step;
     taps->weight = need(job, all, sizeof *taps->weight);
     taps->high = need(job, all, sizeof *taps->high);
     taps->low = need(job, all, sizeof *taps->low);
     double *exact = job->exact = need(job, (size_t)taps->step, sizeof *exact);
+    int latest = inputs > taps->step ? inputs - taps->step : 0; /* place to begin at, where `whole` */
     for (int i = 0; i < outputs; i++) {
-        int at = flip ? outputs - 1 - i : i;
-        size_t base = (size_t)at * (size_t)taps->step;
         double center = begin + (i + 0.5) * scale, sum = 0;
-        int first = (int)(center - support + 0.5), last = (int)(center + support + 0.5);
-        if (first < 0) first = 0;
-        if (last > inputs) last = inputs;
-        if (last - first > taps->step) last = first + taps->step;
-        for (int k = 0; k < last - first; k++) sum += exact[k] = filter((k + first - center + 0.5) * squeeze);
-        for (int k = 0; k < last - first; k++) {
+        int at = flip ? outputs - 1 - i : i, first = taps->first[at], count = taps->count[at];
+        int early = whole && first > latest ? first - latest : 0;
+        size_t place = (size_t)at * (size_t)taps->step + (size_t)early;
+        for (int k = 0; k < count; k++) sum += exact[k] = filter((k + first - center + 0.5) * squeeze);
+        for (int k = 0; k < count; k++, place++) {
             double weight = (sum != 0 ? exact[k] / sum : exact[k]) * (1 << FRACTION);
             int32_t rounded = (int32_t)(weight < 0 ? weight - 0.5 : weight + 0.5);
-            taps->weight[base + (size_t)k] = rounded;
-            taps->high[base + (size_t)k] = (int16_t)((rounded + (1 << (SPLIT - 1))) >> SPLIT);
-            taps->low[base + (size_t)k] = (int16_t)(rounded - taps->high[base + (size_t)k] * (1 << SPLIT));
+            taps->weight[place] = rounded;
+            taps->high[place] = (int16_t)((rounded + (1 << (SPLIT - 1))) >> SPLIT);
+            taps->low[place] = (int16_t)(rounded - taps->high[place] * (1 << SPLIT));
         }
-        taps->first[at] = first;
-        taps->count[at] = last - first;
-        if (last - first > taps->most) taps->most = last - first;
+        taps->first[at] = first - early;
+        taps->count[at] = count + early;
     }
     free(job->exact);
     job->exact = NULL;
@@ -293,45 +331,52 @@ AVX2 static inline __m256i round_off(__m256i sum) {
 /* A pixel of RGB and a byte that the next pixel overwrites; rows are padded. */
 static inline void put(uint8_t *to, int rgbx) { memcpy(to, &rgbx, 4); }
 
-AVX2 static void horizontal_avx2(const struct taps *taps, int outputs, const uint8_t *rows, size_t stride,
-                                 uint8_t *const *to) {
-    /* Four pixels, RGBX each, to 16 bits, red of two neighbours side by side, then green, ...: what madd adds up. */
-    const __m256i pixels = _mm256_setr_epi8(0, -1, 4, -1, 1, -1, 5, -1, 2, -1, 6, -1, 3, -1, 7, -1, 8, -1, 12, -1, 9,
-                                            -1, 13, -1, 10, -1, 14, -1, 11, -1, 15, -1);
-    const __m256i pairs = _mm256_setr_epi8(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 6, 7, 4, 5,
-                                           6, 7, 4, 5, 6, 7);
+/* As `horizontal`. `quads`: of taps, the same for all outputs, so that no branch is mispredicted; mostly known to the
+ * compiler. */
+AVX2 static inline __attribute__((always_inline)) void quads_avx2(const struct taps *taps, int outputs,
+                                                                  const uint8_t *rows, size_t stride,
+                                                                  uint8_t *const *to, const int quads) {
+    /* Four pixels, RGBX each, to 16 bits, a colour's four side by side: madd adds up two and two. */
+    const __m256i pixels = _mm256_setr_epi8(0, -1, 4, -1, 8, -1, 12, -1, 1, -1, 5, -1, 9, -1, 13, -1, 2, -1, 6, -1, 10,
+                                            -1, 14, -1, 3, -1, 7, -1, 11, -1, 15, -1);
+    const __m256i half = _mm256_set1_epi64x(1 << (FRACTION - 1)); /* once for each two of these sums */
     /* Copies, because bytes that are written might alias anything. */
-    const int *first = taps->first, *count = taps->count;
+    const int *first = taps->first;
     const int16_t *high = taps->high, *low = taps->low;
-    const size_t step = (size_t)taps->step;
     uint8_t *to0 = to[0], *to1 = to[1], *to2 = to[2], *to3 = to[3];
-    for (int i = 0; i < outputs; i++, high += step, low += step, to0 += 3, to1 += 3, to2 += 3, to3 += 3) {
+    for (int i = 0; i < outputs; i++, high += 4 * quads, low += 4 * quads, to0 += 3, to1 += 3, to2 += 3, to3 += 3) {
         const uint8_t *from = rows + 4 * (size_t)first[i];
         __m256i highs[ROWS], lows[ROWS];
-        for (int row = 0; row < ROWS; row++) highs[row] = lows[row] = _mm256_setzero_si256();
-        for (int k = 0; k < count[i]; k += 4) {
-            __m128i h4 = _mm_loadl_epi64((const __m128i *)(high + k)), l4 = _mm_loadl_epi64((const __m128i *)(low + k));
-            __m256i h = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(h4), pairs);
-            __m256i l = _mm256_shuffle_epi8(_mm256_broadcastq_epi64(l4), pairs);
+        for (int row = 0; row < ROWS; row++) highs[row] = _mm256_setzero_si256(), lows[row] = half;
+        for (int quad = 0; quad < quads; quad++) {
+            __m256i h = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(high + 4 * quad)));
+            __m256i l = _mm256_broadcastq_epi64(_mm_loadl_epi64((const __m128i *)(low + 4 * quad)));
             for (int row = 0; row < ROWS; row++) {
-                __m128i four = _mm_loadu_si128((const __m128i *)(from + (size_t)row * stride + 4 * k));
+                __m128i four = _mm_loadu_si128((const __m128i *)(from + (size_t)row * stride + 16 * quad));
                 __m256i wide = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(four), pixels);
                 highs[row] = _mm256_add_epi32(highs[row], _mm256_madd_epi16(wide, h));
                 lows[row] = _mm256_add_epi32(lows[row], _mm256_madd_epi16(wide, l));
             }
         }
-        /* The two halves of an accumulator are sums over other taps; add them up for two rows at once. */
-        __m256i sums[ROWS], two[ROWS / 2];
-        for (int row = 0; row < ROWS; row++) sums[row] = join(highs[row], lows[row]);
-        for (int row = 0; row < ROWS; row += 2) {
-            __m256i near = _mm256_permute2x128_si256(sums[row], sums[row + 1], 0x20);
-            __m256i far = _mm256_permute2x128_si256(sums[row], sums[row + 1], 0x31);
-            two[row / 2] = round_off(_mm256_add_epi32(near, far));
-        }
-        __m256i words = _mm256_packs_epi32(two[0], two[1]), all = _mm256_packus_epi16(words, words);
-        __m128i even = _mm256_castsi256_si128(all), odd = _mm256_extracti128_si256(all, 1);
-        put(to0, _mm_extract_epi32(even, 0)), put(to1, _mm_extract_epi32(odd, 0));
-        put(to2, _mm_extract_epi32(even, 1)), put(to3, _mm_extract_epi32(odd, 1));
+        for (int row = 0; row < ROWS; row++) highs[row] = join(highs[row], lows[row]);
+        /* Red and green of two rows, then their blue. */
+        __m256i upper = _mm256_srai_epi32(_mm256_hadd_epi32(highs[0], highs[1]), FRACTION);
+        __m256i lower = _mm256_srai_epi32(_mm256_hadd_epi32(highs[2], highs[3]), FRACTION);
+        __m256i words = _mm256_packs_epi32(upper, lower), bytes = _mm256_packus_epi16(words, words);
+        __m128i all = _mm_unpacklo_epi16(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+        put(to0, _mm_extract_epi32(all, 0)), put(to1, _mm_extract_epi32(all, 1));
+        put(to2, _mm_extract_epi32(all, 2)), put(to3, _mm_extract_epi32(all, 3));
+    }
+}
+
+AVX2 static void horizontal_avx2(const struct taps *taps, int outputs, const uint8_t *rows, size_t stride,
+                                 uint8_t *const *to) {
+    switch (taps->step / 4) {
+        case 1: quads_avx2(taps, outputs, rows, stride, to, 1); break;
+        case 2: quads_avx2(taps, outputs, rows, stride, to, 2); break;
+        case 3: quads_avx2(taps, outputs, rows, stride, to, 3); break;
+        case 4: quads_avx2(taps, outputs, rows, stride, to, 4); break;
+        default: quads_avx2(taps, outputs, rows, stride, to, taps->step / 4);
     }
 }
 
@@ -435,8 +480,8 @@ static PyObject *run(const Py_buffer *data, const Py_buffer *out, const int box[
         start(job, first_row, first_column, rows, columns, scale, size ? JCS_EXT_RGBX : JCS_EXT_RGB);
         if (size) {
             double y = (double)top / scale - first_row, x = (double)left / scale - first_column;
-            make_taps(job, &job->across, columns, x, x + (double)width / scale, size, bicubic, flip);
-            make_taps(job, &job->down, rows, y, y + (double)height / scale, size, bicubic, 0);
+            make_taps(job, &job->across, columns, x, x + (double)width / scale, size, bicubic, flip, 1);
+            make_taps(job, &job->down, rows, y, y + (double)height / scale, size, bicubic, 0, 0);
             /* Loads of four pixels may go past the end of a row, by weights of 0. */
             size_t stride = 4 * (size_t)job->jpeg.output_width + 64;
             job->rows = need(job, ROWS, stride);

@@ -101,11 +101,12 @@ class _Pending:
         return self.place.batch(*numbers_of(drawn, self.micro.views))
 
     def _make(self, start: int, stop: int) -> list[Drawn]:
-        return [self._draw(slot) for slot in range(start, stop)]
+        reader, samples = self.views.reader, self.micro.samples[start:stop]
+        files = self.fetched.result()[start:stop] if self.fetched else reader.encoded_many(samples)
+        return [self._draw(slot, data) for slot, data in zip(range(start, stop), files, strict=True)]
 
-    def _draw(self, slot: int) -> Drawn:
+    def _draw(self, slot: int, data: bytes | DataError) -> Drawn:
         sample, out = int(self.micro.samples[slot]), self.place.images[slot]
-        data = self.fetched.result()[slot] if self.fetched else self.views.reader.encoded_many([sample])[0]
 
         def render(data: bytes, key: int) -> None:
             box = crop_box(*image_size(data), self.area_min, key)
