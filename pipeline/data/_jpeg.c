@@ -324,10 +324,6 @@ AVX2 static inline __m256i join(__m256i high, __m256i low) {
     return _mm256_add_epi32(_mm256_slli_epi32(high, SPLIT), low);
 }
 
-AVX2 static inline __m256i round_off(__m256i sum) {
-    return _mm256_srai_epi32(_mm256_add_epi32(sum, _mm256_set1_epi32(1 << (FRACTION - 1))), FRACTION);
-}
-
 /* A pixel of RGB and a byte that the next pixel overwrites; rows are padded. */
 static inline void put(uint8_t *to, int rgbx) { memcpy(to, &rgbx, 4); }
 
@@ -380,12 +376,14 @@ AVX2 static void horizontal_avx2(const struct taps *taps, int outputs, const uin
     }
 }
 
-AVX2 static void vertical_avx2(const int16_t *high, const int16_t *low, int first, int count, const uint8_t *ring,
-                               int slots, size_t stride, size_t bytes, uint8_t *to) {
-    const __m256i zero = _mm256_setzero_si256();
+/* As `vertical`. `pairs`: of taps, mostly known to the compiler; an odd one gets a partner of weight 0. */
+AVX2 static inline __attribute__((always_inline)) void pairs_avx2(const int16_t *high, const int16_t *low, int first,
+                                                                  const uint8_t *ring, int slots, size_t stride,
+                                                                  size_t bytes, uint8_t *to, const int pairs) {
+    const __m256i zero = _mm256_setzero_si256(), half = _mm256_set1_epi32(1 << (FRACTION - 1));
     for (size_t at = 0; at < bytes; at += 32) {
-        __m256i highs[4] = {zero, zero, zero, zero}, lows[4] = {zero, zero, zero, zero};
-        for (int k = 0, slot = first % slots; k < count; k += 2) { /* an odd one gets a partner of weight 0 */
+        __m256i highs[4] = {zero, zero, zero, zero}, lows[4] = {half, half, half, half};
+        for (int k = 0, slot = first % slots; k < 2 * pairs; k += 2) {
             int next = slot + 1 < slots ? slot + 1 : 0, pair;
             memcpy(&pair, high + k, 4);
             __m256i h = _mm256_set1_epi32(pair);
@@ -402,9 +400,20 @@ AVX2 static void vertical_avx2(const int16_t *high, const int16_t *low, int firs
             }
             slot = next + 1 < slots ? next + 1 : 0;
         }
-        for (int i = 0; i < 4; i++) highs[i] = round_off(join(highs[i], lows[i]));
+        for (int i = 0; i < 4; i++) highs[i] = _mm256_srai_epi32(join(highs[i], lows[i]), FRACTION);
         __m256i words = _mm256_packs_epi32(highs[0], highs[1]), more = _mm256_packs_epi32(highs[2], highs[3]);
         _mm256_storeu_si256((__m256i *)(to + at), _mm256_packus_epi16(words, more));
+    }
+}
+
+AVX2 static void vertical_avx2(const int16_t *high, const int16_t *low, int first, int count, const uint8_t *ring,
+                               int slots, size_t stride, size_t bytes, uint8_t *to) {
+    switch ((count + 1) / 2) {
+        case 1: pairs_avx2(high, low, first, ring, slots, stride, bytes, to, 1); break;
+        case 2: pairs_avx2(high, low, first, ring, slots, stride, bytes, to, 2); break;
+        case 3: pairs_avx2(high, low, first, ring, slots, stride, bytes, to, 3); break;
+        case 4: pairs_avx2(high, low, first, ring, slots, stride, bytes, to, 4); break;
+        default: pairs_avx2(high, low, first, ring, slots, stride, bytes, to, (count + 1) / 2);
     }
 }
 #endif
