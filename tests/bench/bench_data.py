@@ -156,7 +156,8 @@ def serve(name: str, folder: Path, side: int) -> None:
 
 def measure(names: list[str], folder: Path, side: int, rounds: int, mds_python: str) -> dict[str, list[float]]:
     """Milliseconds by peer and round; a peer that cannot start is left out, with a word."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    # The path for another environment than this checkout is installed in.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     peers: dict[str, subprocess.Popen[str]] = {}
     found: dict[str, list[float]] = {name: [] for name in names}
     for name in names:
