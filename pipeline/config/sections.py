@@ -140,6 +140,13 @@ class Data(Section):
         return " + ".join(each.path for each in self.sets)
 
     @property
+    def how_to_check(self) -> str:
+        """What to do where images or shards are bad, for messages."""
+        if self.reader == "stream":
+            return "copy their shards again"
+        return "to check: " + ", ".join(f"`python -m data_prep verify {each.path}`" for each in self.sets)
+
+    @property
     def is_remote(self) -> bool:
         return any("://" in each.path for each in self.sets)
 

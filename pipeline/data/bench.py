@@ -135,7 +135,7 @@ def _table(config: Config, speed: HostSpeed, of_run: Path | None) -> Table:
     memory = sum(rank.memory_bytes for rank in ranks) / 1e9
     table.add_row("memory", f"{memory:.2f} GB, {memory / len(ranks):.2f} a rank (libraries and mapped files count)")
     if bad := sum(rank.bad_samples for rank in ranks):
-        table.add_row("BAD SAMPLES", f"{bad:,}: `python -m data_prep verify {data.shown_path}` lists them")
+        table.add_row("BAD SAMPLES", f"{bad:,}: {data.how_to_check}")
     if speed.needed is not None:
         source = f"{of_run}/log.jsonl, less its waits" if of_run else "--need"
         table.add_row("images/s needed", f"{speed.needed:,.1f} ({source})")

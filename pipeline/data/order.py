@@ -26,6 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError
+from pipeline.config.fields import is_stream_of_urls
 from pipeline.config.load import Config
 from pipeline.data.keyed import uniform_one, view_numbers
 
@@ -314,8 +315,11 @@ def validation_samples(config: Config, manifest: Manifest) -> int:
         return 0
     samples = manifest.splits["val"].samples if "val" in manifest.splits else 0
     if not samples:
+        how = "build the data set with --val-source or --val-per-class"
+        if config.data.reader == "stream" and is_stream_of_urls(config.data.folder):
+            how = "name validation shards in data.stream_val"
         raise ManifestError(
             f"{config.data.shown_path} has no validation images: set evaluate.every_epochs=null to train without any, "
-            f"or build the data set with --val-source or --val-per-class"
+            f"or {how}"
         )
     return samples

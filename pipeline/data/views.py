@@ -165,8 +165,7 @@ def check_bad_samples(count: int, data: Data, folder: Path) -> None:
     if count > data.bad_samples_max:
         raise DataError(
             f"{count} training samples of this epoch could not be read, data.bad_samples_max is "
-            f"{data.bad_samples_max}: {folder} lists them; check the set with `python -m data_prep verify "
-            f"{data.shown_path}`"
+            f"{data.bad_samples_max}: {folder} lists them; {data.how_to_check}"
         )
 
 

@@ -22,7 +22,7 @@ from pipeline.config.sections import ConfigError, Data
 from pipeline.data.opened import open_manifest
 from pipeline.data.shards import DataError
 from pipeline.data.stream.shard import Classes, LostSample, samples_of
-from pipeline.data.stream.urls import Opener, beside, expand, names, read_json, shard_name
+from pipeline.data.stream.urls import Opener, beside, expand, is_local, names, open_url, read_json, shard_name
 
 INFO_NAME = "_info.json"  # of timm's reader of WebDataset, and of the Hugging Face sets for it
 _NO_SHA256 = "0" * 64
@@ -116,9 +116,11 @@ def _of_urls(data: Data, count_val: bool) -> Manifest:
     urls = {"train": expand("data.path", data.folder)}
     lengths = {"train": _lengths_beside(urls["train"]) if data.stream_samples_per_epoch is None else None}
     if lengths["train"] is None and data.stream_samples_per_epoch is None:
+        next(samples_of(urls["train"][0], open_url, Classes(())), None)  # nothing there at all: that is said first
         raise ConfigError(
             f"nothing tells how many samples are in {shard_name(urls['train'][0])}, ...: put an {INFO_NAME} beside the "
-            "shards (splits with filenames and shard_lengths), or set data.stream_samples_per_epoch"
+            "shards, in each of their folders (splits with filenames and shard_lengths), or set "
+            "data.stream_samples_per_epoch"
         )
     if data.stream_val is not None:
         urls["val"] = expand("data.stream_val", data.stream_val)
@@ -155,20 +157,23 @@ def _made(
 
 
 def _lengths_beside(urls: Sequence[str]) -> tuple[int, ...] | None:
-    """Samples of each shard, by the _info.json beside the first of them; None where there is none, or not of all."""
-    where = beside(urls[0], INFO_NAME)
-    if where is None:
-        return None
-    try:
-        told = _splits(read_json(where), without_credentials(where))
-    except FileNotFoundError:
-        return None
-    every = {file: length for lengths in told.values() for file, length in lengths.items()}
-    found = [every.get(name) for name in names(urls)]
-    missing = [name for name, length in zip(names(urls), found, strict=True) if length is None]
-    if missing:
-        raise DataError(f"{without_credentials(where)} does not name {missing[0]}: write it again, or leave that out")
-    return tuple(length for length in found if length is not None)
+    """Samples of each shard, by the _info.json beside it; None where there is none, or not in every folder."""
+    told: dict[str, dict[str, int]] = {}
+    lengths = []
+    for url, name in zip(urls, names(urls), strict=True):
+        where = beside(url, INFO_NAME)
+        if where is None:
+            return None
+        if where not in told:
+            try:
+                splits = _splits(read_json(where), without_credentials(where))
+            except FileNotFoundError:
+                return None
+            told[where] = {file: length for each in splits.values() for file, length in each.items()}
+        if name not in told[where]:
+            raise DataError(f"{without_credentials(where)} does not name {name}: write it again, or leave that out")
+        lengths.append(told[where][name])
+    return tuple(lengths)
 
 
 def _splits(info: Any, where: str) -> dict[str, dict[str, int]]:
@@ -203,11 +208,22 @@ def _counted(urls: Sequence[str], data: Data) -> tuple[int, ...]:
 
 
 def look_into(found: StreamedSet, data: Data, split: str, say: Callable[[str], None]) -> None:
-    """Read the first sample of a split's first and last shard. Raises DataError."""
+    """Look whether local shards are there, and read the first sample of a split's first and last shard.
+
+    What a run would do without, by data.on_bad_sample, is only said. Raises DataError.
+    """
     opener, classes, urls = Opener(data), Classes(found.manifest.synsets), found.urls[split]
-    for url in dict.fromkeys((urls[0], urls[-1])):
-        first = next(samples_of(url, opener, classes), None)
-        if isinstance(first, LostSample) and data.on_bad_sample == "raise":
-            raise first
+    missing = {url for url in urls if is_local(url) and not Path(url.removeprefix("file:")).is_file()}
+    skip = split == "train" and data.on_bad_sample == "skip"
+    for url in dict.fromkeys((*sorted(missing), urls[0], urls[-1])):
+        try:
+            first = next(samples_of(url, opener, classes), None)
+            if isinstance(first, LostSample):
+                raise first
+        except DataError as error:
+            if not skip:
+                raise
+            say(str(error))
+            continue
         if first is None:
             say(f"shard {without_credentials(url)} holds no sample")

@@ -61,29 +61,33 @@ def samples_of(
     with closing(WholeTar(opener(url), url)) as tar:
         source: Any = [{"url": url, "stream": tar}]
         try:
-            for sample in group_by_keys(tar_file_expander(source, select_files=is_of_sample), suffixes=_SUFFIXES):
+            for sample in group_by_keys(tar_file_expander(source, select_files=is_of_sample)):
                 found = _image(sample, url, classes)
                 if found is not None:
                     yield found
-        except DataError as error:  # webdataset puts what it knows behind the message
-            raise DataError(str(error.args[0])) from None
+        except DataError as error:
+            raise DataError(_without_stream(error, tar)) from None
         except Exception as error:  # tarfile's and webdataset's own
-            text = " ".join(str(error.args[0] if error.args else error).split()) or type(error).__name__
+            text = " ".join(_without_stream(error, tar).split()) or type(error).__name__
             raise DataError(f"shard {without_credentials(url)}: {text}") from None
         tar.finish()
 
 
-_SUFFIXES = {*IMAGES, "cls", "json"}
+def _without_stream(error: Exception, tar: WholeTar) -> str:
+    """A message without what webdataset puts behind it: the stream as Python shows it, an address of each run's own."""
+    return str(error.args[0] if error.args else error).removesuffix(f" @ {tar}")
 
 
 def _image(sample: Mapping[str, Any], url: str, classes: Classes) -> StreamedImage | LostSample | None:
     data = next((sample[kind] for kind in IMAGES if kind in sample), None)
     told = class_of(sample["__key__"], sample.get("cls"), sample.get("json"))
-    if data is None and not (_SUFFIXES & sample.keys()):
+    dotted = sorted(kind for kind in sample if kind.rpartition(".")[2] in IMAGES)
+    if data is None and not dotted and not ({"cls", "json"} & sample.keys()):
         return None  # a note beside the samples
     where = f"shard {without_credentials(url)}: sample {sample['__key__']!r}"
     if data is None:
-        return LostSample(f"{where} has no image")
+        why = f": it has {', '.join(dotted[:3])}, and a key ends at its first dot" if dotted else ""
+        return LostSample(f"{where} has no image{why}")
     label = classes.number(told)
     if label < 0:
         has = f"has the class {told.wnid or told.number}, which is none of" if told else "has no class, of"

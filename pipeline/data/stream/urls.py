@@ -14,7 +14,7 @@ from urllib.parse import urlparse
 
 import fsspec
 from webdataset.cache import FileCache
-from webdataset.gopen import gopen, gopen_schemes
+from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from data_prep.credentials import without_credentials
@@ -41,6 +41,12 @@ def expand(key: str, spec: str) -> tuple[str, ...]:
     except (AssertionError, ValueError) as error:  # a WDS_ variable that is not set, braces that do not close
         raise ConfigError(f"{key} {without_credentials(spec)}: {error}") from None
     twice = next((url for url in urls if urls.count(url) > 1), None) if len(set(urls)) < len(urls) else None
+    glob = next((url for url in urls if "*" in url and not url.startswith("pipe:")), None)
+    if glob is not None:
+        raise ConfigError(
+            f"{key} {without_credentials(glob)}: a stream takes no *: name the shards by braces, as "
+            "NAME-{000000..000123}.tar, or give their folder"
+        )
     if twice is not None:
         raise ConfigError(f"{key} names {without_credentials(twice)} twice: name each shard once")
     return urls
@@ -60,9 +66,33 @@ def beside(url: str, name: str) -> str | None:
 def open_url(url: str) -> BinaryIO:
     """A shard as a stream, by webdataset's `gopen`. Raises DataError, in which the shard is named."""
     try:
-        return cast(BinaryIO, gopen(url))
+        stream = gopen(url)
     except Exception as error:  # each way has its own
         raise unopened(url, error) from None
+    return cast(BinaryIO, _Command(stream) if isinstance(stream, Pipe) else stream)
+
+
+class _Command:
+    """What a command writes, and whether it has failed, told when all of it was read.
+
+    webdataset 1.0.2 looks at each read whether the command has ended, and throws away what it has just read where that
+    failed: how many samples come before the error is chance, and so is whether there is one.
+    """
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+
+    def read(self, size: int = -1) -> bytes:
+        data = bytes(self._pipe.stream.read(size))
+        if size and not data:
+            status = self._pipe.proc.wait()
+            if status not in self._pipe.ignore_status:
+                command = (self._pipe.args[0][0] if isinstance(self._pipe.args[0][0], str) else "curl").split()[0]
+                raise OSError(f"the command that reads it has failed: {command}, exit code {status}")
+        return data
+
+    def close(self) -> None:
+        self._pipe.close()
 
 
 def unopened(url: str, error: BaseException) -> DataError:
@@ -106,7 +136,7 @@ class Opener:
 
     def __call__(self, url: str) -> BinaryIO:
         """A shard from its beginning. Raises DataError."""
-        if self._cache is None or urlparse(url).scheme in ("", "file"):
+        if self._cache is None or is_local(url):
             return open_url(url)
         try:
             with self._fetching:
@@ -118,6 +148,11 @@ class Opener:
 
 def _cache_name(url: str) -> str:
     return f"{hashlib.sha256(without_credentials(url).encode()).hexdigest()[:16]}-{shard_name(url)}"
+
+
+def is_local(url: str) -> bool:
+    """Whether a shard is a file here."""
+    return urlparse(url).scheme in ("", "file")
 
 
 def names(urls: Sequence[str]) -> tuple[str, ...]:

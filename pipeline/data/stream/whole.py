@@ -18,6 +18,7 @@ from pipeline.data.shards import DataError
 _BLOCK = 512
 _GZIP = b"\x1f\x8b"
 _LINKS = {b"1": "hard link", b"2": "symbolic link"}
+_NO_DATA = b"123456"  # kinds whose size says nothing: some programs give folders one
 _READ_BYTES = 1 << 20
 
 
@@ -51,6 +52,8 @@ class WholeTar:
 
     def _begin(self) -> None:
         begin = _read_fully(self._stream, len(_GZIP))
+        if not begin:
+            raise self._fault("it is empty, or nothing answers there: look at its URL, then copy it again")
         self._source = _Joined(begin, self._stream)
         if begin == _GZIP:
             self._source = gzip.GzipFile(fileobj=cast(BinaryIO, self._source))
@@ -71,7 +74,7 @@ class WholeTar:
 
     def _follow(self, data: bytes) -> None:
         end = self._position + len(data)
-        while not self._ended and self._next_header < end:
+        while self._next_header < end:
             start = max(0, self._next_header + len(self._head) - self._position)
             self._head += data[start : start + _BLOCK - len(self._head)]
             if len(self._head) < _BLOCK:
@@ -81,8 +84,14 @@ class WholeTar:
         self._position = end
 
     def _header(self, block: bytes) -> None:
-        if not any(block):
+        if self._ended or not any(block):
+            if any(block) and _size(block[124:136]) is not None and _checksum(block) == _number(block[148:156]):
+                raise self._fault(
+                    f"zeros, which mark its end, stand before byte {self._next_header:,}, but more files follow: "
+                    "write it again as one tar"
+                )
             self._ended = True
+            self._next_header += _BLOCK
             return
         size = _size(block[124:136])
         if size is None or _checksum(block) != _number(block[148:156]):
@@ -98,7 +107,7 @@ class WholeTar:
                 f"{self._name!r} is a {_LINKS[kind]} to {target!r}, which a stream cannot follow: write the tar again "
                 "with `tar --hard-dereference --dereference`"
             )
-        self._next_header += _BLOCK + (size if kind not in b"12345" or not kind else 0) + -size % _BLOCK
+        self._next_header += _BLOCK + (0 if kind in _NO_DATA else size + -size % _BLOCK)
 
     def _fault(self, text: str) -> DataError:
         return DataError(f"shard {without_credentials(self.url)}: {without_credentials(text)}")

@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.manifest import ManifestError
 from pipeline.config.sections import ConfigError
+from pipeline.data.order import validation_samples
 from pipeline.data.shards import DataError
+from pipeline.data.stream.manifest import look_into, streamed_set
 from pipeline.data.stream.route import ShardLengths
 from tests.support.datasets import Datasets
 from tests.support.loading import same_images
@@ -117,6 +120,54 @@ def test_what_does_not_fit_is_said_before_anything_is_read(datasets: Datasets, u
         configured(datasets, *untold.options())
 
 
+def test_each_folder_of_a_list_says_what_is_in_its_own_shards(datasets: Datasets, tars: Tars, tmp_path: Path) -> None:
+    """Shards of one name in two folders are counted by two files."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in (4, 5):
+        shutil.copy(tars.folder / f"train-{number}.tar", other / f"train-{number - 4}.tar")
+    Tars(other, tars.classes).told((9, 17))
+    lists = f"data.path={tars.folder}/train-{{0..3}}.tar::{other}/train-{{0..1}}.tar"
+    _, manifest, _ = configured(datasets, *tars.options(lists))
+    assert [entry.samples for entry in manifest.split("train").shards] == [5, 20, 11, 14, 9, 17]
+    found = counted(read(datasets, *tars.options(lists)))
+    assert len(found) == 4 * 16
+    (other / "_info.json").unlink()
+    with pytest.raises(ConfigError, match="in each of their folders"):
+        configured(datasets, *tars.options(lists))
+
+
+def test_lists_that_cannot_be_meant_are_told_in_their_words(datasets: Datasets, tars: Tars) -> None:
+    with pytest.raises(ConfigError, match=r"a stream takes no \*: name the shards by braces"):
+        configured(datasets, *tars.options(f"data.path={tars.folder}/train-*.tar"))
+    with pytest.raises(DataError, match=r"none-0\.tar cannot be read"):  # and not that nothing counts its samples
+        configured(datasets, *tars.options("data.path=/none-{0..1}.tar"))
+    config, manifest, _ = configured(datasets, *tars.options("evaluate.every_epochs=1"))
+    with pytest.raises(ManifestError, match=r"or name validation shards in data\.stream_val"):
+        validation_samples(config, manifest)
+
+
+def test_local_shards_that_are_not_there_are_told_before_a_run(datasets: Datasets, tars: Tars, tmp_path: Path) -> None:
+    """With on_bad_sample=skip a run does without them, even the last."""
+    folder = tmp_path / "tars"
+    shutil.copytree(tars.folder, folder)
+    for number in (3, 7):
+        (folder / f"train-{number}.tar").unlink()
+    options = tars.options(f"data.path={folder}/train-{{0..7}}.tar")
+    config, manifest, _ = configured(datasets, *options)
+    said: list[str] = []
+    with pytest.raises(DataError, match=r"train-3\.tar cannot be read"):
+        look_into(streamed_set(config.data, manifest), config.data, "train", said.append)
+    config, manifest, _ = configured(datasets, *options, "data.on_bad_sample=skip")
+    look_into(streamed_set(config.data, manifest), config.data, "train", said.append)
+    assert [line.split(": ")[0].rpartition("/")[2] for line in said] == [
+        "train-3.tar cannot be read",
+        "train-7.tar cannot be read",
+    ]
+    check = config.data.how_to_check
+    assert "verify" not in check
+
+
 def test_damage_names_its_shard(datasets: Datasets, tars: Tars, tmp_path: Path) -> None:
     """A shard that is cut, missing, of another build: an error in its words; or counted, with other samples instead."""
 
@@ -125,7 +176,7 @@ def test_damage_names_its_shard(datasets: Datasets, tars: Tars, tmp_path: Path) 
 
     damages = {
         "cut": (cut, r"train-3\.tar"),
-        "missing": (Path.unlink, r"train-3\.tar cannot be read|train-3\.tar: .*exit 1"),
+        "missing": (Path.unlink, r"train-3\.tar cannot be read|train-3\.tar: .*exit code 1"),
         "empty": (lambda path: path.write_bytes(b""), r"train-3\.tar"),
         "another": (lambda path: shutil.copy(path.with_name("train-0.tar"), path), "holds 5 samples, not the 14"),
     }
