@@ -26,6 +26,7 @@ from pipeline.config.sections import (
     Evaluate,
     Guard,
     Init,
+    MixedSet,
     Model,
     Optimizer,
     Section,
@@ -203,7 +204,9 @@ def _is_meant_as_text(kind: Any, value: Any) -> bool:
     if isinstance(value, dict):
         return _takes_text(kind, "")
     if isinstance(value, list):
-        return _is_text(kind) or (_takes_sections(kind) and not all(isinstance(each, dict) for each in value))
+        # A folder may be called [x], but who lists several means several.
+        is_name = len(value) == 1 and not isinstance(value[0], dict)
+        return _is_text(kind) or (_takes_sections(kind) and is_name)
     return False
 
 
@@ -228,17 +231,32 @@ def _takes_text(kind: Any, value: Any) -> bool:
 def _explain(error: ValidationError, path: Path) -> Iterator[str]:
     known = set(known_keys())
     sections = {key.rpartition(".")[0] for key in known} - {""}
-    for fault in error.errors(include_url=False):
-        key = ".".join(str(part) for part in fault["loc"])
+    faults = error.errors(include_url=False)
+    places = [fault["loc"] for fault in faults]
+    for fault in faults:
+        loc = fault["loc"]
+        if fault["type"] == "too_short" and any(other[: len(loc)] == loc and other != loc for other in places):
+            continue  # a list lacks what is wrong in it, which is said by itself
+        key = _shown(loc)
         if fault["type"] == "extra_forbidden":
-            yield f"{path}: no key {key!r}{_nearest(key, known | sections)}"
+            of_list = {f"{_shown(loc[:-1])}.{name}" for name in MixedSet.model_fields} if "sets" in loc else None
+            yield f"{path}: no key {key!r}{_nearest(key, of_list or known | sections)}"
         elif fault["type"] == "missing":
             yield f"{path}: key {key!r} is missing"
+        elif fault["type"] == "model_type" and "sets" in loc:
+            yield f"{path}: {key} = {_value(fault['input'])!r}: it has to be as {{path: data/own, weight: 0.3}}"
         elif fault["type"] == "value_error":
             text = str(fault["ctx"]["error"])
             yield f"{path}: {text}" if not key or key in text else f"{path}: {key}: {text}"
         else:
-            yield f"{path}: {key} = {fault['input']!r}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
+            text = fault["msg"].replace("Tuple", "it").replace(" after validation", "")
+            yield f"{path}: {key} = {fault['input']!r}: {text[0].lower()}{text[1:]}"
+
+
+def _shown(loc: tuple[int | str, ...]) -> str:
+    """A key as it is written: without the name that tells a list of sets from a path, entries counted from 0."""
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc if part != "sets")
+    return key.removeprefix(".")
 
 
 def _nearest(key: str, known: set[str]) -> str:

@@ -36,10 +36,17 @@ class MixedManifest(Manifest):
 
 
 def joined(sets: Sequence[MixedSet], parts: Sequence[Manifest]) -> MixedManifest:
-    """The manifest of several sets. Raises ManifestError for one without training images."""
+    """The manifest of several sets. Raises ManifestError for one without training images or share, or listed twice."""
     for each, part in zip(sets, parts, strict=True):
         if "train" not in part.splits or not part.split("train").samples:
             raise ManifestError(f"{each.path} has no training images: leave it out of data.path")
+    seen: dict[str, str] = {}
+    for each, part in zip(sets, parts, strict=True):  # a link, another spelling, or a copy
+        if seen.setdefault(part.dataset_id, each.path) != each.path:
+            raise ManifestError(
+                f"{seen[part.dataset_id]} and {each.path} in data.path are one set (id {part.dataset_id[:12]}): list "
+                "it once, with the sum of the weights"
+            )
     synsets = list(dict.fromkeys(wnid for part in parts for wnid in part.synsets))
     at = {wnid: number for number, wnid in enumerate(synsets)}
     splits = {}
@@ -53,6 +60,12 @@ def joined(sets: Sequence[MixedSet], parts: Sequence[Manifest]) -> MixedManifest
             splits[name] = Split(samples=int(counts.sum()), class_counts=counts.tolist(), shards=shards)
     total = sum(each.weight for each in sets)
     weights = tuple(Fraction(each.weight / total).limit_denominator(_DENOMINATOR) for each in sets)
+    never = next((each for each, weight in zip(sets, weights, strict=True) if not weight), None)
+    if never is not None:
+        raise ManifestError(
+            f"{never.path} has the weight {never.weight:g} of {total:g} in data.path, less than one sample in a "
+            "million: give it more, or leave it out"
+        )
     told = [f"{part.dataset_id} {weight}" for part, weight in zip(parts, weights, strict=True)]
     return MixedManifest(
         name=" + ".join(part.name for part in parts),

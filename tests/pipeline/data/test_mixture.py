@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, ManifestError
 from pipeline.config.load import Config, load
 from pipeline.config.sections import ConfigError
 from pipeline.data.loader import training_batches, validation_batches
@@ -118,6 +118,12 @@ def test_validation_is_of_all_sets_together(datasets: Datasets) -> None:
         ("data.path=[{path: a, weight: 1}]", "at least 2"),
         ("data.path=[{path: a, weight: 1}, {path: b, weight: 0}]", "greater than 0"),
         ("data.path=[{path: a, weight: 1}, {path: a, weight: 2}]", "lists a set twice"),
+        ("data.path=[a, b]", r"data\.path\[0\] = 'a': it has to be as {path: data/own, weight"),
+        ("data.path=[{path: a, weight: .nan}, {path: b, weight: 1}]", r"data\.path\[0\]\.weight = nan: [^;]*$"),
+        (
+            "data.path=[{path: a, wieght: 1}, {path: b, weight: 1}]",
+            r"no key 'data\.path\[0\]\.wieght'; did you mean 'data\.path\[0\]\.weight'",
+        ),
         ("data.format=ffcv", "mixed by seeks into webdataset shards"),
         ("data.reader=stream", "mixed by seeks into webdataset shards"),
     ],
@@ -125,6 +131,16 @@ def test_validation_is_of_all_sets_together(datasets: Datasets) -> None:
 def test_what_cannot_be_mixed(datasets: Datasets, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         configured(datasets, override)
+
+
+def test_sets_that_would_count_twice_or_never(datasets: Datasets, tmp_path: Path) -> None:
+    """By what they are, not by their names."""
+    with pytest.raises(ManifestError, match=r"the weight 1e-09 of 1 in data\.path, less than one sample in a million"):
+        configured(datasets, mixed(datasets, 1, 1e-9))
+    link = tmp_path / "link"
+    link.symlink_to(datasets.in22k)
+    with pytest.raises(ManifestError, match=r"link in data\.path are one set"):
+        configured(datasets, f"data.path=[{{path: {datasets.in22k}, weight: 1}}, {{path: {link}, weight: 1}}]")
 
 
 def test_a_mixed_run_trains_and_goes_on(datasets: Datasets, tmp_path: Path) -> None:
