@@ -183,6 +183,9 @@ def _splits(info: Any, where: str) -> dict[str, dict[str, int]]:
         for name, split in info["splits"].items():
             files, lengths = split["filenames"], split["shard_lengths"]
             splits[name] = {str(file): int(length) for file, length in zip(files, lengths, strict=True)}
+            total = sum(splits[name].values())
+            if min(splits[name].values(), default=0) < 0 or split.get("num_samples", total) != total:
+                raise ValueError(f"shard_lengths of {name} are below 0, or do not add up to its num_samples")
         return splits
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ManifestError(

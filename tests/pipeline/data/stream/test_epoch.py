@@ -137,6 +137,17 @@ def test_each_folder_of_a_list_says_what_is_in_its_own_shards(datasets: Datasets
         configured(datasets, *tars.options(lists))
 
 
+def test_counts_that_contradict_each_other_are_told(datasets: Datasets, tars: Tars, tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    shutil.copytree(tars.folder, folder)
+    info = json.loads((folder / "_info.json").read_text())
+    for change in ({"shard_lengths": [-5, *LENGTHS[1:]]}, {"num_samples": 1000}):
+        wrong = {"splits": {"train": {**info["splits"]["train"], **change}}}
+        (folder / "_info.json").write_text(json.dumps(wrong))
+        with pytest.raises(ManifestError, match="are below 0, or do not add up to its num_samples"):
+            configured(datasets, *tars.options(f"data.path={folder}"))
+
+
 def test_lists_that_cannot_be_meant_are_told_in_their_words(datasets: Datasets, tars: Tars) -> None:
     with pytest.raises(ConfigError, match=r"a stream takes no \*: name the shards by braces"):
         configured(datasets, *tars.options(f"data.path={tars.folder}/train-*.tar"))
