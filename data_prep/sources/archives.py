@@ -57,6 +57,13 @@ class Archive(Source):
         overhead = 0 if self.compression else TAR_OVERHEAD_BYTES
         return Census(None, self.total_bytes or 0, overhead, exact=False)
 
+    def _unmarked(self, tar: Tar, reader: Reader, told: bool) -> Gap | None:
+        """What is to be said of a tar that was read to its end and has no mark of it; `told`: of a cut, already."""
+        if tar.end_marked or told or reader.error is not None or reader.cut:
+            return None
+        at = reader.position
+        return Gap(at, at, "it ends without the zeros that end a tar: cut short between two files, or written so")
+
     def _damage(self, gap: Gap) -> Piece:
         start, stop = gap.start, gap.stop
         return Piece(self.path, start, stop - start, "damage", "", "", self.split, str(gap))
@@ -136,7 +143,9 @@ class TarOfTars(Archive):
         found: list[Piece] = []
         outside = ""
         with FileRange(self.path, jumping=True) as reader:
-            for entry in Tar(reader, resume_at=self._is_class):
+            tar, told = Tar(reader, resume_at=self._is_class), False
+            for entry in tar:
+                told |= isinstance(entry, Gap) and entry.cut
                 pieces = list(self._outer_pieces(entry, reader.end or 0))
                 if pieces and pieces[0].kind == "range" and pieces[0].wnid != outside:
                     outside = pieces[0].wnid
@@ -147,6 +156,9 @@ class TarOfTars(Archive):
             if reader.error is not None:
                 yield Piece(self.path, 0, 0, "damage", "", "", self.split, reader.error)
                 return
+            if gap := self._unmarked(tar, reader, told or any(piece.cut for piece in found)):
+                found.append(self._damage(gap))
+                yield found[-1]
         self._outline = found
 
     def _outer_pieces(self, entry: Member | Gap, end: int) -> Iterator[Piece]:
@@ -177,9 +189,10 @@ class TarOfTars(Archive):
                 yield piece
 
     def _read(self, reader: Reader) -> Iterator[Event]:
-        tar = Tar(reader)
+        tar, told = Tar(reader), False
         for entry in tar:
             if isinstance(entry, Gap):
+                told |= entry.cut
                 if not (entry.cut and reader.cut):
                     yield Damage(self.split, self.name, str(entry))
                 continue
@@ -201,6 +214,8 @@ class TarOfTars(Archive):
             elif entry.kind != "folder":
                 reason = reason_to_skip(entry.name, entry.kind, 0) or "no_class"
                 yield Stray(self.split, entry.name, entry.size, reason)
+        if gap := self._unmarked(tar, reader, told):
+            yield Damage(self.split, self.name, str(gap))
 
     def _state(self) -> dict[str, Any]:
         return {"outside": self._outside_before}

@@ -44,8 +44,10 @@ class FileArchive(Archive):
         self._restore({})
         # As in split_tar.
         with FileRange(self.path, jumping=not is_url(self.path)) as reader:
-            for entry in Tar(reader):
+            tar, told = Tar(reader), False
+            for entry in tar:
                 if isinstance(entry, Gap):
+                    told |= entry.cut
                     self._damaged = True
                     yield self._damage(entry)
                     continue
@@ -60,15 +62,19 @@ class FileArchive(Archive):
             if reader.error is not None:
                 self._damaged = True
                 yield Piece(self.path, 0, 0, "damage", "", "", self.split, reader.error)
+            if gap := self._unmarked(tar, reader, told):
+                self._damaged = True
+                yield self._damage(gap)
         self._at_end()
 
     def _piece(self, entry: Member, kind: str, place: Place) -> Piece:
         return Piece(self.path, entry.data_offset, entry.size, kind, place.wnid, place.name, place.split, place.reason)
 
     def _read(self, reader: Reader, *, salvage: bool = False) -> Iterator[Event]:
-        tar = Tar(reader, salvage=salvage)
+        tar, told = Tar(reader, salvage=salvage), False
         for entry in tar:
             if isinstance(entry, Gap):
+                told |= entry.cut
                 if not (entry.cut and reader.cut):
                     self._damaged = True
                     yield Damage(self.split, self.name, str(entry))
@@ -83,6 +89,9 @@ class FileArchive(Archive):
                 yield Stray(place.split, place.name, entry.size, place.reason)
             elif (data := tar.data()) is not None:
                 yield Record(place.split, place.wnid, place.name, data)
+        if gap := self._unmarked(tar, reader, told):
+            self._damaged = True
+            yield Damage(self.split, self.name, str(gap))
 
     def _after(self, reader: Reader) -> Iterator[Damage]:
         self._damaged |= reader.error is not None
