@@ -11,6 +11,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data_prep.credentials import without_credentials
 from data_prep.foreign.classes import IMAGES, Told, class_of, is_of_sample
 from pipeline.data.shards import DataError
+from pipeline.data.stream.urls import Opener
 from pipeline.data.stream.whole import WholeTar
 
 
@@ -65,12 +66,14 @@ def samples_of(
                 found = _image(sample, url, classes)
                 if found is not None:
                     yield found
-        except DataError as error:
-            raise DataError(_without_stream(error, tar)) from None
-        except Exception as error:  # tarfile's and webdataset's own
-            text = " ".join(_without_stream(error, tar).split()) or type(error).__name__
-            raise DataError(f"shard {without_credentials(url)}: {text}") from None
-        tar.finish()
+            tar.finish()
+        except Exception as error:  # ours, tarfile's and webdataset's own
+            if isinstance(opener, Opener):
+                opener.forget(url)
+            text = _without_stream(error, tar)
+            if not isinstance(error, DataError):
+                text = f"shard {without_credentials(url)}: {' '.join(text.split()) or type(error).__name__}"
+            raise DataError(text) from None
 
 
 def _without_stream(error: Exception, tar: WholeTar) -> str:

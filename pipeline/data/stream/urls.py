@@ -128,10 +128,10 @@ class Opener:
     def __init__(self, data: Data) -> None:
         self._cache: Callable[[str], str] | None = None
         self._fetching = threading.Lock()
-        if data.stream_cache:
-            folder = data.cache_folder.expanduser() / "stream"
+        self._folder = data.cache_folder.expanduser() / "stream" if data.stream_cache else None
+        if self._folder is not None:
             self._cache = FileCache(
-                str(folder), url_to_name=_cache_name, validator=None, cache_size=int(data.cache_gb * 1e9)
+                str(self._folder), url_to_name=_cache_name, validator=None, cache_size=int(data.cache_gb * 1e9)
             ).get_file
 
     def __call__(self, url: str) -> BinaryIO:
@@ -144,6 +144,11 @@ class Opener:
             return open(path, "rb")
         except Exception as error:  # each way has its own
             raise unopened(url, error) from None
+
+    def forget(self, url: str) -> None:
+        """What is kept of a shard is not whole: the next that wants it fetches it anew."""
+        if self._folder is not None and not is_local(url):
+            (self._folder / _cache_name(url)).unlink(missing_ok=True)
 
 
 def _cache_name(url: str) -> str:

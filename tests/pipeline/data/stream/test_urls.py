@@ -66,6 +66,20 @@ def test_the_cache_keeps_sets_of_equal_names_apart(datasets: Datasets, tars: Tar
     assert same_images(again, plain)
 
 
+def test_a_short_shard_does_not_stay_in_the_cache(datasets: Datasets, tars: Tars, tmp_path: Path) -> None:
+    """A command that writes half of a shard and says that all is well: the next try fetches it anew."""
+    root = Path(shutil.copytree(tars.folder, tmp_path / "tars"))
+    whole = (root / "train-3.tar").read_bytes()
+    options = tars.options(f"data.path=pipe:cat {root}/train-{{0..7}}.tar", f"data.cache_folder={tmp_path / 'cache'}")
+    options += ["data.stream_cache=true", "data.workers_per_rank=0"]
+    (root / "train-3.tar").write_bytes(whole[:20_000])
+    with pytest.raises(DataError, match=r"train-3\.tar"):
+        read(datasets, *options)
+    (root / "train-3.tar").write_bytes(whole)
+    (found,) = read(datasets, *options)
+    assert by_step([found]) == by_step(read(datasets, *tars.options()))
+
+
 def test_faults_of_urls_are_told(datasets: Datasets, tars: Tars) -> None:
     for path, message in (
         ("pipe:cat /x/{0..3.tar", "Unbalanced braces"),
