@@ -87,15 +87,16 @@ class Counted:
         except DataError as error:
             if not self.skip:
                 raise
-            first = max(number, skipped)
-            stand_ins = self._stand_ins(epoch, shard, str(error))
-            for lost in range(first, skipped + taken):
-                yield first_id + lost, next(stand_ins)
+            # From the first that is lost, wherever this lane begins: a run that goes on gets the same.
+            places = range(number, skipped + taken)
+            for lost, stand_in in zip(places, self._stand_ins(epoch, shard, str(error)), strict=False):
+                if lost >= skipped:
+                    yield first_id + lost, stand_in
         finally:
             samples.close()
 
     def _stand_ins(self, epoch: int, shard: int, fault: str) -> Iterator[StreamedImage]:
-        """Images of other shards, drawn by key, in the place of what a shard has lost: without end."""
+        """Images of other shards, drawn by key, for what a shard has lost. Raises DataError at their end."""
         for attempt in range(_OTHER_SHARDS):
             other = int(uniform_one((epoch << 32) ^ shard, attempt) * len(self.urls))
             samples = self.read(self.urls[other])
@@ -187,14 +188,14 @@ class Uncounted:
             for shard in mine:
                 for item in self._shard(lane, shard, begin - place):
                     if isinstance(item, int):
-                        place += item
+                        place, fault = place + item, "" if item else fault  # told with the first of them
                         continue
                     if isinstance(item, Fault):
                         fault = item.text
                         continue
+                    if fault and isinstance(item, StreamedImage):
+                        item.lost, item.stand_in, fault = fault, place, ""
                     if place >= begin:
-                        if fault and isinstance(item, StreamedImage):
-                            item.lost, item.stand_in, fault = fault, place, ""
                         yield place, item
                     place += 1
                     if place == end:

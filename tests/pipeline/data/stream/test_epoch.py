@@ -204,8 +204,10 @@ def test_damage_names_its_shard(datasets: Datasets, tars: Tars, tmp_path: Path) 
             assert len(batches) == 24
             assert 1 <= len({each.sample for each in bad}) <= 14
             assert all("train-3.tar" in each.error and each.stand_in not in range(36, 50) for each in bad)
-            (again,) = read(datasets, *options, "data.on_bad_sample=skip", first=3)
-            assert same_images(batches[12:], again)
+            for first in range(1, 6):
+                (again,) = read(datasets, *options, "data.on_bad_sample=skip", first=first)
+                assert same_images(batches[4 * first :], again)
+                assert by_step([again]) == by_step([batches])[first:]
 
 
 def test_a_failing_shard_of_uncounted_ones_is_one_bad_sample_and_fails_alike_later(
@@ -224,3 +226,4 @@ def test_a_failing_shard_of_uncounted_ones_is_one_bad_sample_and_fails_alike_lat
     shutil.copy(untold.folder / damaged.name, damaged)  # somebody mends it: the run goes on as it began
     (rest,) = read(datasets, *options, first=4, last=12, lengths=ShardLengths(learned))
     assert same_images(whole[16:], rest)
+    assert [batch.bad for batch in rest] == [batch.bad for batch in whole[16:]]
