@@ -15,7 +15,7 @@ from data_prep.__main__ import main
 from data_prep.foreign.index import ensure_indexed
 from data_prep.foreign.scan import ForeignError
 from data_prep.foreign.tar import IMAGES
-from data_prep.images.pixels import FORMATS
+from data_prep.images.pil import FORMATS
 from data_prep.manifest import Manifest
 from tests.data_prep.foreign.test_index import A, B, C, by_key, images, index, jpeg, write_tar
 

@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_said_before_anything_is_read(datasets: Datasets, u
         read(datasets, STREAM, "train.global_batch=48", ranks=3)
     with pytest.raises(ConfigError, match=r"names 8 shards, fewer than data\.shuffle_lanes 16"):
         read(datasets, *untold.options(UNCOUNTED, "data.shuffle_lanes=16"))
-    with pytest.raises(ConfigError, match=r"put an _info\.json beside the shards .* or set data\.stream_samples"):
+    with pytest.raises(ConfigError, match=r"put an _info\.json beside the shards.* or set data\.stream_samples"):
         configured(datasets, *untold.options())
 
 
