@@ -282,10 +282,10 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def small_disk(tmp_path: Path, database: Path) -> Iterator[Path]:
-    """A file system of its own with room for MLflow's database and 300 kB more."""
+    """A file system of its own with room for MLflow's database and 400 kB more."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    size = database.stat().st_size + 300_000
+    size = database.stat().st_size + 400_000
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"no file system of a chosen size: {mounted.stderr.decode().strip()}")
