@@ -27,8 +27,9 @@ from data_prep.manifest import ShardIndex, index_path
 from data_prep.sources.detect import OTHER_ARCHIVES
 from data_prep.sources.inflate import MAGIC
 from data_prep.sources.streams import FileRange
-from data_prep.sources.tar import BLOCK, Gap, Member, Tar
+from data_prep.sources.tar import Gap, Member, Tar
 from data_prep.storage import Folder, file_system
+from data_prep.tar_header import BLOCK
 
 TOLD_SAMPLES = 5
 READ_BYTES = 8 << 20

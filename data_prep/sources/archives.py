@@ -18,8 +18,9 @@ from data_prep.sources.layout import (
 from data_prep.sources.reading import Piece, read_pieces, tar_items
 from data_prep.sources.starts import Start
 from data_prep.sources.streams import Bounded, FileRange, Reader
-from data_prep.sources.tar import BLOCK, Gap, Member, Tar
+from data_prep.sources.tar import Gap, Member, Tar
 from data_prep.storage import is_url
+from data_prep.tar_header import BLOCK
 
 # A header, and on average half a block behind the data.
 TAR_OVERHEAD_BYTES = BLOCK + BLOCK // 2

@@ -9,9 +9,10 @@ from data_prep.sources.items import Damage, Event, Item, Met, Record, Stray
 from data_prep.sources.layout import Place, place_in_tree, split_of_folder, way_to_class
 from data_prep.sources.reading import Piece
 from data_prep.sources.streams import FileRange, Reader, SourceError
-from data_prep.sources.tar import BLOCK, Gap, Member, Tar
+from data_prep.sources.tar import Gap, Member, Tar
 from data_prep.sources.val_labels import ValLabels
 from data_prep.storage import is_url
+from data_prep.tar_header import BLOCK
 
 
 class FileArchive(Archive):

@@ -13,8 +13,9 @@ from data_prep.sources.items import Damage, Item, Record, Stray
 from data_prep.sources.layout import base_name, clean_name, reason_to_skip, synset_of_tar, wnid_of_image
 from data_prep.sources.spool import read_spool
 from data_prep.sources.streams import Bounded, FileRange, Reader, unreachable
-from data_prep.sources.tar import BLOCK, Gap, Member, Tar
+from data_prep.sources.tar import Gap, Member, Tar
 from data_prep.storage import Folder, file_system, is_url, open_binary
+from data_prep.tar_header import BLOCK
 
 REMOTE_BATCH_FILES, REMOTE_BATCH_BYTES = 64, 32 << 20  # fetched together: single requests would wait for each other
 

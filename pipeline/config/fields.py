@@ -1,14 +1,19 @@
-"""Types of keys that several sections share."""
+"""What sections are made of, and types of keys that several of them share."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from data_prep.manifest import dataset_folder
 from data_prep.storage import user_path
+
+
+class Section(BaseModel):
+    # Deferred: sections are built as parts of Config, and then only where a configuration is loaded.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 def _at_home(path: str | Path) -> Any:

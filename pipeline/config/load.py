@@ -17,19 +17,17 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from pipeline.config.fields import LocalPath
+from pipeline.config.data import Data, MixedSet
+from pipeline.config.fields import LocalPath, Section
 from pipeline.config.sections import (
     Augment,
     Checkpoint,
     ConfigError,
-    Data,
     Evaluate,
     Guard,
     Init,
-    MixedSet,
     Model,
     Optimizer,
-    Section,
     Tracking,
     Train,
 )

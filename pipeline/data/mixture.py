@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from data_prep.manifest import Manifest, ManifestError, Split
-from pipeline.config.sections import Data, MixedSet
+from pipeline.config.data import Data, MixedSet
 from pipeline.data.keyed import view_numbers
 from pipeline.data.order import MicroBatch, SampleOrder, drawn_permutation
 from pipeline.data.shards import DataError, ShardReader

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from data_prep.manifest import Manifest
+from pipeline.config.data import Data
 from pipeline.config.load import Config
-from pipeline.config.sections import ConfigError, Data
+from pipeline.config.sections import ConfigError
 from pipeline.data.mixture import MixedManifest, MixedReader, TrainingOrder, joined, mixed_order
 from pipeline.data.order import SampleOrder
 from pipeline.data.shards import ShardReader, check_remote_files

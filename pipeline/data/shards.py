@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.manifest import Manifest, ManifestError, ShardIndex, dataset_folder, index_path
 from data_prep.storage import Folder, is_url
-from pipeline.config.sections import Data
+from pipeline.config.data import Data
 from pipeline.data.order import MicroBatch
 from pipeline.data.remote import RemoteError, RemoteShards
 from pipeline.data.shard_cache import OPEN_SHARDS, OpenFile, OpenFiles

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from data_prep.storage import atomic_write
+from pipeline.config.data import Data
 from pipeline.config.load import Config
-from pipeline.config.sections import Data
 from pipeline.data.decode import DecodeError
 from pipeline.data.keyed import uniform_one, view_keys
 from pipeline.data.order import MicroBatch

@@ -85,7 +85,7 @@ def diagnose(
     # In this process: starting workers for one batch takes longer than decoding it (FFCV's reader needs its one).
     here = config.model_copy(update={"data": config.data.model_copy(update={"workers_per_rank": 0})})
     try:
-        lengths = ShardLengths(config.run_dir / "stream") if config.data.reader == "stream" else None
+        lengths = ShardLengths.of_run(config.run_dir) if config.data.reader == "stream" else None
         batches = training_batches(here, manifest, order, ranks, step, step + 1, lengths)
         with closing(cast(Generator[Batch, None, None], batches)):  # it ends its reader when it is closed
             batch = next(islice(batches, micro, None))

@@ -26,7 +26,6 @@ from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.meter import Meter
 from pipeline.training.recipe import Mixing, seed_micro_batch
 
-STREAM = "stream"  # of the run folder: what was learned of shards whose samples nobody has counted
 _ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU
 
 Place = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
@@ -96,7 +95,7 @@ def run_batches(
     """This rank's batches from `first_step` on. Of a stream, rank 0 tells what going on there costs."""
     if config.data.reader == "indexed":
         return training_batches(config, manifest, order, ranks, first_step, steps)
-    lengths = ShardLengths(config.run_dir / STREAM, writes=True)
+    lengths = ShardLengths.of_run(config.run_dir, writes=True)
     if first_step and ranks.rank == 0:
         assert isinstance(order, SampleOrder)
         again = read_again(config, streamed_set(config.data, manifest), order, lengths, first_step)

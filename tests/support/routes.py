@@ -109,7 +109,7 @@ HYPER = Route(
     "hyper",
     (
         Stop("pipeline.config.load:load", "is read from YAML, or KEY=VALUE in its place", "under1"),
-        Stop("pipeline.config.sections:Section", "is refused where type, bounds or relations are wrong"),
+        Stop("pipeline.config.sections:Optimizer", "is refused where type, bounds or relations are wrong"),
         Stop(
             "pipeline.training.recipe:schedule", "sets the rate; its neighbours decay, mixing, EMA", "under2+7 east+7"
         ),

@@ -17,8 +17,9 @@ from data_prep.credentials import without_credentials
 from data_prep.labels.spaces import label_space
 from data_prep.manifest import MANIFEST_NAME, Manifest, ManifestError, ShardEntry, Split, dataset_folder
 from data_prep.storage import Folder
+from pipeline.config.data import Data
 from pipeline.config.fields import is_stream_of_urls
-from pipeline.config.sections import ConfigError, Data
+from pipeline.config.sections import ConfigError
 from pipeline.data.opened import open_manifest
 from pipeline.data.shards import DataError
 from pipeline.data.stream.shard import Classes, LostSample, samples_of

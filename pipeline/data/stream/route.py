@@ -134,7 +134,7 @@ class Fault(NamedTuple):
 
 
 class ShardLengths:
-    """What a run has learned of its shards, by their numbers: JSON lines in `folder`, a file a lane.
+    """What a run has learned of its shards, by their numbers: JSON lines in `folder` (RUN/stream), a file a lane.
 
     Only what `writes` adds to the files; None as `folder` keeps it in memory.
     """
@@ -150,6 +150,10 @@ class ShardLengths:
                     self._known[told["shard"]] = Learned(told["samples"], told["fault"])
                 except (ValueError, KeyError):  # the last line of a killed run may be cut
                     break
+
+    @classmethod
+    def of_run(cls, run_dir: Path, writes: bool = False) -> ShardLengths:
+        return cls(run_dir / "stream", writes)
 
     def get(self, shard: int) -> Learned | None:
         return self._known.get(shard)

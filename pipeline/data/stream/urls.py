@@ -18,7 +18,8 @@ from webdataset.gopen import Pipe, gopen, gopen_schemes
 from webdataset.shardlists import expand_urls
 
 from data_prep.credentials import without_credentials
-from pipeline.config.sections import ConfigError, Data
+from pipeline.config.data import Data
+from pipeline.config.sections import ConfigError
 from pipeline.data.shards import DataError
 
 # gopen's own way to s3:// and the like is none: fsspec has them, where the folders of indexed sets are read too.

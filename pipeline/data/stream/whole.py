@@ -13,9 +13,9 @@ from contextlib import suppress
 from typing import Any, BinaryIO, cast
 
 from data_prep.credentials import without_credentials
+from data_prep.tar_header import BLOCK, parse_header
 from pipeline.data.shards import DataError
 
-_BLOCK = 512
 _GZIP = b"\x1f\x8b"
 _LINKS = {b"1": "hard link", b"2": "symbolic link"}
 _NO_DATA = b"123456"  # kinds whose size says nothing: some programs give folders one
@@ -76,38 +76,37 @@ class WholeTar:
         end = self._position + len(data)
         while self._next_header < end:
             start = max(0, self._next_header + len(self._head) - self._position)
-            self._head += data[start : start + _BLOCK - len(self._head)]
-            if len(self._head) < _BLOCK:
+            self._head += data[start : start + BLOCK - len(self._head)]
+            if len(self._head) < BLOCK:
                 break
             self._header(bytes(self._head))
             self._head.clear()
         self._position = end
 
     def _header(self, block: bytes) -> None:
+        header = parse_header(block) if any(block) else None
         if self._ended or not any(block):
-            if any(block) and _size(block[124:136]) is not None and _checksum(block) == _number(block[148:156]):
+            if header is not None:
                 raise self._fault(
                     f"zeros, which mark its end, stand before byte {self._next_header:,}, but more files follow: "
                     "write it again as one tar"
                 )
             self._ended = True
-            self._next_header += _BLOCK
+            self._next_header += BLOCK
             return
-        size = _size(block[124:136])
-        if size is None or _checksum(block) != _number(block[148:156]):
+        if header is None:
             behind = f" behind {self._name!r}" if self._name else ""
             what = "damaged header" if self._next_header else "no tar begins like this"
             raise self._fault(f"{what}{behind} at byte {self._next_header:,}: copy it again")
-        kind = block[156:157]
-        if kind not in b"xgLKX":
-            self._name = block[:100].rstrip(b"\0").decode("utf-8", "replace")
-        if kind in _LINKS:
-            target = block[157:257].rstrip(b"\0").decode("utf-8", "replace")
+        if header.type not in b"xgLKX":
+            self._name = header.name.decode("utf-8", "replace")
+        if header.type in _LINKS:
+            target = header.link.decode("utf-8", "replace")
             raise self._fault(
-                f"{self._name!r} is a {_LINKS[kind]} to {target!r}, which a stream cannot follow: write the tar again "
-                "with `tar --hard-dereference --dereference`"
+                f"{self._name!r} is a {_LINKS[header.type]} to {target!r}, which a stream cannot follow: write it "
+                "again with `tar --hard-dereference --dereference`"
             )
-        self._next_header += _BLOCK + (0 if kind in _NO_DATA else size + -size % _BLOCK)
+        self._next_header += BLOCK + (0 if header.type in _NO_DATA else header.size + -header.size % BLOCK)
 
     def _fault(self, text: str) -> DataError:
         return DataError(f"shard {without_credentials(self.url)}: {without_credentials(text)}")
@@ -130,21 +129,3 @@ def _read_fully(source: Any, size: int) -> bytes:
     while 0 < len(data) < size and (more := source.read(size - len(data))):
         data += more
     return data
-
-
-def _number(field: bytes) -> int | None:
-    text = field.split(b"\0", 1)[0].strip(b" \0")
-    try:
-        return int(text or b"0", 8)
-    except ValueError:
-        return None
-
-
-def _size(field: bytes) -> int | None:
-    if field[0] in (0x80, 0xFF):  # GNU's binary number, for 8 GB and more
-        return int.from_bytes(field[1:], "big")
-    return _number(field)
-
-
-def _checksum(block: bytes) -> int:
-    return sum(block) - sum(block[148:156]) + 8 * ord(" ")

@@ -16,7 +16,8 @@ from data_prep.sources.file_archives import TarOfClassFolders
 from data_prep.sources.inflate import Inflated
 from data_prep.sources.items import Damage, Record
 from data_prep.sources.streams import FileRange
-from data_prep.sources.tar import BLOCK, Gap, Member, Tar, parse_pax
+from data_prep.sources.tar import Gap, Member, Tar
+from data_prep.tar_header import BLOCK, parse_pax
 
 NAMES = {
     "short": "n01440764_1.JPEG",
