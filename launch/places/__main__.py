@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from launch.places.devices import VARIABLE, listed_gpus, shared_gpu_note, visible_devices
-from launch.places.hosts import Hosts, check_environment_files, chosen, read_hostfile, read_options, require_reachable
+from launch.places.hosts import check_environment_files, chosen, read_options, require_reachable
 from launch.places.settings import SettingError, one_line, whole_number
+from pipeline.ranks.hostfile import Hosts, read_hostfile
 from pipeline.ranks.ports import any_free_port, read_port, require_free
 
 CPU_RANKS = 2  # where nothing else is said
@@ -70,7 +71,7 @@ def main(arguments: list[str], environment: Environment) -> int:
         return 2
     try:
         print("\n".join(_LAUNCHERS[arguments[0]](environment)))
-    except ValueError as error:  # SettingError, PortError
+    except ValueError as error:  # SettingError, HostfileError, PortError
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

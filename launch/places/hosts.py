@@ -1,4 +1,4 @@
-"""The hosts of a run over ssh: a hostfile, and what DEEPSPEED_ARGS takes of it."""
+"""The hosts of a run over ssh: what DEEPSPEED_ARGS takes of a hostfile, and whether they can be reached."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from launch.places.settings import SettingError, one_line
+from pipeline.ranks.hostfile import Hosts
 
-SEE = "see launch/hostfile.example"
-# What DeepSpeed 0.19.8 reads, and no more: it takes a line by its beginning. pdsh takes commas and brackets for several
-# hosts, of which DeepSpeed counts one.
-_LINE = re.compile(r"(?P<host>\S+)\s+slots=(?P<slots>\S+)(\s+max_slots=\d+)?")
-_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@-]*")
 _VARIABLE = re.compile(r"\s*[A-Za-z_]\w*\s*=.*")
 _CONNECT_SECONDS = 15
-Hosts = dict[str, list[int]]  # the slots of each, in the order of the file
 
 
 class Options(NamedTuple):
@@ -32,34 +27,6 @@ class Options(NamedTuple):
     ssh_port: str | None
     no_ssh: bool
     no_ssh_check: bool
-
-
-def read_hostfile(path: Path) -> Hosts:
-    """The hosts of a hostfile. Raises SettingError, with the line."""
-    try:
-        lines = path.read_bytes().decode().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not a text file"
-        raise SettingError(f"HOSTFILE={path} cannot be read: {why}; {SEE}") from None
-    hosts: Hosts = {}
-    for number, line in enumerate(lines, 1):
-        text = line.partition("#")[0].strip()
-        if not text:
-            continue
-        where, found = f"HOSTFILE={path}, line {number}", _LINE.fullmatch(text)
-        if found is None:
-            raise SettingError(f"{where}: {text!r} is not 'NAME slots=N'; {SEE}")
-        host, slots = found["host"], found["slots"]
-        if not _HOST.fullmatch(host):
-            raise SettingError(f"{where}: {host!r} is not the name of one host; {SEE}")
-        if not (slots.isascii() and slots.isdigit() and int(slots) > 0):
-            raise SettingError(f"{where}: slots={slots} of {host}: it has to be a whole number, 1 or more; {SEE}")
-        if host in hosts:
-            raise SettingError(f"{where}: {host} stands there for the second time: one line a host; {SEE}")
-        hosts[host] = list(range(int(slots)))
-    if not hosts:
-        raise SettingError(f"HOSTFILE={path} names no host; {SEE}")
-    return hosts
 
 
 class _Parser(argparse.ArgumentParser):

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
-from launch.places.hosts import check_environment_files, chosen, read_hostfile, read_options
+from launch.places.hosts import check_environment_files, chosen, read_options
 from launch.places.settings import SettingError
+from pipeline.ranks.hostfile import HostfileError, read_hostfile
 
 HOSTS = {"node1": [0, 1], "node2": [0, 1, 2]}
 
@@ -53,7 +54,7 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path, text: str) -> 
 )
 def test_what_is_no_hostfile(tmp_path: Path, text: str, said: str) -> None:
     (path := tmp_path / "hosts").write_text(text)
-    with pytest.raises(SettingError) as error:
+    with pytest.raises(HostfileError) as error:
         read_hostfile(path)
     assert said in str(error.value)
     assert f"HOSTFILE={path}" in str(error.value)
@@ -62,10 +63,10 @@ def test_what_is_no_hostfile(tmp_path: Path, text: str, said: str) -> None:
 
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none"):
-        with pytest.raises(SettingError, match="cannot be read"):
+        with pytest.raises(HostfileError, match="cannot be read"):
             read_hostfile(path)
     (image := tmp_path / "image").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(SettingError, match="not a text file"):
+    with pytest.raises(HostfileError, match="not a text file"):
         read_hostfile(image)
 
 
