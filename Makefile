@@ -38,7 +38,7 @@ endif
 endif
 endif
 
-.PHONY: help setup places plan data pretrain finetune evaluate review test chaos bench lint picture clean
+.PHONY: help setup places plan data pretrain finetune evaluate stop review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -87,6 +87,9 @@ endif
 RUN ?= runs/demo-finetune
 evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its validation images
 	@$(BIN)/python -m pipeline evaluate "$(RUN)"
+
+stop: $(STAMP) ## RUN=runs/NAME, on whatever hosts it runs: a checkpoint, then exit code 75
+	@$(BIN)/python -m pipeline stop $(if $(filter file,$(origin RUN)),runs/demo-pretrain,"$(RUN)")
 
 review: $(STAMP) ## MLflow on runs/, or on RUN=runs/NAME alone, at PORT=5000 of this host: prints the pages to open
 	@$(BIN)/python -m pipeline review $(if $(filter file,$(origin RUN)),,"$(RUN)") --port "$(PORT)"

@@ -4,13 +4,16 @@
 #   HOSTFILE=hostfile launch/deepspeed.sh pretrain CONFIG        many hosts (launch/hostfile.example), over ssh
 #   RANKS=4 launch/deepspeed.sh pretrain CONFIG                  fewer than the GPUs here, or other than 2 on the CPU
 #   CUDA_VISIBLE_DEVICES=2,3, MASTER_PORT=29501, DEEPSPEED_ARGS="..."    see launch/README.md
-# The same command continues an interrupted run. To stop one, send SIGUSR1 to any rank (this process then ends with 75),
-# or SIGTERM to this process (which ends at once): all ranks write a checkpoint and leave.
+#   launch/deepspeed.sh --dry-run pretrain CONFIG                checks, prints what it would run, and leaves
+# The same command continues an interrupted run. To stop one: `make stop RUN=...`, or SIGUSR1 to any rank; this process
+# then ends with 75. (Or SIGTERM to this process, which on one host ends at once.) All ranks write a checkpoint.
 set -euo pipefail
 trap '' USR1 # a scheduler may send it to every process: both launchers would die of it, and so would ranks that import
 from=$PWD
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+dry=
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # A configuration beside the caller; paths inside it are relative to the checkout.
 if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
@@ -20,17 +23,25 @@ export PATH=$bin:$PATH # what the launcher starts, on this host, is this environ
 # Hosts, devices, port. And faults that every rank would meet are met here, as one line, before anything is started.
 places=$("$bin/python" -m launch.places deepspeed) || exit
 eval "$places"
-"$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes"
+check=("$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes")
 
-# Ranks on this host leave when this process is gone: lifetime.py. (Over ssh DeepSpeed
-# does not pass this on: there, ranks leave with the launcher of their own host.)
-export PIPELINE_LAUNCHER="$(hostname):$$"
-export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
+# Ranks on this host leave when this process is gone: lifetime.py.
+PIPELINE_LAUNCHER="$(hostname):$$"
+export PIPELINE_LAUNCHER TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
 if [ -n "${HOSTFILE:-}" ]; then
-  exec deepspeed "${launch[@]}" --no_local_rank --module "${module[@]}" "$@"
+  # Command, configuration and environment go to the ranks by a folder of the run folder, past all remote shells.
+  if [ -n "$dry" ]; then
+    "${check[@]}" # launch.handed gets that folder's name for its -
+    exec "$bin/python" launch/deepspeed_runner.py --dry-run - "${launch[@]}" --no_local_rank
+  fi
+  handed=$("${check[@]}" --hand-over) || exit
+  exec "$bin/python" launch/deepspeed_runner.py "$handed" "${launch[@]}" --no_local_rank
 fi
+command=("$bin/python" launch/deepspeed_agent.py "${launch[@]}" --no_local_rank --module "${module[@]}" "$@")
+"${check[@]}"
+if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; exit; fi
 # On this host alone: what that command would start as a second process, which imports torch once more. Not exec: as with
 # that command, a SIGTERM ends this process at once, and the launcher leaves the ranks the time that they need.
 code=0
-"$bin/python" launch/deepspeed_agent.py "${launch[@]}" --no_local_rank --module "${module[@]}" "$@" || code=$?
+"${command[@]}" || code=$?
 exit $code

@@ -7,6 +7,8 @@ set -euo pipefail
 trap '' USR1 # until the agent passes it on: there is nothing to save yet
 from=$PWD
 cd "$(dirname "$0")/.."
+dry=
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi # checks, prints what it would run, and leaves
 [ $# -ge 2 ] || { sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # A configuration beside the caller; paths inside it are relative to the checkout.
 if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
@@ -15,5 +17,9 @@ bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $ven
 places=$("$bin/python" -m launch.places torchrun) || exit
 eval "$places"
 "$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes"
-export PIPELINE_LAUNCHER="$(hostname):$$" PYTHONUNBUFFERED=1 TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$bin/python" launch/torchrun_agent.py "${launch[@]}" -m "${module[@]}" "$@"
+PIPELINE_LAUNCHER="$(hostname):$$"
+export PIPELINE_LAUNCHER PYTHONUNBUFFERED=1
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+command=("$bin/python" launch/torchrun_agent.py "${launch[@]}" -m "${module[@]}" "$@")
+if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; exit; fi
+exec "${command[@]}"

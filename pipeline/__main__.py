@@ -1,4 +1,4 @@
-"""The command line: ``python -m pipeline {pretrain,finetune,evaluate,review,checkpoint,bench-data}``."""
+"""The command line: ``python -m pipeline COMMAND``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 # Before pydantic is imported, which would look for plugins in the metadata of every installed package.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
-_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out waiting")
 _STORES = ("botocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "google", "azure")  # what they say is for users
+_OF_ONE_RANK = ("DataError", "OutOfMemoryError")
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
 _COMMANDS = {
     "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "evaluate": ("pipeline.evaluation.command", "top-1 and top-5 of a checkpoint on the validation split"),
+    "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
     "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
@@ -32,6 +33,7 @@ examples
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
+  stop a run:       python -m pipeline stop runs/demo-pretrain
 `python -m pipeline COMMAND --help` has the options of each.
 exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 
@@ -52,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         # All ranks meet most errors together: rank 0 speaks for them. What it cannot know differs from rank to rank.
-        if rank == "0" or type(error).__name__ in ("DataError", "OutOfMemoryError") or "data worker" in text:
+        kind = type(error).__name__
+        if kind == "LostPeerError":  # said already, by one of those that are left
+            pass
+        elif rank == "0" or kind in _OF_ONE_RANK or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
         if "RANK" in os.environ and options.command in ("pretrain", "finetune"):
@@ -107,8 +112,6 @@ def _explain(error: Exception) -> str | None:
         return f"out of GPU memory: lower train.micro_batch, or set model.checkpointing=block ({text[:200]})"
     if isinstance(error, RuntimeError) and "DataLoader worker" in text and "is killed by signal" in text:
         return f"a data worker was killed, for memory perhaps: lower data.workers_per_rank ({text[:200]})"
-    if isinstance(error, RuntimeError) and any(mark in text for mark in _LOST_PEER):
-        return f"another rank failed or was lost, see its message ({text[:200]})"
     if isinstance(error, ValueError | OSError) or type(error).__module__.partition(".")[0] in _STORES:
         return f"{kind}: {text} (--debug shows where)"
     return None

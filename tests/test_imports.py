@@ -88,7 +88,7 @@ def test_one_home_each() -> None:
     for module, path in modules().items():
         for library in libraries(path):
             homes.setdefault(library, set()).add(module)
-    assert homes["deepspeed"] == {"pipeline.training.engine", "launch.deepspeed_agent"}
+    assert homes["deepspeed"] == {"pipeline.training.engine", "launch.deepspeed_agent", "launch.deepspeed_runner"}
     assert homes["mlflow"] == {"pipeline.records.mlflow_run"}
     assert homes["dask"] | homes["distributed"] == {"data_prep.cluster"}
     # One door to libjpeg-turbo's decoder; prepare.py encodes.

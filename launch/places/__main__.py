@@ -15,8 +15,8 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -26,12 +26,15 @@ from typing import NamedTuple
 from launch.places.devices import VARIABLE, listed_gpus, shared_gpu_note, visible_devices
 from launch.places.hosts import check_environment_files, chosen, read_options, require_reachable
 from launch.places.settings import SettingError, one_line, whole_number
+from pipeline.ranks.handover import HOSTS_VARIABLE
 from pipeline.ranks.hostfile import Hosts, read_hostfile
 from pipeline.ranks.ports import any_free_port, read_port, require_free
 
 CPU_RANKS = 2  # where nothing else is said
 DEMO_RANKS = 2  # for which the demo is sized: no more, however many GPUs there are
-_TORCHRUN_PORT = 29500
+_TORCHRUN_PORT = _DEEPSPEED_PORT = 29500
+_RENDEZVOUS_SECONDS = 300
+_PLAIN_PATH = re.compile(r"[\w@+=:,./-]+", re.ASCII)
 # Of the `deepspeed` command's options, those that its launcher on one host has: the number of words that follow.
 _ON_ONE_HOST = {"--bind_cores_to_rank": 0, "--bind_core_list": 1, "--enable_each_rank_log": 1, "--log_level": 1}
 _ON_ONE_HOST |= {"-q": 0, "--quiet": 0}
@@ -113,6 +116,8 @@ def torchrun(environment: Environment) -> list[str]:
             raise SettingError(f"MASTER_ADDR={address}: it has to be the name of the first of the NODES={nodes} hosts")
         port = port or _TORCHRUN_PORT
         launch += ["--node_rank", str(node), "--master_addr", address, "--master_port", str(port)]
+        seconds = whole_number(environment, "RENDEZVOUS_SECONDS") or _RENDEZVOUS_SECONDS
+        launch += ["--rdzv_conf", f"timeout={seconds}"]
     elif port is not None:
         launch += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(port)]
     else:
@@ -181,11 +186,23 @@ def _many_hosts(environment: Environment, path: Path, words: list[str]) -> list[
     check_environment_files([Path.home(), Path()], environment.get("DS_ENV_FILE", ".deepspeed_env"))
     if environment.get(VARIABLE) is not None:
         _tell([f"{VARIABLE} does not count with HOSTFILE: slots= does"])
+    for what, where in (("the checkout", Path.cwd()), ("the environment's python", Path(sys.executable))):
+        if not _PLAIN_PATH.fullmatch(str(where)):
+            raise SettingError(
+                f"{what} is at {str(where)!r}: DeepSpeed puts that path into commands for remote shells as it is; with "
+                f"HOSTFILE it may have letters, digits and _@+=:,./- only"
+            )
     require_reachable(hosts, options)
-    launch = ["--hostfile", str(path), *(["--master_port", str(port)] if port else []), *words]
-    if len(hosts) == 1 and not options.no_ssh and not _is_here(next(iter(hosts))):
+    launch = ["--hostfile", str(path.absolute()), *(["--master_port", str(port)] if port else []), *words]
+    if not options.no_ssh:
         launch.append("--force_multi")  # or DeepSpeed 0.19.8 starts the ranks of a single host here, wherever it is
-    return _common(sum(map(len, hosts.values())), len(hosts), launch, ["pipeline"])
+    told = " ".join(f"{host.rpartition('@')[2]}:{len(slots)}" for host, slots in hosts.items())
+    first = next(iter(hosts)).rpartition("@")[2]
+    return [
+        *_common(sum(map(len, hosts.values())), len(hosts), launch, ["pipeline"]),
+        _assigned(f"export {HOSTS_VARIABLE}", told),
+        _assigned("export PIPELINE_MASTER", f"{first}:{port or _DEEPSPEED_PORT}"),
+    ]
 
 
 def _common(ranks: int, nodes: int, launch: list[str], module: list[str]) -> list[str]:
@@ -233,11 +250,6 @@ def _of_one_host(words: list[str]) -> list[str]:
 def _port(environment: Environment) -> int | None:
     text = environment.get("MASTER_PORT", "")
     return read_port("MASTER_PORT", text) if text else None
-
-
-def _is_here(host: str) -> bool:
-    name = socket.gethostname()
-    return host.rpartition("@")[2] in ("localhost", "127.0.0.1", name, name.partition(".")[0])
 
 
 def _first_node(nodes: str) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -93,6 +93,10 @@ class Config(Section):
             )
         return self
 
+    def flat(self) -> dict[str, Any]:
+        """Every key by its dotted name, with values as JSON has them."""
+        return dict(_flat(self.model_dump(mode="json")))
+
     def to_yaml(self) -> str:
         """The whole configuration as YAML that `load` reads back to an equal Config."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -125,6 +129,14 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
         return Config.model_validate(_as_declared(tree, Config))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, path))) from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

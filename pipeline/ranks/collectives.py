@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.ranks.ports import any_free_port
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -28,6 +30,21 @@ def own_threads(local: int) -> int:
     """
     threads, limit = len(os.sched_getaffinity(0)) // local, os.environ.get("OMP_THREAD_LIMIT", "")
     return max(1, min(threads, int(limit)) if limit.isdigit() else threads)
+
+
+def local_ranks(otherwise: int) -> int:
+    """How many ranks share this host, as its launcher tells: torchrun and ours, or DeepSpeed (0.19.8)."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if (text := os.environ.get(name, "")).isdigit() and int(text):
+            return int(text)
+    return otherwise
+
+
+def be_alone_without_launcher() -> None:
+    """Where no launcher has described a process group, describe one of a single rank."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(any_free_port())}
 
 
 def barrier() -> None:

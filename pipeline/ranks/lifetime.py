@@ -9,11 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
 from data_prep.storage import Folder, refuse_unwritable
+from pipeline.ranks.handover import VARIABLE as HANDOVER_VARIABLE
 from pipeline.ranks.log_file import say_at_once
 
 EXIT_REQUEUE = 75  # EX_TEMPFAIL: asked to stop, and nothing is lost; the same command goes on
@@ -23,6 +24,7 @@ _REPEAT_SECONDS = 3.0  # launchers pass on what the ranks also got themselves, a
 _ALONE_SECONDS = 120.0  # without a launcher: time for the step under way and a last checkpoint
 _WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would find the folder busy
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_STOP_FILE = ".stop"  # of the run folder: what `make stop` and the launcher of many hosts write, and rank 0 reads
 
 
 class RunBusyError(ValueError):
@@ -38,7 +40,8 @@ class StopRequest:
 
     It goes through three phases:
 
-    - at first there is nothing to save: the first signal raises Terminated in the main thread;
+    - at first there is nothing to save: the first signal raises Terminated in the main thread of a rank that is alone.
+      With others it sets `requested`, and all of them leave together (rendezvous.py, Watchdog);
     - after `arm` it sets `requested`: the training loop, on all ranks together, saves and leaves with EXIT_REQUEUE;
     - after `disarm` the run is closing, which a signal does not hasten.
 
@@ -56,11 +59,13 @@ class StopRequest:
         self._unsaid = threading.Lock()  # taken once, by whoever tells of the request; never waited for
         told, tell = os.pipe()
         os.set_blocking(tell, False)
+        self._alone = os.environ.get("WORLD_SIZE", "1") == "1"
         for number in _SIGNALS:
             signal.signal(number, self._in_main_thread)
         signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(told,), name="stop request", daemon=True).start()
         _of_this_process = self
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # what came while this process began comes now
 
     @property
     def requested(self) -> bool:
@@ -71,6 +76,11 @@ class StopRequest:
     def armed(self) -> bool:
         """Whether a request is answered by a checkpoint."""
         return self._phase == "armed"
+
+    @property
+    def starting(self) -> bool:
+        """Whether there is nothing to save yet."""
+        return self._phase == "starting"
 
     @property
     def closing(self) -> bool:
@@ -88,13 +98,16 @@ class StopRequest:
 
     def ask(self, reason: str, then: str = "") -> None:
         """Set `requested`, as a signal does, and say so in a line on stderr that ends with `then`."""
-        if self.armed and self._unsaid.acquire(blocking=False):
+        if not self.closing and self._unsaid.acquire(blocking=False):
             self.reason = reason
             # Not print: a signal may have come in the middle of one.
-            say_at_once(f"{reason}: a checkpoint follows at the next step; {then}")
+            if self.armed:
+                say_at_once(f"{reason}: a checkpoint follows at the next step; {then}")
+            elif not self._alone:
+                say_at_once(f"{reason}: the run has not begun, all ranks leave")
 
     def _in_main_thread(self, number: int, _: object) -> None:
-        if self._phase == "starting":
+        if self._phase == "starting" and self._alone:
             self._phase = "closing"
             raise Terminated
         self._ask_by(number)
@@ -163,9 +176,52 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def ask_to_stop(run_dir: Path, reason: str) -> None:
+    """Ask the run in `run_dir` to stop, from any host: its rank 0 looks for that. Raises OSError."""
+    (run_dir / _STOP_FILE).write_text(reason + "\n", encoding="utf-8")
+
+
+def withdraw_stop(run_dir: Path) -> None:
+    """Nobody is left to be asked."""
+    with suppress(OSError):
+        (run_dir / _STOP_FILE).unlink()
+
+
+def heed_stop_file(run_dir: Path, request: StopRequest) -> None:
+    """From now on `request` hears of `ask_to_stop`; for rank 0, which holds the run folder. What was asked of the run
+    before this try does not count.
+    """
+    withdraw_stop(run_dir)
+    path = run_dir / _STOP_FILE
+
+    def watch() -> None:
+        while not request.closing:
+            with suppress(OSError):
+                reason = path.read_text(encoding="utf-8").strip() or "asked to stop"
+                path.unlink()
+                request.ask(reason)
+            time.sleep(1.0)
+
+    threading.Thread(target=watch, name="stop file", daemon=True).start()
+
+
+def holder_of(run_dir: Path) -> str | None:
+    """Who writes to the run folder ("process 17 on node1"); None where nobody does. Raises OSError."""
+    try:
+        with open(run_dir / ".lock", "r+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
 def leave_with_launcher(request: StopRequest) -> None:
-    """End this process within seconds of its launcher's end: of its parent, and of the process that the scripts in
-    launch/ named, if that ran on this host. Where there is something to save, `request` asks for that first.
+    """End this process within seconds of its launcher's end: of its parent, of the process that the scripts in launch/
+    named, if that ran on this host, and of the ssh session that it came by. Where there is something to save, `request`
+    asks for that first.
 
     `deepspeed` killed by SIGKILL, or by SIGTERM, takes none of its ranks along: they would train on, unseen, in the way
     of the next start. Without a launcher nothing is watched.
@@ -173,7 +229,10 @@ def leave_with_launcher(request: StopRequest) -> None:
     if "LOCAL_RANK" not in os.environ:
         return
     host, _, pid = os.environ.get(LAUNCHER_VARIABLE, "").rpartition(":")
-    watched = [os.getppid()] + ([int(pid)] if host == os.uname().nodename and pid.isdigit() else [])
+    launcher = [int(pid)] if host == os.uname().nodename and pid.isdigit() else []
+    watched = [os.getppid(), *launcher]
+    if HANDOVER_VARIABLE in os.environ:
+        watched += _ssh_session(launcher)
 
     def watch() -> None:
         while all(map(_is_alive, watched)):
@@ -185,6 +244,21 @@ def leave_with_launcher(request: StopRequest) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, name="launcher watch", daemon=True).start()
+
+
+def _ssh_session(launcher: list[int]) -> list[int]:
+    """The process of sshd that pdsh has reached this host by: it ends with its connection, and what it runs lives on.
+    None above `launcher`: that is the user's own, who may log out.
+    """
+    pid = os.getppid()
+    with suppress(OSError):
+        while pid > 1 and pid not in launcher:
+            with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+                name, _, rest = file.read().partition("(")[2].rpartition(")")
+            if name.startswith("sshd"):
+                return [pid]
+            pid = int(rest.split()[1])
+    return []
 
 
 def _is_alive(pid: int) -> bool:

@@ -14,43 +14,25 @@ import os
 import socket
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from pipeline.ranks.collectives import gather
+from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, Terminated
 from pipeline.ranks.log_file import say_at_once
+from pipeline.ranks.peers import Beat, LostPeerError, Sight, blame, named
 
 _ANSWER_SECONDS = 5.0  # the store answers within milliseconds, or is taken for gone
 _FAREWELL_SECONDS = 5.0  # for a rank to notice by itself that another one has failed
+_START_SECONDS = 300.0  # models are built, kernels tried, checkpoints read
 _LAST_SECONDS = 10.0  # for each of the last acts: a file system or a tracking server may be what hangs
 _runs = itertools.count()  # of this process: the same on all ranks
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank last told: its number of beats so far, the seconds since its loop's last tick, and where that was.
-
-    ticked_at: of that tick, Unix time in seconds; it orders ranks as far as their hosts' clocks agree.
-    """
-
-    number: int
-    silent_seconds: float
-    where: str
-    ticked_at: float
-
-
-@dataclass(frozen=True)
-class Sight:
-    """What one rank sees of another: its newest beat, and for how many seconds that has been the newest."""
-
-    beat: Beat
-    seconds: float
 
 
 class Watchdog:
@@ -61,6 +43,9 @@ class Watchdog:
     (it evaluates, or saves) waits on. Time in which the process as a whole was stopped, by a scheduler that suspends
     jobs or by a debugger, does not count.
 
+    With `stop` the run is starting until `begin`: no tick is then missed before five minutes are over, and all ranks
+    leave, with EXIT_REQUEUE, where one of them is asked to stop.
+
     A process that does not run Python any more at all writes its stacks on stderr, from a thread in C. That thread
     cannot tell a process that was stopped: one that goes on says that such stacks are of no error.
 
@@ -68,11 +53,21 @@ class Watchdog:
     """
 
     def __init__(
-        self, rank: int, ranks: int, seconds: float, folder: Path, on_stall: Callable[[str], None] | None = None
+        self,
+        rank: int,
+        ranks: int,
+        seconds: float,
+        folder: Path,
+        on_stall: Callable[[str], None] | None = None,
+        hosts: Sequence[str] = (),
+        stop: StopRequest | None = None,
     ) -> None:
-        self.rank, self.ranks, self.seconds, self.folder, self.on_stall = rank, ranks, seconds, folder, on_stall
+        """`hosts`: of each rank, by name."""
+        self.rank, self.ranks, self.folder, self.on_stall, self.hosts = rank, ranks, folder, on_stall, hosts
+        self.stop = stop
+        self._starting = stop is not None
+        self._seconds = seconds
         self.interval = min(5.0, seconds / 10)
-        self.lock_seconds = seconds + 20 * self.interval  # without Python's lock: stacks then come from C
         # torchrun keeps its store when it restarts ranks, and a process may hold one run after the other.
         self._run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
         self._where, self._ticked = "starting", time.monotonic()
@@ -82,6 +77,30 @@ class Watchdog:
         self._store_answered = time.monotonic()
         self._verdict: str | None = None  # that another rank has come to
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    @property
+    def seconds(self) -> float:
+        """Without progress."""
+        return max(self._seconds, _START_SECONDS) if self._starting else self._seconds
+
+    @property
+    def lock_seconds(self) -> float:
+        """Without Python's lock: stacks then come from C."""
+        return self.seconds + 20 * self.interval
+
+    def begin(self) -> None:
+        """The start is over, on all ranks together: from now on a request to stop is answered by a checkpoint.
+
+        Raises Terminated, on all ranks, where one of them was asked before.
+        """
+        assert self.stop is not None
+        # In this order: what the watching thread has told the others because the run was starting is then among the
+        # reasons, and nobody is left behind in this collective.
+        self._starting = False
+        self.tick("starting")
+        if self.ranks > 1 and any(gather(self.stop.reason)):
+            raise Terminated
+        self.stop.arm()
 
     def _key(self, name: int | str) -> str:
         return f"watchdog/{self._run}/{name}"
@@ -101,13 +120,16 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._over.is_set():
+            return
         self._over.set()
         self._watcher.join(1.0)
         faulthandler.cancel_dump_traceback_later()
-        if kind is not None and self.ranks > 1:
+        if kind not in (None, LostPeerError, Terminated) and self.ranks > 1:
             # NCCL tells nobody that a peer is gone: the others would sit in a collective until they are killed.
             _at_most(
-                _ANSWER_SECONDS, lambda: _client().set(self._key("failed"), f"rank {self.rank} failed: {kind.__name__}")
+                _ANSWER_SECONDS,
+                lambda: _client().set(self._key("failed"), f"{named([self.rank], self.hosts)} failed: {kind.__name__}"),
             )
             if self.rank == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
                 time.sleep(self.interval + _FAREWELL_SECONDS + 1.0)  # it may hold the store that they read this from
@@ -142,14 +164,19 @@ class Watchdog:
             return f"{start}the rank is {self._where}"
         unanswered = time.monotonic() - self._store_answered
         if unanswered > self.seconds / 2 or not self._sights:
-            host = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
             return (
-                f"{start}{host}, which holds the job's store, has not answered for {unanswered:.0f} s: it is stopped, "
-                f"or its host swaps or is gone; rank {self.rank} is {self._where}"
+                f"{start}{self._holder}, which holds the job's store, has not answered for {unanswered:.0f} s: it is "
+                f"stopped, or its host swaps or is gone; rank {self.rank} is {self._where}"
             )
         sights = {**self._sights, self.rank: Sight(self._beat(0), 0.0)}
-        reason = blame(sights, self.seconds - 2 * self.interval, self.seconds / 2)
+        reason = blame(sights, self.seconds - 2 * self.interval, self.seconds / 2, self.hosts)
         return reason and start + reason
+
+    @property
+    def _holder(self) -> str:
+        """Of the job's store."""
+        host = f" on {self.hosts[0]}" if self.hosts else ""
+        return f"the launcher{host}" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else f"rank 0{host}"
 
     def _beat(self, number: int) -> Beat:
         return Beat(number, self._silent_seconds, self._where, time.time() - (time.monotonic() - self._ticked))
@@ -164,6 +191,8 @@ class Watchdog:
                 store = store or _client()
                 number += 1
                 store.set(self._key(self.rank), json.dumps(asdict(self._beat(number))))
+                if self.stop is not None and not self.stop.closing and not self.stop.armed:
+                    self._leave_start_if_asked(store)
                 if store.check([self._key("failed")]):
                     failed = failed or time.monotonic()
                     if time.monotonic() - failed >= _FAREWELL_SECONDS:
@@ -180,6 +209,56 @@ class Watchdog:
             except Exception:  # torch has several kinds, and what counts is that no answer came
                 store = None
             self._over.wait(self.interval)
+
+    def _leave_start_if_asked(self, store: TCPStore) -> None:
+        """All ranks together: each sees what one of them has told, also one that waits in `begin`."""
+        assert self.stop is not None
+        if self._starting and self.stop.requested:
+            store.set(self._key("stop"), self.stop.reason)
+        if store.check([self._key("stop")]):
+            if self.rank == 0:
+                time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
+            os._exit(EXIT_REQUEUE)
+
+    def mourn(self, error: BaseException) -> NoReturn:
+        """Another rank is gone, as `error` of a collective tells: say which, one rank for all. Raises LostPeerError."""
+        asked: list[str] = []
+        spoken = threading.Event()
+
+        def ask() -> None:
+            store = _client()
+            until = time.monotonic() + max(_FAREWELL_SECONDS, 2 * self.interval + 1.0)
+            before = self._read(store)
+            told = None
+            while time.monotonic() < until and told is None:  # a rank that fails by itself tells so
+                time.sleep(0.2)
+                for name in ("stop", "failed"):
+                    if store.check([self._key(name)]):
+                        told = name
+            if told == "stop" and self.stop is not None and not self.stop.armed:
+                os._exit(EXIT_REQUEUE)
+            if told == "failed":
+                asked.append(f"{store.get(self._key('failed')).decode()}, see its message")
+            else:
+                now = self._read(store)
+                gone = [rank for rank in now if now[rank].number == before[rank].number]
+                which = named(gone, self.hosts) if gone else "another rank"
+                asked.append(f"{which} {'are' if len(gone) > 1 else 'is'} gone: killed, or the host is lost")
+            if store.add(self._key("mourning"), 1) > 1:
+                spoken.set()
+
+        _at_most(2 * _ANSWER_SECONDS + 2 * self.interval, ask)
+        if not asked:
+            asked.append(f"{self._holder}, which holds the job's store, is gone: killed, or the host is lost")
+            if os.environ.get("LOCAL_RANK", "0") != "0":  # without a store nobody knows who speaks: one rank a host
+                spoken.set()
+        if not spoken.is_set():
+            text = " ".join(str(error).split())
+            say_at_once(f"error: {asked[0]} (rank {self.rank}, {self._where}: {text[:200]})")
+        if self.on_stall is not None:
+            on_stall = self.on_stall
+            _at_most(_LAST_SECONDS, lambda: on_stall(asked[0]))
+        raise LostPeerError(asked[0]) from error
 
     def _read(self, store: TCPStore) -> dict[int, Beat]:
         """The newest beats of all other ranks."""
@@ -238,40 +317,6 @@ class Watchdog:
             file.write(f"{stamp} rank {self.rank}, process {os.getpid()} on {socket.gethostname()}: {reason}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-
-
-def blame(sights: Mapping[int, Sight], silent_seconds: float, unheard_seconds: float) -> str | None:
-    """Which rank to look at, in words; None while one still makes progress.
-
-    A rank whose beat is older than `unheard_seconds` does not answer; of the others, one that ticked less than
-    `silent_seconds` ago makes progress.
-    """
-    unheard = {rank: sight for rank, sight in sights.items() if sight.seconds > unheard_seconds}
-    heard = {rank: sight for rank, sight in sights.items() if rank not in unheard}
-    if any(sight.beat.silent_seconds + sight.seconds < silent_seconds for sight in heard.values()):
-        return None
-    if unheard:
-        where = min(unheard.values(), key=lambda sight: sight.beat.number).beat.where
-        seconds = max(sight.seconds for sight in unheard.values())
-        return (
-            f"{_named(list(unheard))} did not answer for more than {seconds:.0f} s: stopped, hanging with Python's "
-            f"lock held, or the host swaps or is gone; last {where}"
-        )
-    groups: dict[str, list[int]] = defaultdict(list)
-    # The fewest first, and of as many those that fell silent first: they are what the others wait for.
-    for rank in sorted(heard, key=lambda rank: heard[rank].beat.ticked_at):
-        groups[heard[rank].beat.where].append(rank)
-    if len(groups) == 1:
-        return f"all ranks are {next(iter(groups))}"
-    smallest_first = sorted(groups.items(), key=lambda item: len(item[1]))
-    parts = [f"{_named(ranks)} {'are' if len(ranks) > 1 else 'is'} {where}" for where, ranks in smallest_first]
-    return f"{parts[0]}, but {', '.join(parts[1:4])}"
-
-
-def _named(ranks: Sequence[int]) -> str:
-    listed = ", ".join(map(str, sorted(ranks)[:4]))
-    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
-    return f"rank{'s' if len(ranks) > 1 else ''} {listed}{more}"
 
 
 def _client() -> TCPStore:

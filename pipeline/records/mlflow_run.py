@@ -6,7 +6,7 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,7 +78,7 @@ class MlflowRun:
         if self.id is None:
             self._experiment_id = self._experiment(client)
             self.id = client.create_run(self._experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
-        params = [entities.Param(key, str(value)[:500]) for key, value in _flat(self.config.model_dump(mode="json"))]
+        params = [entities.Param(key, str(value)[:500]) for key, value in self.config.flat().items()]
         client.log_batch(self.id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
 
     @property
@@ -187,11 +187,3 @@ def package() -> Any:
 def is_permanent(error: Exception) -> bool:
     """Whether MLflow refuses what it was asked, rather than being away: asking again changes nothing."""
     return isinstance(error, ImportError) or getattr(error, "error_code", _PASSING[0]) not in _PASSING
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

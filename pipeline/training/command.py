@@ -6,7 +6,12 @@ What takes seconds to import is imported where it is used: options and wrong key
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+from pipeline.ranks.environment import travelling
+from pipeline.ranks.handover import as_word, write
+from pipeline.ranks.lifetime import StopRequest
 
 EPILOG = """\
 examples
@@ -33,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--check", action="store_true", help="check configuration, data and weights, and leave")
     add("--ranks", type=int, help="with --check: the number of ranks the run will have")
     add("--nodes", type=int, default=1, help="with --check: the number of hosts they are on")
+    add("--hand-over", action="store_true", help="with --check: write the launch down for other hosts, print where")
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # old launchers pass it
 
@@ -64,7 +70,12 @@ def command(options: argparse.Namespace) -> int:
         from pipeline.training.preflight import preflight
 
         preflight(config, options.ranks, options.nodes, resume)
+        if options.hand_over:
+            more = ["--resume", options.resume, *(["--debug"] if options.debug else [])]
+            folder = write(config.run_dir, options.command, config.to_yaml(), more, travelling(os.environ))
+            print(as_word(folder))
         return 0
+    stop = StopRequest()  # before what takes seconds to import
     from pipeline.training import run
 
-    return run.main(options.command, config, resume)
+    return run.main(options.command, config, resume, stop)

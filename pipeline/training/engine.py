@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
@@ -40,7 +39,15 @@ if _mlflow_is_new:
 
 from pipeline.config.load import Config
 from pipeline.ops import kernels
-from pipeline.ranks.collectives import Ranks, gather, max_over_ranks, own_threads, sum_over_ranks
+from pipeline.ranks.collectives import (
+    Ranks,
+    be_alone_without_launcher,
+    gather,
+    local_ranks,
+    max_over_ranks,
+    own_threads,
+    sum_over_ranks,
+)
 from pipeline.training.recipe import AdamWithEma, Loss
 
 Judge = Callable[[float, float], str | None]
@@ -61,18 +68,14 @@ class StepResult(NamedTuple):
     micro_losses: torch.Tensor
 
 
-def start_ranks() -> tuple[Ranks, torch.device]:
-    """Join the process group that the launcher describes, or make one of a single rank where there is no launcher.
+def start_ranks(store: dist.Store | None = None) -> tuple[Ranks, torch.device]:
+    """Join the process group that the launcher describes, or make one of a single rank where there is no launcher; by
+    `store` if the ranks have met there (rendezvous.py).
 
     NCCL on GPUs, gloo on CPU. Sets this rank's device and its share of the host's threads.
     """
     logger.setLevel(logging.WARNING)
-    if "RANK" not in os.environ:  # DeepSpeed would look for MPI here
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    be_alone_without_launcher()  # DeepSpeed would look for MPI
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -83,12 +86,16 @@ def start_ranks() -> tuple[Ranks, torch.device]:
     else:
         # Otherwise DeepSpeed compiles its shared-memory collectives (100 s, a compiler) and leaks /dev/shm.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo", verbose=False, timeout=timedelta(minutes=30))
+    backend, timeout = "nccl" if on_gpu else "gloo", timedelta(minutes=30)
+    if store is not None:
+        own = dist.PrefixStore("group", store)
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, store=own, rank=rank, world_size=count, timeout=timeout)
+    deepspeed.init_distributed(backend, verbose=False, timeout=timeout)
     if on_gpu:
         agree_on_kernels(kernels.why_not(local_rank))  # tried before the run, not within its first step
     count = dist.get_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", torch.cuda.device_count() if on_gpu else count))
-    torch.set_num_threads(own_threads(local))
+    torch.set_num_threads(own_threads(local_ranks(torch.cuda.device_count() if on_gpu else count)))
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     return Ranks(dist.get_rank(), count), device
 

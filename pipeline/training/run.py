@@ -24,8 +24,10 @@ from pipeline.data.order import validation_samples
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
-from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, leave_with_launcher
+from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, heed_stop_file, leave_with_launcher
 from pipeline.ranks.log_file import LogFile, say
+from pipeline.ranks.peers import is_lost_peer
+from pipeline.ranks.rendezvous import meet
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.console import evaluation_line, interrupted_line, print_plan, print_summary, step_line
 from pipeline.records.flops import peak_flops, training_flops_per_image
@@ -43,23 +45,33 @@ BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
 _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
 
-def main(command: str, config: Config, resume: bool) -> int:
+def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
     """Run `command` (pretrain or finetune) on the ranks that the launcher started, from the newest checkpoint if any.
 
-    Returns 0, or EXIT_REQUEUE where a signal has stopped the run and the same command goes on with it. Raises
-    ConfigError, ManifestError, DataError, CheckpointError, GuardError or RunBusyError for what a user can mend.
+    Returns 0, or EXIT_REQUEUE where the run was asked to stop and the same command goes on with it. Raises ConfigError,
+    ManifestError, DataError, CheckpointError, GuardError, RendezvousError or RunBusyError for what a user can mend,
+    LostPeerError where another rank is gone, and Terminated where the ranks were asked to stop before they began.
     """
-    stop = StopRequest()
     leave_with_launcher(stop)
-    ranks, device = engine.start_ranks()
+    meeting = meet(config.flat(), stop)
+    stall, stacks = config.guard.stall_seconds, config.run_dir / STACKS
+    watchdog = Watchdog(meeting.rank, meeting.count, stall, stacks, hosts=meeting.hosts, stop=stop)
     with ExitStack() as stack:
-        if ranks.rank == 0:
-            stack.enter_context(exclusive(config.run_dir))
-            if config.data.reader == "indexed":
-                for each in config.data.sets:
-                    ensure_indexed(each.path)
-        barrier()
-        code = Run(command, config, ranks, device, resume, stack, stop).train()
+        stack.enter_context(watchdog)
+        try:
+            ranks, device = engine.start_ranks(meeting.store)
+            if ranks.rank == 0:
+                stack.enter_context(exclusive(config.run_dir))
+                heed_stop_file(config.run_dir, stop)
+                if config.data.reader == "indexed":
+                    for each in config.data.sets:
+                        ensure_indexed(each.path)
+            barrier()
+            code = Run(command, config, ranks, device, resume, stack, watchdog).train()
+        except RuntimeError as error:
+            if meeting.count > 1 and is_lost_peer(error):
+                watchdog.mourn(error)
+            raise
     # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
     engine.stop_ranks()
     return code
@@ -76,10 +88,12 @@ class Run:
         device: torch.device,
         resume: bool,
         stack: ExitStack,
-        stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
-        """On `stack` goes what has to be closed or told when the run fails."""
-        self.command, self.config, self.ranks, self.device, self.stop = command, config, ranks, device, stop
+        """On `stack` goes what has to be closed or told when the run fails; `watchdog` watches from now on."""
+        self.command, self.config, self.ranks, self.device = command, config, ranks, device
+        assert watchdog.stop is not None
+        self.watchdog, self.stop = watchdog, watchdog.stop
         self.manifest = manifest = run_manifest(config, ranks)
         self.order = training_order(config, manifest)
         validation_samples(config, manifest)
@@ -123,10 +137,8 @@ class Run:
             config.run_dir / BAD_SAMPLES, ranks.rank, self.first_step, self.first_step // self.order.steps_per_epoch
         )
         barrier()
-        tell = self.tracker.fail_from_thread if self.tracker else None
-        self.watchdog = stack.enter_context(
-            Watchdog(ranks.rank, ranks.count, config.guard.stall_seconds, config.run_dir / STACKS, tell)
-        )
+        watchdog.on_stall = self.tracker.fail_from_thread if self.tracker else None
+        stack.push(watchdog)  # the others are told of a failure before anything else that has to be closed is
 
         peak = peak_flops(device, self.engine.bf16)
         flops = partial(training_flops_per_image, config.model, manifest.num_classes) if peak else None
@@ -143,7 +155,7 @@ class Run:
     def train(self) -> int:
         """Every step that is left, evaluations and checkpoints among them; returns the exit code."""
         config, per_epoch = self.config, self.order.steps_per_epoch
-        self.stop.arm()
+        self.watchdog.begin()
         if self.validation.is_due(self.first_step):  # the last try was stopped before or in it
             if not self._evaluate(self.first_step):
                 return self._stopped(self.first_step)

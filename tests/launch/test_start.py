@@ -20,7 +20,12 @@ from tests.support.runs import ROOT
 RANK = """
 import json, os, sys
 if "--check" in sys.argv:
-    print("checked", *sys.argv[1:])
+    print("checked", *sys.argv[1:], file=sys.stderr)
+    if "--hand-over" in sys.argv:
+        from pathlib import Path
+        from pipeline.ranks import environment, handover
+        told = environment.travelling(os.environ)
+        print(handover.as_word(handover.write(Path("a run"), sys.argv[1], "a: b", ["--resume", "auto"], told)))
 else:
     path = f"rank.{os.environ['RANK']}.json"
     with open(path, "w") as file:
@@ -74,7 +79,7 @@ class Checkout:
         assert done.returncode == 0, done.stderr
         files = sorted(self.root.glob("rank.*.json"))
         found = [json.loads(file.read_text()) for file in files]
-        assert f"--check --ranks {len(found)} --nodes 1" in done.stdout
+        assert f"--check --ranks {len(found)} --nodes 1" in done.stderr
         for file in files:
             file.unlink()
         return found
@@ -140,11 +145,13 @@ def test_make_starts_the_demo(checkout: Checkout) -> None:
     assert [rank["CUDA_VISIBLE_DEVICES"] for rank in found] == ["1"]
 
 
+AWKWARD = 'it\'s lr(1e-3) a&b; cost $5 %n "x"'
 PDSH = """
 case "$*" in *pkill*) exit 1;; esac
 while [ "$1" != -w ]; do shift; done
 hosts=$2; shift 2; command=$*; node=0
 echo "$hosts" >>asked
+echo "$command" >>commands
 for host in ${hosts//,/ }; do bash -c "${command//%n/$node}" </dev/null & node=$((node + 1)); done
 wait
 """
@@ -156,13 +163,21 @@ def test_hosts_over_ssh(checkout: Checkout, hosts: dict[str, int]) -> None:
     checkout.host.program("ssh", 'case "$*" in *"hostname -I") echo 127.0.0.1;; esac')
     checkout.host.program("pdsh", PDSH)
     (checkout.root / "hosts").write_text("".join(f"{host} slots={slots}\n" for host, slots in hosts.items()))
-    done = checkout.run("launch/deepspeed.sh", "pretrain", "CONFIG", "a=b", HOSTFILE="hosts")
+    start = ["launch/deepspeed.sh", "pretrain", "CONFIG", f"a={AWKWARD}"]
+    done = checkout.run(*start, HOSTFILE="hosts", MLFLOW_TRACKING_PASSWORD=AWKWARD, NCCL_DEBUG="INFO", OTHER="x")
     assert done.returncode == 0, done.stderr
-    assert f"--check --ranks {sum(hosts.values())} --nodes {len(hosts)}" in done.stdout
+    assert f"a={AWKWARD} --check --ranks {sum(hosts.values())} --nodes {len(hosts)}" in done.stderr
     assert (checkout.root / "asked").read_text() == ",".join(hosts) + "\n"
     found = [json.loads(file.read_text()) for file in sorted(checkout.root.glob("rank.*.json"))]
     assert [rank["WORLD_SIZE"] for rank in found] == [str(sum(hosts.values()))] * sum(hosts.values())
-    assert all(rank["arguments"] == ["pretrain", "CONFIG", "a=b"] for rank in found)
+    assert len({rank["arguments"][1] for rank in found}) == 1
+    assert found[0]["arguments"][1].startswith(f"{checkout.root}/a run/.launch/")
+    for rank in found:
+        assert (rank["arguments"][0], rank["arguments"][2:]) == ("pretrain", ["--resume", "auto"])
+        assert (rank["MLFLOW_TRACKING_PASSWORD"], rank["NCCL_DEBUG"]) == (AWKWARD, "INFO")
+        assert rank["PATH"].startswith(f"{checkout.root}/.venv/bin:")
+    assert AWKWARD not in (checkout.root / "commands").read_text()
+    assert not (checkout.root / "a run" / ".launch").exists()  # it may hold passwords
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -49,7 +49,18 @@ class Host:
         """The variables of the shell that evaluates what is printed; arrays as words with a space between."""
         done = self.places(launcher, **environment)
         assert done.returncode == 0, done.stderr
-        names = ["ranks", "nodes", "launch", "module", "RANKS", *OURS, "CUDA_VISIBLE_DEVICES", "SRUN_CPUS_PER_TASK"]
+        names = [
+            "ranks",
+            "nodes",
+            "launch",
+            "module",
+            "RANKS",
+            "PIPELINE_HOSTS",
+            "PIPELINE_MASTER",
+            *OURS,
+            "CUDA_VISIBLE_DEVICES",
+            "SRUN_CPUS_PER_TASK",
+        ]
         script = done.stdout + "\n".join(f'echo {name}="${{{name}[*]}}"' for name in names)
         said = subprocess.run(["/bin/bash", "-c", script], env={}, capture_output=True, text=True, check=True).stdout
         return {name: value for name, _, value in (line.partition("=") for line in said.splitlines()) if value}

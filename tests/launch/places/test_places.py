@@ -136,18 +136,17 @@ def test_the_hosts_of_a_hostfile(host: Host, tmp_path: Path) -> None:
     host.program("pdsh", "exit 1")
     host.program("ssh", '[ "${@: -2:1}" != down ] || { echo "ssh: no route to host" >&2; exit 255; }')
     told = host.told("deepspeed", HOSTFILE=str(hosts))
-    assert (told["ranks"], told["nodes"], told["launch"]) == ("3", "2", f"--hostfile {hosts}")
+    assert (told["ranks"], told["nodes"], told["launch"]) == ("3", "2", f"--hostfile {hosts} --force_multi")
+    assert (told["PIPELINE_HOSTS"], told["PIPELINE_MASTER"]) == ("node1:2 node2:1", "node1:29500")
     assert "CUDA_VISIBLE_DEVICES" not in told
     told = host.told("deepspeed", HOSTFILE=str(hosts), MASTER_PORT="29501", DEEPSPEED_ARGS="-e 'node1:1'")
     assert (told["ranks"], told["nodes"]) == ("2", "2")
-    assert told["launch"] == f"--hostfile {hosts} --master_port 29501 -e node1:1"
+    assert told["launch"] == f"--hostfile {hosts} --master_port 29501 -e node1:1 --force_multi"
     done = host.places("deepspeed", HOSTFILE=str(hosts), CUDA_VISIBLE_DEVICES="0")
     assert done.stderr == "note: CUDA_VISIBLE_DEVICES does not count with HOSTFILE: slots= does\n"
     # A single host: DeepSpeed would start its ranks here, wherever it is.
     hosts.write_text("node1 slots=2\n")
     assert host.told("deepspeed", HOSTFILE=str(hosts))["launch"] == f"--hostfile {hosts} --force_multi"
-    hosts.write_text(f"{socket.gethostname()} slots=2\n")
-    assert host.told("deepspeed", HOSTFILE=str(hosts))["launch"] == f"--hostfile {hosts}"
     hosts.write_text("node1 slots=2\ndown slots=2\n")
     said = host.refused("deepspeed", HOSTFILE=str(hosts))
     assert "ssh does not reach down without a password: ssh: no route to host" in said
@@ -198,8 +197,9 @@ def test_torchrun_on_several_hosts(host: Host) -> None:
     told = host.told("torchrun", **four)
     assert (told["ranks"], told["nodes"]) == ("8", "4")
     several = "--nnodes 4 --nproc_per_node 2 --node_rank 3 --master_addr host0 --master_port"
-    assert told["launch"] == f"{several} 29500"
-    assert host.told("torchrun", **four, MASTER_PORT="29501")["launch"] == f"{several} 29501"
+    assert told["launch"] == f"{several} 29500 --rdzv_conf timeout=300"
+    told = host.told("torchrun", **four, MASTER_PORT="29501", RENDEZVOUS_SECONDS="900")
+    assert told["launch"] == f"{several} 29501 --rdzv_conf timeout=900"
 
 
 @pytest.mark.parametrize(

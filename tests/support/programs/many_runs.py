@@ -31,6 +31,7 @@ from pipeline.config.load import load
 from pipeline.data.views import Batch
 from pipeline.ranks.collectives import barrier
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive
+from pipeline.ranks.watchdog import Watchdog
 from pipeline.training import engine
 from pipeline.training.run import Run
 
@@ -85,12 +86,15 @@ def main() -> None:
         options = _parse(job["arguments"])
         config = load(options.config, options.overrides)
         stop, code, raised = StopRequest(), None, None
+        stacks = config.run_dir / "stacks"
+        watchdog = Watchdog(ranks.rank, ranks.count, config.guard.stall_seconds, stacks, stop=stop)
         try:
             with ExitStack() as stack:
+                stack.enter_context(watchdog)
                 if ranks.rank == 0:
                     stack.enter_context(exclusive(config.run_dir))
                 barrier()
-                run = Run(options.command, config, ranks, device, True, stack, stop)
+                run = Run(options.command, config, ranks, device, True, stack, watchdog)
                 disturb_and_record(run, job)
                 code = run.train()
         except ValueError as error:
