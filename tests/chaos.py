@@ -1,10 +1,11 @@
 """Short pretrainings whose ranks and launchers are killed at random, started again by the same command until done.
 
-    python -m tests.chaos [--runs 25] [--seed 0] [--folder DIR]
+    python -m tests.chaos [--runs 25] [--seed 0] [--hosts 2] [--folder DIR]
 
-Each run has to end with the weights, EMA and optimizer state of an undisturbed one, to the last bit, and to have
-trained on every sample of every epoch exactly once. Prints a table; exit code 1 where a run did not. `make chaos` runs
-it, and the test suite a short form.
+With --hosts the ranks, one a host, are on network namespaces of this machine (tests/support/cluster.py), and links are
+pulled too. Each run has to end with the weights, EMA and optimizer state of an undisturbed one, to the last bit, and to
+have trained on every sample of every epoch exactly once. Prints a table; exit code 1 where a run did not. `make chaos`
+runs it, and the test suite a short form.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 from safetensors.torch import load_file
 
+from tests.support.cluster import Cluster, why_not
 from tests.support.datasets import Datasets, build_datasets
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import RECORDER, ROOT, log_of, small_run
@@ -33,6 +36,8 @@ STEPS = EPOCHS * STEPS_PER_EPOCH
 DISTURBED_MAX = 3  # times a run: then it is left alone
 AT_A_STEP = 0.7  # share of the disturbances that wait for a step; others come at any time from the start on
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+STALL_SECONDS = 15.0  # of hosts: a link that is down
+LEFT_SECONDS = 200.0  # for ranks to leave that have lost their launcher or the others
 
 
 @dataclass
@@ -48,8 +53,8 @@ class Outcome:
 class Chaos:
     """Runs in `folder` on the data sets, with an undisturbed one to compare to."""
 
-    def __init__(self, datasets: Datasets, folder: Path) -> None:
-        self.datasets, self.folder = datasets, folder
+    def __init__(self, datasets: Datasets, folder: Path, cluster: Cluster | None = None) -> None:
+        self.datasets, self.folder, self.cluster = datasets, folder, cluster
         done = self._start("undisturbed", "deepspeed")
         assert done.wait() == 0, (folder / "undisturbed.out").read_text()[-3000:]
 
@@ -61,6 +66,7 @@ class Chaos:
             if left:
                 outcome.disturbances.append(self._disturb(name, process, draw))
             outcome.exit_codes.append(process.wait(timeout=PATIENCE_SECONDS))
+            outcome.faults += self._left_behind()
             if outcome.exit_codes[-1] == 0:
                 break
         if outcome.exit_codes[-1] != 0:
@@ -71,18 +77,28 @@ class Chaos:
         return outcome
 
     def _start(self, name: str, launcher: str) -> subprocess.Popen[bytes]:
-        options = (f"name={name}", f"train.epochs={EPOCHS}", "evaluate.every_epochs=2", "checkpoint.every_steps=5")
+        options = [f"name={name}", f"train.epochs={EPOCHS}", "evaluate.every_epochs=2", "checkpoint.every_steps=5"]
+        options += [f"guard.stall_seconds={STALL_SECONDS}"] if self.cluster else []
         command = [str(ROOT / "launch" / f"{launcher}.sh"), *small_run(self.datasets, self.folder, *options)]
         record = self.folder / f"{name}.samples"
         record.mkdir(exist_ok=True)
         environment = {**os.environ, "RANKS": "2", "VENV": sys.prefix, "RECORD_SAMPLES": str(record)}
         environment["PYTHONPATH"] = str(RECORDER)
         with open(self.folder / f"{name}.out", "ab") as output:
+            if self.cluster is not None:
+                del environment["RANKS"]
+                environment |= {"HOSTFILE": str(self.cluster.hostfile()), "PIPELINE_ENVIRONMENT": "RECORD_SAMPLES"}
+                return self.cluster.start(
+                    "node1", *command, environment=environment, cwd=ROOT, stdout=output, stderr=output
+                )
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
     def _disturb(self, name: str, process: subprocess.Popen[bytes], draw: random.Random) -> str:
         """Send one signal to one rank or to the launcher; returns what was done, in words."""
-        number, victim = draw.choice(SIGNALS), draw.choice(("launcher", "rank 0", "rank 1"))
+        victims = ["launcher", "rank 0", "rank 1"]
+        if self.cluster is not None:
+            victims += [f"{what} {name}" for what in ("host", "link") for name in self.cluster.names]
+        number, victim = draw.choice(SIGNALS), draw.choice(victims)
         started = time.monotonic()
         if draw.random() < AT_A_STEP:
             step, delay = draw.randrange(1, STEPS), draw.random() * 0.3
@@ -97,11 +113,47 @@ class Chaos:
             time.sleep(0.01)
         if process.poll() is not None:
             return f"none: it was over after {time.monotonic() - started:.0f} s"
+        if self.cluster is not None:
+            return f"{self._disturb_hosts(victim, number)} at {moment}"
         target = process.pid if victim == "launcher" else rank_process(process.pid, int(victim[-1]))
         if target is None:  # not started yet
             victim, target = "launcher", process.pid
         os.kill(target, number)
         return f"{victim} {number.name} at {moment}"
+
+    def _disturb_hosts(self, victim: str, number: signal.Signals) -> str:
+        """One signal to the launcher or a rank, SIGKILL to all processes of a host, or its plug pulled."""
+        assert self.cluster is not None
+        what, _, name = victim.partition(" ")
+        if what == "link":
+            self.cluster.link(name, up=False)
+            return f"link of {name} down"
+        if what == "host":
+            for process in self.cluster.processes(name):
+                with suppress(psutil.Error):
+                    process.kill()
+            return f"all processes of {name} SIGKILL"
+        if what == "rank" and (ranks := self.cluster.ranks(self.cluster.names[int(name)])):
+            targets = ranks
+        else:
+            targets = [p for p in self.cluster.processes("node1") if "deepspeed_runner" in " ".join(p.cmdline())]
+            victim = "launcher"
+        for process in targets:
+            process.send_signal(number)
+        return f"{victim} {number.name}"
+
+    def _left_behind(self) -> list[str]:
+        """Processes on hosts where the launch is over, after the time that ranks without a launcher have."""
+        if self.cluster is None:
+            return []
+        end = time.monotonic() + LEFT_SECONDS
+        while left := [p for name in self.cluster.names for p in self.cluster.processes(name)]:
+            if time.monotonic() > end:
+                return [f"left behind: {[' '.join(p.cmdline())[:80] for p in left]}"]
+            time.sleep(0.2)
+        for name in self.cluster.names:
+            self.cluster.link(name, up=True)
+        return []
 
     def _last_step(self, name: str) -> int:
         try:
@@ -159,18 +211,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hosts", type=int, default=0, help="so many, with a rank each (none: this host alone)")
     parser.add_argument("--folder", type=Path, help="to keep the runs (a temporary one)")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the test suite
     draw = random.Random(options.seed)
     bad = 0
-    with tempfile.TemporaryDirectory() as temporary:
+    with ExitStack() as stack:
+        temporary = stack.enter_context(tempfile.TemporaryDirectory())
         folder = options.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        chaos = Chaos(build_datasets(folder / "data"), folder)
+        cluster = None
+        if options.hosts:
+            if reason := why_not():
+                parser.error(reason)
+            cluster = stack.enter_context(Cluster(options.hosts))
+        chaos = Chaos(build_datasets(folder / "data"), folder, cluster)
         print("| run | launcher | disturbances | exit codes | bit-equal, each sample once |\n|---|---|---|---|---|")
         for number in range(options.runs):
-            launcher = ("deepspeed", "torchrun")[number % 2]
+            launcher = "deepspeed" if cluster else ("deepspeed", "torchrun")[number % 2]
             outcome = chaos.run(f"run-{number}", launcher, draw, draw.randrange(1, DISTURBED_MAX + 1))
             bad += bool(outcome.faults)
             verdict = "; ".join(outcome.faults)[:500].replace("\n", " ") or "yes"

@@ -22,7 +22,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from data_prep.credentials import without_credentials
 from pipeline.ranks import handover
-from pipeline.ranks.collectives import be_alone_without_launcher
+from pipeline.ranks.collectives import be_alone_without_launcher, local_ranks
 from pipeline.ranks.lifetime import StopRequest, Terminated
 from pipeline.ranks.log_file import say_at_once
 from pipeline.ranks.peers import named
@@ -232,9 +232,9 @@ def expected_hosts(count: int) -> list[str]:
     for word in os.environ.get(handover.HOSTS_VARIABLE, "").split():
         name, _, slots = word.rpartition(":")
         hosts += [name] * int(slots)
-    local = os.environ.get("LOCAL_WORLD_SIZE", "")
-    if len(hosts) != count and local.isdigit() and count % int(local) == 0:
-        hosts = [f"host number {rank // int(local)}" for rank in range(count)]
+    local = local_ranks(count)
+    if len(hosts) != count and local < count and count % local == 0:
+        hosts = [f"host number {rank // local}" for rank in range(count)]
     return hosts if len(hosts) == count else [""] * count
 
 

@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder: output_root/name")
+    parser.add_argument("folder", type=Path, metavar="RUN", help="the run folder: output_root/name")
     parser.add_argument(
         "--wait", type=float, default=900.0, metavar="SECONDS", help="for its last checkpoint; 0: ask, and leave (900)"
     )
@@ -30,18 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """Ask, and wait until nobody writes to the run folder. Raises ConfigError where nothing runs there."""
-    if not options.run.is_dir():
-        raise ConfigError(f"no run folder {options.run}: RUN is output_root/name of its configuration")
-    holder = holder_of(options.run)
+    if not options.folder.is_dir():
+        raise ConfigError(f"no run folder {options.folder}: RUN is output_root/name of its configuration")
+    holder = holder_of(options.folder)
     if holder is None:
-        raise ConfigError(f"nothing runs in {options.run} (or it has not begun: try again)")
-    ask_to_stop(options.run, "make stop")
-    print(f"{options.run}: {holder} is asked to stop, at the end of its step and with a checkpoint", flush=True)
+        raise ConfigError(f"nothing runs in {options.folder} (or it has not begun: try again)")
+    ask_to_stop(options.folder, "make stop")
+    print(f"{options.folder}: {holder} is asked to stop, at the end of its step and with a checkpoint", flush=True)
     shown, started = sys.stderr.isatty(), time.monotonic()
     while (seconds := time.monotonic() - started) < options.wait:
-        if holder_of(options.run) is None:
-            withdraw_stop(options.run)
-            print(f"{options.run}: stopped after {seconds:.0f} s; {_newest(options.run)}")
+        if holder_of(options.folder) is None:
+            withdraw_stop(options.folder)
+            print(f"{options.folder}: stopped after {seconds:.0f} s; {_newest(options.folder)}")
             return 0
         if shown:
             print(f"\r  {seconds:.0f} s", end="", file=sys.stderr, flush=True)
@@ -49,7 +49,7 @@ def command(options: argparse.Namespace) -> int:
     if not options.wait:
         return 0
     raise ConfigError(
-        f"{options.run} still runs after {options.wait:.0f} s, {holder}: a step, an evaluation or a checkpoint may "
+        f"{options.folder} still runs after {options.wait:.0f} s, {holder}: a step, an evaluation or a checkpoint may "
         f"take longer (--wait); a rank that hangs is named by the run itself within guard.stall_seconds"
     )
 

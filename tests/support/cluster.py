@@ -9,6 +9,7 @@ What a host is here: its network, name and processes. Files and CPU cores are th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import fcntl
 import os
 import shutil
@@ -27,6 +28,7 @@ import psutil
 
 NEEDED = {"ip": "iproute2", "sshd": "openssh-server", "ssh": "openssh-client", "pdsh": "pdsh", "unshare": "util-linux"}
 _READY_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -106,24 +108,23 @@ class Cluster:
         path.write_text("".join(f"{name} slots={slots}\n" for name in names))
         return path
 
-    def command(self, name: str, *arguments: str | Path) -> list[str]:
-        """What runs `arguments` on a host, in the folder where it is started."""
-        pid = self._pids[name]
-        enter = ["nsenter", "-t", str(pid), "-n", "-u", "-m", "-p", f"--wd={os.getcwd()}"]
+    def command(self, name: str, *arguments: str | Path, cwd: Path | None = None) -> list[str]:
+        """What runs `arguments` on a host, in `cwd` or this folder."""
+        enter = ["nsenter", "-t", str(self._pids[name]), "-n", "-u", "-m", "-p", f"--wd={cwd or os.getcwd()}"]
         return [*enter, *map(str, arguments)]
 
     def start(
         self, name: str, *arguments: str | Path, environment: Mapping[str, str] | None = None, **more: object
     ) -> subprocess.Popen[bytes]:
         """A process on a host; `more` is for Popen. The process that is returned is nsenter, which ends as it does."""
-        cwd = Path(str(more.pop("cwd", os.getcwd())))
-        command = ["nsenter", "-t", str(self._pids[name]), "-n", "-u", "-m", "-p", f"--wd={cwd}", *map(str, arguments)]
+        command = self.command(name, *arguments, cwd=Path(str(more.pop("cwd", os.getcwd()))))
         return subprocess.Popen(command, env=dict(environment or os.environ), **more)  # type: ignore[call-overload]
 
     def run(self, name: str, *arguments: str | Path, timeout: float = 120, **more: object) -> str:
         """What a command on a host prints; raises CalledProcessError where it fails."""
+        cwd = Path(str(more.pop("cwd", os.getcwd())))
         done = subprocess.run(
-            self.command(name, *arguments), capture_output=True, text=True, timeout=timeout, check=True, **more
+            self.command(name, *arguments, cwd=cwd), capture_output=True, text=True, timeout=timeout, check=True, **more
         )  # type: ignore[call-overload]
         return str(done.stdout)
 
@@ -213,6 +214,7 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 env={"PATH": _SYSTEM_PATH},
+                preexec_fn=_die_with_us,
             )
 
     def _await_ssh(self) -> None:
@@ -254,6 +256,11 @@ class Cluster:
             if line.startswith(f"hn{self._number}node"):
                 _ip("netns", "del", line.split()[0], check=False)
         _ip("link", "del", self._bridge, check=False)
+
+
+def _die_with_us() -> None:
+    """A host does not outlive the test run that was killed."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
