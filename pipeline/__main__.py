@@ -25,6 +25,10 @@ _COMMANDS = {
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
+    "doctor": (
+        "pipeline.doctor.command",
+        "what would go wrong on the hosts of a run: versions, GPUs, data, disks, network",
+    ),
     "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
 }
 _EPILOG = """\

@@ -1,0 +1,1 @@
+"""What would go wrong on the hosts of a run, looked at before it: side by side, in a table."""

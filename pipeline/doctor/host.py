@@ -1,0 +1,111 @@
+"""What one host tells, to `reach.Agent`: questions come in by stdin, a line of JSON each, answers go out by stdout.
+
+    python -m pipeline.doctor.host
+
+`look` is one question for all that a host can tell by itself. What cannot be told is an {"error": ...} in its place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+MARK = "doctor: "  # as in reach.py, which a host has no need to import
+
+
+class _Host:
+    """The answers to each question, by name."""
+
+    def __init__(self) -> None:
+        self._nonces: Any = None
+
+    def clock(self) -> dict[str, Any]:
+        return {"time": time.time()}
+
+    def look(
+        self,
+        config: dict[str, Any],
+        environment: dict[str, str],
+        hosts: list[str],
+        is_first: bool,
+        port: int | None,
+        fast: bool,
+    ) -> dict[str, Any]:
+        # What the ranks of a run are given too; what stands in this host's own environment they have as well.
+        os.environ.update(environment)
+        from pipeline.config.load import Config
+        from pipeline.doctor import data, disks, gpus, names, network, settings, software
+
+        read = Config.model_validate(config)
+        told: dict[str, Any] = {
+            "software": _told(software.look),
+            "gpus": _told(gpus.look),
+            "names": _told(lambda: names.look(hosts, port)),
+            "data": _told(lambda: data.look(read, is_first, fast)),
+            "disks": _told(lambda: disks.look(read, is_first, fast)),
+            "links": _told(network.look),
+        }
+        if is_first:
+            told["mlflow"] = _told(lambda: settings.look_mlflow(read))
+        return told
+
+    def write(self, folder: str, nonce: str) -> dict[str, Any]:
+        from pipeline.doctor.disks import Nonces
+
+        self._nonces = Nonces()
+        return {"fault": self._nonces.write(folder, nonce)}
+
+    def unseen(self, folder: str, nonces: list[str]) -> dict[str, Any]:
+        return {"unseen": self._nonces.unseen(folder, nonces)}
+
+    def remove(self) -> dict[str, Any]:
+        if self._nonces is not None:
+            self._nonces.remove()
+        return {}
+
+    def reduce(self, **how: Any) -> dict[str, Any]:
+        from pipeline.doctor.network import run_ranks
+
+        return run_ranks(**how)
+
+
+def _told(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return look()
+    except Exception as error:  # of a store, a driver, a file system: it is one finding, and the others go on
+        return {"error": " ".join(str(error).split())[:500] or type(error).__name__}
+
+
+def _import() -> None:
+    """What `look` needs, while the clocks are compared and the configuration is read."""
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+    import pipeline.config.load
+    import pipeline.doctor.data
+    import pipeline.doctor.disks  # noqa: F401
+
+
+def main() -> int:
+    """Answer until the input ends: the one who asks is done, or gone."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+    host = _Host()
+    threading.Thread(target=_import, daemon=True).start()
+    try:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answer = getattr(host, asked.pop("question"))(**asked)
+            out.write(f"{MARK}{json.dumps(answer)}\n")
+            out.flush()
+    finally:
+        host.remove()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    os._exit(code)  # a name that nobody answers for may still be waited for
