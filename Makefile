@@ -38,7 +38,7 @@ endif
 endif
 endif
 
-.PHONY: help setup places plan data pretrain finetune evaluate stop review test chaos bench lint picture clean
+.PHONY: help setup places plan data doctor pretrain finetune evaluate stop review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -66,6 +66,9 @@ endif
 
 plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards: images, disk, hours
 	@$(BIN)/python -m data_prep plan --source "$(SOURCE)" --val-per-class 10 --output data/own
+
+doctor: $(STAMP) ## what would go wrong on the hosts of a run: CONFIG=... [HOSTFILE=...] [ARGS="--fast key=value"]
+	@$(BIN)/python -m pipeline doctor "$(or $(CONFIG),$(DEMO_PRETRAIN))" $(if $(HOSTFILE),--hostfile "$(HOSTFILE)") $(ARGS)
 
 places: $(STAMP)
 	@$(DEMO_RANKS)

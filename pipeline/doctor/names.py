@@ -67,7 +67,7 @@ def _port_fault(port: int) -> str:
     try:
         require_free("MASTER_PORT", port)
     except PortError as error:
-        return f"{str(error).partition(':')[0]}{_listener(port)}"
+        return f"{str(error).rpartition(': ')[0]}{_listener(port)}"
     return ""
 
 
