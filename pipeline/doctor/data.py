@@ -30,7 +30,8 @@ def look(config: Config, is_first: bool, fast: bool) -> Report:
     if is_first:
         training_order(config, manifest)
     check_remote(data, manifest)
-    return {"sets": {part.folder: _of_set(part, part_manifest) for part, part_manifest in parts_of(data, manifest)}}
+    sets = {part.folder: _of_set(part, part_manifest) for part, part_manifest in parts_of(data, manifest)}
+    return {"sets": sets, "classes": manifest.num_classes}
 
 
 def _of_stream(config: Config) -> Report:
@@ -38,8 +39,10 @@ def _of_stream(config: Config) -> Report:
     stream = importlib.import_module("pipeline.data.stream.manifest")
     manifest = stream.load_manifest(config.data, count_val=False)
     notes: list[str] = []
-    stream.look_into(stream.streamed_set(config.data, manifest), config.data, "train", notes.append)
-    return {"notes": notes, "sets": {config.data.folder: {"dataset_id": manifest.dataset_id, "faults": [], "files": 0}}}
+    found = stream.streamed_set(config.data, manifest)
+    stream.look_into(found, config.data, "train", notes.append)
+    told = {"dataset_id": manifest.dataset_id, "manifest": "", "files": len(found.urls["train"]), "faults": []}
+    return {"notes": notes, "sets": {config.data.folder: told}, "classes": manifest.num_classes}
 
 
 def _of_set(data: Data, manifest: Manifest) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from typing import Any
 from data_prep.storage import TEMP_MARK
 from pipeline.checkpoints.files import Meta, newest_good, step_folders
 from pipeline.config.load import Config
-from pipeline.data.opened import open_manifest
 from pipeline.doctor.report import Finding, Report, Reports, answered, differing, each, named, odd
 
 _LOCK_TEXT = re.compile(r"process (\d+) on (\S+)")
@@ -31,8 +30,11 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def look(config: Config, is_first: bool, fast: bool) -> Report:
-    """Room by folder (bytes; inodes, None where the file system does not count them), limits, the run's lock."""
+def look(config: Config, is_first: bool, classes: int | None) -> Report:
+    """Room by folder (bytes; inodes, None where the file system does not count them), limits, the run's lock.
+
+    classes: for the size of a checkpoint that there is none of yet; None: it is not asked for.
+    """
     folders = {"output_root": config.run_dir}
     if (config.data.is_remote and config.data.cache_gb) or config.data.stream_cache:
         folders["data.cache_folder"] = config.data.cache_folder.expanduser()
@@ -48,7 +50,7 @@ def look(config: Config, is_first: bool, fast: bool) -> Report:
         "infiniband": os.path.isdir("/sys/class/infiniband") and bool(os.listdir("/sys/class/infiniband")),
         "lock": _lock(config.run_dir / ".lock", is_first),
         "checkpoints": len(checkpoints),
-        "checkpoint_bytes": _checkpoint_bytes(config, fast) if is_first else None,
+        "checkpoint_bytes": _checkpoint_bytes(config, classes) if is_first else None,
     }
 
 
@@ -62,12 +64,12 @@ def _room(folder: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint_bytes(config: Config, fast: bool) -> int | None:
+def _checkpoint_bytes(config: Config, classes: int | None) -> int | None:
     """Of one checkpoint: as the last one, or computed from the model. None: not known without torch."""
     found, _ = newest_good(config.run_dir / "checkpoints", hashes=False)
     if found is not None:
         return _bytes(found[1])
-    if fast:
+    if classes is None:
         return None
     import torch
 
@@ -75,7 +77,7 @@ def _checkpoint_bytes(config: Config, fast: bool) -> int | None:
 
     import_models()
     with torch.device("meta"):  # shapes alone
-        model = build_model(config.model, open_manifest(config.data).num_classes, config.data.resolution)
+        model = build_model(config.model, classes, config.data.resolution)
     copies = _COPIES + (config.optimizer.ema_decay is not None)
     return 4 * copies * sum(weight.numel() for weight in model.parameters())
 

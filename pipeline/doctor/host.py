@@ -47,9 +47,10 @@ class _Host:
             "gpus": _told(gpus.look),
             "names": _told(lambda: names.look(hosts, port)),
             "data": _told(lambda: data.look(read, is_first, fast)),
-            "disks": _told(lambda: disks.look(read, is_first, fast)),
             "links": _told(network.look),
         }
+        classes = None if fast else told["data"].get("classes")
+        told["disks"] = _told(lambda: disks.look(read, is_first, classes))
         if is_first:
             told["mlflow"] = _told(lambda: settings.look_mlflow(read))
         return told

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from data_prep.credentials import without_credentials
+
 Status = Literal["pass", "warn", "fail"]
 _COLOURS = {"pass": "green", "warn": "yellow", "fail": "red"}
 _WIDTH = 130  # columns, where there is no terminal
@@ -64,7 +66,7 @@ def answered(check: str, reports: Reports, key: str) -> tuple[dict[str, Report],
     """What hosts tell of the topic `key`; a failure for those that could not look at it."""
     told = {host: report[key] for host, report in reports.items() if key in report}
     errors = {host: report["error"] for host, report in told.items() if "error" in report}
-    return {host: told[host] for host in told if host not in errors}, each(check, "fail", errors, "mend that there")
+    return {host: told[host] for host in told if host not in errors}, each(check, "fail", errors, "")
 
 
 def failed(findings: Iterable[Finding]) -> bool:
@@ -86,7 +88,7 @@ def print_table(findings: Sequence[Finding], title: str, seconds: float) -> None
             finding.check,
             Text(finding.status, _COLOURS[finding.status]),
             Text(named(finding.hosts) or "all"),
-            Text(finding.text),
+            Text(without_credentials(finding.text)),  # here: over the end of a line nothing finds them any more
             Text(finding.advice),
         )
     console = Console()
