@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 MARK = "doctor: "  # as in reach.py, which a host has no need to import
 
@@ -23,6 +26,7 @@ class _Host:
 
     def __init__(self) -> None:
         self._nonces: Any = None
+        self._ranks: list[subprocess.Popen[str]] = []
 
     def clock(self) -> dict[str, Any]:
         return {"time": time.time()}
@@ -69,10 +73,17 @@ class _Host:
             self._nonces.remove()
         return {}
 
+    def leave(self) -> NoReturn:
+        """Clean up and end this process, whatever it is at: who asks is done, or gone."""
+        for rank in self._ranks:
+            rank.kill()
+        self.remove()
+        os._exit(0)
+
     def reduce(self, **how: Any) -> dict[str, Any]:
         from pipeline.doctor.network import run_ranks
 
-        return run_ranks(**how)
+        return run_ranks(self._ranks, **how)
 
 
 def _told(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -90,23 +101,25 @@ def _import() -> None:
     import pipeline.doctor.disks  # noqa: F401
 
 
-def main() -> int:
-    """Answer until the input ends: the one who asks is done, or gone."""
+def main() -> None:
+    """Answer until the input ends."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
-    host = _Host()
-    threading.Thread(target=_import, daemon=True).start()
-    try:
+    host, lines = _Host(), queue.Queue[str]()
+
+    def read() -> None:
         for line in sys.stdin:
-            asked = json.loads(line)
-            answer = getattr(host, asked.pop("question"))(**asked)
-            out.write(f"{MARK}{json.dumps(answer)}\n")
-            out.flush()
-    finally:
-        host.remove()
-    return 0
+            lines.put(line)
+        host.leave()
+
+    threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=_import, daemon=True).start()
+    while True:
+        asked = json.loads(lines.get())
+        answer = _told(partial(getattr(host, asked.pop("question")), **asked))
+        out.write(f"{MARK}{json.dumps(answer)}\n")
+        out.flush()
 
 
 if __name__ == "__main__":
-    code = main()
-    os._exit(code)  # a name that nobody answers for may still be waited for
+    main()

@@ -1,6 +1,8 @@
 """An all-reduce over all hosts, as the run's ranks would do it: whether they find each other, and how fast it is.
 
-python -m pipeline.doctor.network SECONDS     one rank, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
+    python -m pipeline.doctor.network BACKEND END
+
+is one rank, by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, until time.time() is END at the latest.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pipeline.doctor.report import Finding, Report, each
 
 _MIB = 1 << 20
 _SIZES = {"gloo": (_MIB, 8 * _MIB, 64 * _MIB), "nccl": (_MIB, 64 * _MIB, 1024 * _MIB)}
+_LAST_SECONDS = 5.0  # for ranks that were alone, to say so
 _SECONDS_A_SIZE, _ROUNDS = 1.0, 20
 # One ring of TCP connections, driven by one core: gloo gets no more out of a faster link.
 _GLOO_GBIT = 10.0
@@ -53,10 +56,21 @@ def _infiniband() -> list[float]:
     return rates
 
 
-def run_ranks(first: int, count: int, world: int, address: str, port: int, backend: str, seconds: float) -> Report:
-    """Start this host's ranks of the all-reduce, and wait for them: {"ranks": [what each says, or its error]}."""
+def run_ranks(
+    started: list[subprocess.Popen[str]],
+    first: int,
+    count: int,
+    world: int,
+    address: str,
+    port: int,
+    backend: str,
+    seconds: float,
+) -> Report:
+    """Start this host's ranks of the all-reduce, and wait for them: {"ranks": [what each says, or its error]}.
+
+    `started` is filled with them, so that the caller can end them early.
+    """
     end = time.monotonic() + seconds
-    started = []
     for local in range(count):
         environment = {
             "RANK": str(first + local),
@@ -66,7 +80,7 @@ def run_ranks(first: int, count: int, world: int, address: str, port: int, backe
             "MASTER_PORT": str(port),
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
-        command = [sys.executable, "-m", "pipeline.doctor.network", backend, f"{seconds - 5:.0f}"]
+        command = [sys.executable, "-m", "pipeline.doctor.network", backend, str(time.time() + seconds - _LAST_SECONDS)]
         started.append(
             subprocess.Popen(
                 command,
@@ -87,7 +101,7 @@ def _outcome(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
-        return {"error": f"nothing within {seconds:.0f} s"}
+        return {"error": f"waited for the others in vain ({seconds:.0f} s)"}
     for line in told.splitlines():
         if line.startswith(_RESULT):
             return dict(json.loads(line.removeprefix(_RESULT)))
@@ -95,7 +109,7 @@ def _outcome(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
     return {"error": lines[-1][:300]}
 
 
-def _rank(backend: str, seconds: float) -> dict[str, Any]:
+def _rank(backend: str, end: float) -> dict[str, Any]:
     """Seconds of one all-reduce by bytes; an error in words."""
     import torch
     import torch.distributed as dist
@@ -107,7 +121,7 @@ def _rank(backend: str, seconds: float) -> dict[str, Any]:
         torch.cuda.set_device(device)
     torch.set_num_threads(1)
     began = time.monotonic()
-    dist.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    dist.init_process_group(backend, timeout=timedelta(seconds=max(1.0, end - time.time())))
     joined = time.monotonic() - began
     times = {}
     for size in _SIZES[backend]:
@@ -183,10 +197,10 @@ def _slowest(links: Mapping[str, Report], backend: str) -> tuple[float, str, str
     return (*rates[host], host)
 
 
-def main(backend: str, seconds: float) -> int:
+def main(backend: str, end: float) -> int:
     """One rank; what came of it is a line on stdout."""
     try:
-        told = _rank(backend, seconds)
+        told = _rank(backend, end)
     except Exception as error:  # torch's and NCCL's own
         words = " ".join(str(error).split())
         told = {"error": words[:300] or type(error).__name__}

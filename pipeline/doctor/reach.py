@@ -73,11 +73,14 @@ class Agent:
                 f"no answer within {seconds:.0f} s ({question})",
                 "is the host overloaded, or does a file system hang there?",
             ) from None
-        except OSError:
+        except (OSError, ValueError):  # its input is closed: by its end, or by ours
             line = None
         if line is None:
             raise self._ended()
-        return dict(json.loads(line))
+        told = dict(json.loads(line))
+        if set(told) == {"error"}:
+            raise HostError(told["error"], "")
+        return told
 
     def _ended(self) -> HostError:
         """Why the process is gone, in ssh's words or its own."""
@@ -141,7 +144,7 @@ def clock_offset(agent: Agent, tries: int = 5) -> tuple[float, float]:
     best = (0.0, float("inf"))
     for _ in range(tries):
         before, began = time.time(), time.monotonic()
-        told = agent.ask("clock", CONNECT_SECONDS)["time"]
+        told = agent.ask("clock", 2 * CONNECT_SECONDS)["time"]
         took = time.monotonic() - began
         if took / 2 < best[1]:
             best = (told - (before + took / 2), took / 2)
