@@ -25,7 +25,9 @@ from pipeline.doctor.report import Finding, Report, each
 
 _MIB = 1 << 20
 _SIZES = {"gloo": (_MIB, 8 * _MIB, 64 * _MIB), "nccl": (_MIB, 64 * _MIB, 1024 * _MIB)}
-_LAST_SECONDS = 5.0  # for ranks that were alone, to say so
+# For ranks that were alone, to say so. One whose peer cannot connect to it waits five times its timeout (gloo of torch
+# 2.15), and is ended.
+_LAST_SECONDS = 5.0
 _SECONDS_A_SIZE, _ROUNDS = 1.0, 20
 # One ring of TCP connections, driven by one core: gloo gets no more out of a faster link.
 _GLOO_GBIT = 10.0
