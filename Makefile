@@ -17,6 +17,8 @@ ONLY ?=
 FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || echo webdataset)
 PORT ?= 5000
 export HOSTFILE RANKS
+# The cheap part of `make doctor`, on this host; with HOSTFILE= launch/deepspeed.sh does that
+LOOK = [ -n "$$HOSTFILE" ] || [ "$${DOCTOR:-1}" = 0 ] || $(BIN)/python -m pipeline doctor --fast --quiet
 # What launch/places says: the demo is sized for one or two ranks, however many GPUs there are
 DEMO_RANKS = places=$$($(BIN)/python -m launch.places demo) || exit; eval "$$places"
 
@@ -75,15 +77,19 @@ places: $(STAMP)
 
 ifeq ($(origin CONFIG),undefined)
 pretrain: places data ## the demo: images, shards, pretraining. CONFIG=... [HOSTFILE=...] [ARGS="key=value"]: a real run
-	@$(DEMO_RANKS); launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
+	@$(DEMO_RANKS); $(LOOK) $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS) || exit; \
+	launch/deepspeed.sh pretrain $(DEMO_PRETRAIN) $(OWN_PRETRAIN) $(ARGS)
 
 finetune: places data ## the second stage, from the pretrained checkpoint. CONFIG=... as above
-	@$(DEMO_RANKS); launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
+	@$(DEMO_RANKS); $(LOOK) $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS) || exit; \
+	launch/deepspeed.sh finetune $(DEMO_FINETUNE) $(OWN_FINETUNE) $(ARGS)
 else
 pretrain: $(STAMP)
+	@$(LOOK) "$(CONFIG)" $(ARGS)
 	@launch/deepspeed.sh pretrain "$(CONFIG)" $(ARGS)
 
 finetune: $(STAMP)
+	@$(LOOK) "$(CONFIG)" $(ARGS)
 	@launch/deepspeed.sh finetune "$(CONFIG)" $(ARGS)
 endif
 

@@ -23,6 +23,11 @@ export PATH=$bin:$PATH # what the launcher starts, on this host, is this environ
 # Hosts, devices, port. And faults that every rank would meet are met here, as one line, before anything is started.
 places=$("$bin/python" -m launch.places deepspeed) || exit
 eval "$places"
+# Of many hosts each is looked at before: DOCTOR=0 leaves that out. (`make` does so for this host.)
+if [ -n "${HOSTFILE:-}" ] && [ "${DOCTOR:-1}" != 0 ]; then
+  "$bin/python" -m pipeline doctor "${@:2}" --fast --quiet --ranks "$ranks" --hostfile <(printf %s "$chosen") \
+    || { echo "error: nothing was started: mend the above, or leave it at that: DOCTOR=0" >&2; exit 1; }
+fi
 check=("$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes")
 
 # Ranks on this host leave when this process is gone: lifetime.py.

@@ -7,6 +7,7 @@ imports torch and DeepSpeed once more.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 # Where mlflow is installed DeepSpeed 0.19.8 imports it, for its autotuner: seconds. Now it seems missing.
@@ -16,6 +17,8 @@ from deepspeed.launcher import launch  # noqa: E402
 
 def main() -> int:
     """Run the ranks; returns the exit code of the first that failed, else 0."""
+    # A request to stop waits in each rank until it can answer: it would be lost while the rank imports.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     try:
         launch.main()
     except SystemExit as error:

@@ -202,6 +202,8 @@ def _many_hosts(environment: Environment, path: Path, words: list[str]) -> list[
         *_common(sum(map(len, hosts.values())), len(hosts), launch, ["pipeline"]),
         _assigned(f"export {HOSTS_VARIABLE}", told),
         _assigned("export PIPELINE_MASTER", f"{first}:{port or _DEEPSPEED_PORT}"),
+        # Of the hostfile, those that DEEPSPEED_ARGS leaves.
+        _assigned("chosen", "".join(f"{host} slots={len(slots)}\n" for host, slots in hosts.items())),
     ]
 
 

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="print warnings and failures alone, a line each")
     add("--json", action="store_true", help="print all that was found and told as JSON")
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
+    add("--resume", help=argparse.SUPPRESS)  # launchers hand on what the run gets
 
 
 def command(options: argparse.Namespace) -> int:

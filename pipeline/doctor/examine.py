@@ -12,12 +12,11 @@ from pipeline.config.load import Config
 from pipeline.doctor import data, disks, gpus, names, network, settings, software
 from pipeline.doctor.reach import HERE, Agent, HostError, ask_all, clock_offset
 from pipeline.doctor.report import Finding, Report, failed
+from pipeline.ranks.environment import travelling
 from pipeline.ranks.hostfile import Hosts
 
 _LOOK_SECONDS, _FOLDER_SECONDS, _REDUCE_SECONDS = 40.0, 10.0, 45.0
 _DEFAULT_PORT = 29500  # DeepSpeed's
-# What ranks are given of this host's environment, as far as it changes what is looked at here.
-_SENT = ("MLFLOW_", "AWS_", "NCCL_", "GLOO_", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "FSSPEC_")
 
 
 class Examination:
@@ -57,7 +56,7 @@ class Examination:
         found: dict[str, Report] = {}
         several = self.hosts is not None
         port = self.port or (_DEFAULT_PORT if several else None)
-        environment = {name: value for name, value in os.environ.items() if name.upper().startswith(_SENT)}
+        environment = travelling(os.environ)  # as ranks have it
 
         def ask(host: str) -> None:
             agent = agents[host]

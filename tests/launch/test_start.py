@@ -19,7 +19,9 @@ from tests.support.runs import ROOT
 
 RANK = """
 import json, os, sys
-if "--check" in sys.argv:
+if sys.argv[1] == "doctor":
+    pass  # all is well
+elif "--check" in sys.argv:
     print("checked", *sys.argv[1:], file=sys.stderr)
     if "--hand-over" in sys.argv:
         from pathlib import Path
