@@ -113,10 +113,12 @@ chaos: $(STAMP) ## 25 short pretrainings killed at random (half an hour), and lo
 bench: $(STAMP) ## the benchmarks in tests/bench (ratios against named baselines)
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit; done
 
-lint: $(STAMP) ## ruff (lint and format) and mypy
+lint: $(STAMP) ## ruff (lint and format), mypy and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run .githooks/*
+	@$(BIN)/shellcheck --severity warning findings/*.sh
 
 picture: $(STAMP) ## .readme/house.svg, drawn anew from the imports
 	@$(BIN)/python -m tests.support.picture

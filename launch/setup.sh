@@ -26,10 +26,10 @@ fi
 [ -x $venv/bin/pip ] || "$python" -m venv $venv \
   || fail "'$python -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"
 
-jpeg_packages="gcc libc6-dev libjpeg-dev python3-dev"
-jpeg_hint="the fast JPEG decoder is not built: $jpeg_packages (Debian names, libjpeg-turbo 2.0.6 or later) have to be installed first, then 'launch/setup.sh' again. All works without; decoding is slower."
-ffcv_packages="g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0"
-ffcv_hint="FFCV is left out: $ffcv_packages (Debian names; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All but data.format=ffcv works."
+jpeg_packages=(gcc libc6-dev libjpeg-dev python3-dev)
+jpeg_hint="the fast JPEG decoder is not built: ${jpeg_packages[*]} (Debian names, libjpeg-turbo 2.0.6 or later) have to be installed first, then 'launch/setup.sh' again. All works without; decoding is slower."
+ffcv_packages=(g++ pkg-config libturbojpeg0-dev libopencv-core-dev libopencv-imgproc-dev libgl1 libglib2.0-0)
+ffcv_hint="FFCV is left out: ${ffcv_packages[*]} (Debian names; headers of Python too) have to be installed first, then 'launch/setup.sh' again. All but data.format=ffcv works."
 
 find_opencv() { # prints the include folder that holds opencv2/core.hpp
   for dir in $(pkg-config --variable=includedir opencv4 2>/dev/null || true) /usr/include/opencv4 /usr/local/include/opencv4 ${CONDA_PREFIX:+"$CONDA_PREFIX/include/opencv4"}; do
@@ -80,7 +80,7 @@ build_ffcv() {
 }
 
 # Before pip: installing this project builds the decoder.
-have_jpeg_libraries || install_libraries "the JPEG decoder" $jpeg_packages || true
+have_jpeg_libraries || install_libraries "the JPEG decoder" "${jpeg_packages[@]}" || true
 # An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
 say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
 $venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,s3,slurm]' \
@@ -92,7 +92,7 @@ if [ "${FFCV:-1}" = 0 ]; then
   say "FFCV left out (FFCV=0)"
 elif $venv/bin/python -c 'import ffcv' 2>/dev/null; then
   say "FFCV is there"
-elif { have_ffcv_libraries || { install_libraries FFCV $ffcv_packages && have_ffcv_libraries; }; } && build_ffcv; then
+elif { have_ffcv_libraries || { install_libraries FFCV "${ffcv_packages[@]}" && have_ffcv_libraries; }; } && build_ffcv; then
   say "FFCV built"
 else
   say "$ffcv_hint"
