@@ -27,6 +27,11 @@ _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # those of MLflow 3.17
 _SERVERS = ("http", "https")
 _HOSTED = ("databricks",)  # found by its own configuration files
 _PROBE_SECONDS = 3.0
+# What pip calls the drivers, by what Python does. Of `postgresql://` alone it is psycopg (3) since SQLAlchemy 2.1.
+_DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+_WRONG_NAME = b"Invalid Host header"  # of MLflow 3.17
+# Statements that take a lock of the server, which goes with the connection, by the scheme of its address.
+_LOCKS = {"postgresql": "SELECT pg_advisory_lock(5138008)", "mysql": "SELECT GET_LOCK('hornet-mlflow', 600)"}
 
 
 def tracking_uri(config: Config) -> str:
@@ -103,9 +108,10 @@ def _check_driver(key: str, shown: str, uri: str) -> None:
     try:
         sqlalchemy.make_url(uri).get_dialect().import_dbapi()
     except ImportError as error:
+        package = _DRIVERS.get(error.name or "", error.name or "that driver")
         raise ConfigError(
-            f"{key} {shown}: the database's driver {error.name or ''} is not installed: pip install it, or name "
-            f"another, {shown.partition(':')[0].partition('+')[0]}+DRIVER://..."
+            f"{key} {shown}: the database's driver {error.name or ''} is not installed: .venv/bin/pip install "
+            f"'{package}', or name another, {shown.partition(':')[0].partition('+')[0]}+DRIVER://..."
         ) from None
     except Exception as error:  # SQLAlchemy's own
         raise ConfigError(f"{key} {shown}: {without_credentials(str(error), uri)}") from None
@@ -158,6 +164,12 @@ def _stage_on_server(uri: str, shown: str, experiment: str, note: Callable[[str]
         reason = getattr(error, "reason", error)
         note(f"MLflow at {shown} does not answer ({reason}): training starts without, and sends its numbers later")
         return None
+    if code == 403 and _WRONG_NAME in body:
+        allowed = f"{parts.hostname},{parts.hostname}:*,localhost:*"
+        raise ConfigError(
+            f"MLflow at {shown} refuses requests by the name {parts.netloc.rpartition('@')[2]}, as it does by all but "
+            f"localhost and private addresses: start it with --allowed-hosts '{allowed}', or use its IP address"
+        )
     if code in (401, 403):
         raise ConfigError(
             f"MLflow at {shown} refuses the login (HTTP {code}): set MLFLOW_TRACKING_USERNAME and "
@@ -177,9 +189,12 @@ def make_database(uri: str, make: Callable[[str], None]) -> None:
     """A new SQLite database is made whole before anybody opens it: `make` is given the address of a temporary file.
 
     MLflow itself makes it in place: two runs that are the first at once, or one that is killed meanwhile, would leave
-    a file that no later run can open (MLflow 3.17). Of many processes one makes it, the others wait.
+    a file that no later run can open (MLflow 3.17). Of many processes one makes it, the others wait. So for tables on
+    a database server, where of two that are the first one would fail.
     """
     file = database_file(uri)
+    if file is None:
+        _make_on_server(uri, make)
     if file is None or file.exists():
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -193,3 +208,15 @@ def make_database(uri: str, make: Callable[[str], None]) -> None:
                 os.replace(temporary, file)
             finally:
                 temporary.unlink(missing_ok=True)
+
+
+def _make_on_server(uri: str, make: Callable[[str], None]) -> None:
+    lock = _LOCKS.get(urllib.parse.urlsplit(uri).scheme.partition("+")[0])
+    if lock is None:
+        return
+    sqlalchemy = importlib.import_module("sqlalchemy")
+    engine = sqlalchemy.create_engine(uri, poolclass=sqlalchemy.pool.NullPool)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sqlalchemy.text(lock))
+        if not sqlalchemy.inspect(connection).has_table("alembic_version"):
+            make(uri)

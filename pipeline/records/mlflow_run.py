@@ -69,6 +69,8 @@ class MlflowRun:
             assert self.id is not None
             known = client.get_run(self.id)
             self._experiment_id, tags = known.info.experiment_id, known.data.tags
+            # Of each metric the newest value: its history may be tens of thousands of them.
+            self._last_steps = {metric.key: metric.step for metric in known.to_proto().data.metrics}
             client.update_run(self.id, status="RUNNING")
             if "stopped" in tags:
                 client.delete_tag(self.id, "stopped")
@@ -103,19 +105,7 @@ class MlflowRun:
         self.id, self.goes_on, self._id_saved, self._last_steps = None, False, False, {}
 
     def new_to_it(self, metrics: Sequence[Metric]) -> list[Metric]:
-        """Without those of steps that MLflow has from before this process: it would show them twice.
-
-        Where it does not tell, they are all new: better twice than not at all.
-        """
-        if not self.goes_on:
-            return list(metrics)
-        assert self.id is not None
-        for key in {metric.key for metric in metrics} - self._last_steps.keys():
-            try:
-                history = self._client().get_metric_history(self.id, key)
-            except Exception:
-                break  # of one kind with the next keys; each try may cost seconds
-            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+        """Without those of steps that MLflow has from before this process: it would show them twice."""
         return [metric for metric in metrics if metric.step > self._last_steps.get(metric.key, -1)]
 
     def send(self, metrics: list[Metric]) -> None:
@@ -123,7 +113,6 @@ class MlflowRun:
         assert self.id is not None
         metric_of, batch = package().entities.Metric, metrics[:_BATCH]
         self._client().log_batch(self.id, metrics=[metric_of(*metric) for metric in batch])
-        self._last_steps = {metric.key: -1 for metric in batch} | self._last_steps
         del metrics[: len(batch)]
 
     def send_text(self, text: str, name: str) -> None:
@@ -155,6 +144,9 @@ class MlflowRun:
         return package().MlflowClient(self.uri)
 
     def _make_database(self, uri: str) -> None:
+        if self._artifacts is None:  # on a server
+            package().MlflowClient(uri)
+            return
         package()
         store = importlib.import_module("mlflow.store.tracking.sqlalchemy_store").SqlAlchemyStore(uri, self._artifacts)
         store.engine.dispose()

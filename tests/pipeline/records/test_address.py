@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pipeline.config.sections import ConfigError
 from pipeline.records.address import check_address, database_file, make_database, probe, tracking_uri
 from pipeline.records.tracking import Tracker
 from tests.support.datasets import Datasets
+from tests.support.postgres import running_postgres
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import ROOT, run_module, small_run
 
@@ -40,7 +42,7 @@ def at(uri: str, root: Path = Path("runs")) -> Config:
         ("file:///somewhere/mlruns", "no longer keeps runs in folders"),
         ("foo://bob:secret@host", r"foo://host: MLflow knows no foo://; it takes http, https, sqlite, postgresql"),
         ("http://", "names no host"),
-        ("mssql://bob:secret@host/db", r"mssql://host/db: the database's driver pyodbc is not installed: pip install"),
+        ("mssql://bob:secret@host/db", r"mssql://host/db: the database's driver pyodbc is not installed"),
         ("postgresql+nothing://bob:secret@host/db", r"postgresql\+nothing://host/db: .*nothing"),
         ("sqlite://", "keeps nothing: name a file"),
         ("sqlite:///:memory:", "keeps nothing: name a file"),
@@ -54,6 +56,18 @@ def test_addresses_that_can_never_work(uri: str, words: str) -> None:
         check_address(at(uri))
     assert "secret" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("driver", "scheme", "package"),
+    [("psycopg", "postgresql", "psycopg[binary]"), ("psycopg2", "postgresql+psycopg2", "psycopg2-binary")],
+)
+def test_a_driver_that_is_missing(monkeypatch: pytest.MonkeyPatch, driver: str, scheme: str, package: str) -> None:
+    """SQLAlchemy 2.1 takes psycopg 3 where the address names none."""
+    monkeypatch.setitem(sys.modules, driver, None)
+    with pytest.raises(ConfigError, match=f"driver {driver} is not installed: .venv/bin/pip install ") as caught:
+        check_address(at(f"{scheme}://bob:secret@host/db"))
+    assert f"'{package}', or name another, postgresql+DRIVER://" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -165,12 +179,23 @@ with Tracker(config, {}, 0) as tracker:
 """
 
 
-def test_first_runs_of_a_folder_at_once(tmp_path: Path) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """An address where nothing is yet."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/mlflow.db"
+        return
+    with running_postgres() as uri:
+        yield uri
+
+
+def test_first_runs_of_a_folder_at_once(tmp_path: Path, new_database: str) -> None:
     """Three runs make one database and one experiment, and all are in it."""
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", FIRST_RUNS, str(tmp_path), str(number)],
             cwd=ROOT,
+            env={**os.environ, "MLFLOW_TRACKING_URI": new_database},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -188,7 +213,7 @@ def test_first_runs_of_a_folder_at_once(tmp_path: Path) -> None:
     for run in runs:
         _, errors = run.communicate(timeout=PATIENCE_SECONDS)
         assert (run.returncode, errors) == (0, "")
-    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = mlflow.MlflowClient(new_database)
     found = client.search_experiments(filter_string="name = 'hornet-demo'")
     assert len(found) == 1
     logged = client.search_runs([found[0].experiment_id])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -15,12 +16,16 @@ import threading
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import mlflow
 import pytest
+from mlflow.server.security_utils import is_allowed_host_header
 
 from pipeline.config.load import Config, load
+from pipeline.config.sections import ConfigError
 from pipeline.records import mlflow_run
+from pipeline.records.address import probe
 from pipeline.records.tracking import Tracker
 from tests.support.processes import PATIENCE_SECONDS, wait_for
 
@@ -60,15 +65,15 @@ def history(uri: str, run_id: str | None, key: str = "loss") -> list[tuple[int, 
     return sorted((m.step, m.value, m.timestamp) for m in found)
 
 
-def start_server(folder: Path, port: int) -> subprocess.Popen[bytes]:
+def start_server(folder: Path, port: int, said: int | IO[bytes] = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     server = subprocess.Popen(
         [
             *(sys.executable, "-m", "mlflow", "server", "--workers", "1", "--host", "127.0.0.1", "--port", str(port)),
             *("--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", f"{folder}/files"),
         ],
         env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stdout=said,
+        stderr=said,
         start_new_session=True,
     )
 
@@ -234,7 +239,7 @@ def test_refusals_are_not_called_passing(root: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
-def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_stands_twice_in_mlflow(root: Path) -> None:
     """Steps that are run again after a kill are logged again, but MLflow keeps its first values of them."""
     config = configured(root)
     client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
@@ -269,15 +274,52 @@ def test_no_step_stands_twice_in_mlflow(root: Path, monkeypatch: pytest.MonkeyPa
     assert (run.info.status, run.data.tags["restarts"]) == ("RUNNING", "2")
     assert "stopped" not in run.data.tags
 
-    # Where MLflow does not tell what it has, it is sent.
-    def refused(*_: object) -> None:
-        raise mlflow.MlflowException("no history")
 
-    monkeypatch.setattr(mlflow.MlflowClient, "get_metric_history", refused)
-    fourth = opened(config, first_step=9)
-    fourth.log(10, {"loss": 0.125}, "")
-    monkeypatch.undo()
-    assert [step for step, *_ in history_of(fourth)][-3:] == [9, 10, 10]
+@pytest.fixture
+def server_log(tmp_path: Path) -> Iterator[tuple[int, Path]]:
+    """The port of a real server, and the file where it tells of each request."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path / "server.log"
+    with open(log, "wb") as said:
+        server = start_server(tmp_path, port, said)
+    yield port, log
+    os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
+
+
+def test_a_real_server(root: Path, server_log: tuple[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run asks when it goes on does not grow with what was logged. And the server has to know its name."""
+    port, log = server_log
+    config = configured(root, f"tracking.uri=http://127.0.0.1:{port}")
+    lines = (json.dumps({"time": float(step), "step": step, "loss": 1 / step}) for step in range(1, 1201))
+    (config.run_dir / "log.jsonl").write_text("\n".join(lines) + "\n")
+    opened(config, first_step=1200).finish("KILLED", [])
+    before = len(log.read_text().splitlines())
+    second = opened(config, first_step=1100)
+    for step in range(1198, 1204):
+        second.log(step, {"loss": 1 / step}, "")
+    second.finish("FINISHED", [])
+    asked = log.read_text().splitlines()[before:]
+    assert [line for line in asked if "runs/get?" in line]
+    assert not [line for line in asked if "get-history" in line]
+    assert [step for step, *_ in history(str(config.tracking.uri), second.run_id)] == list(range(1, 1204))
+
+    resolved = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket,
+        "getaddrinfo",
+        lambda host, *more, **named: resolved(host.replace("mlflow.test", "127.0.0.1"), *more, **named),
+    )
+    named = configured(root, f"tracking.uri=http://bob:secret@mlflow.test:{port}")
+    with pytest.raises(ConfigError) as caught:
+        probe(named, print)
+    assert f"at http://mlflow.test:{port} refuses requests by the name mlflow.test:{port}" in str(caught.value)
+    (allowed,) = re.findall("--allowed-hosts '(.*?)'", str(caught.value))
+    assert all(is_allowed_host_header(allowed.split(","), f"{name}:{port}") for name in ("mlflow.test", "localhost"))
+    assert "secret" not in str(caught.value)
+    probe(config, pytest.fail)
 
 
 @pytest.fixture
