@@ -7,6 +7,7 @@
 #   launch/deepspeed.sh --dry-run pretrain CONFIG                checks, prints what it would run, and leaves
 # The same command continues an interrupted run. To stop one: `make stop RUN=...`, or SIGUSR1 to any rank; this process
 # then ends with 75. (Or SIGTERM to this process, which on one host ends at once.) All ranks write a checkpoint.
+# shellcheck disable=SC2154 # launch.places assigns ranks, nodes, launch, module, chosen
 set -euo pipefail
 trap '' USR1 # a scheduler may send it to every process: both launchers would die of it, and so would ranks that import
 from=$PWD

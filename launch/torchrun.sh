@@ -3,6 +3,7 @@
 #   NODES=4 NODE_RANK=0..3 MASTER_ADDR=host0 launch/torchrun.sh pretrain CONFIG [key=value ...]
 # On one host NODES, NODE_RANK and MASTER_ADDR are not needed. RANKS: per host, all GPUs by default (2 without a GPU).
 # SIGTERM or SIGUSR1 to this process: the ranks write a checkpoint and leave, exit code 75; the same command goes on.
+# shellcheck disable=SC2154,SC2155 # launch.places assigns ranks, nodes, launch, module; `hostname` does not fail
 set -euo pipefail
 trap '' USR1 # until the agent passes it on: there is nothing to save yet
 from=$PWD
