@@ -7,12 +7,15 @@ few tasks per worker are under way, so a long list of tasks may be a generator t
 import argparse
 import logging
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 from data_prep.storage import DataPrepError, user_path
@@ -23,6 +26,7 @@ ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is t
 START_ATTEMPTS = 3
 POLL_SECONDS = 1  # for an interrupt, and for workers that went
 NO_WORKERS_SECONDS = 300
+SLURM_LOOK_SECONDS = 10  # between looks at jobs that no worker has come from yet
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -202,6 +206,8 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
     """The cluster that the options of `add_cluster_arguments` ask for. Raises ClusterError."""
     if args.scheduler and args.slurm_jobs:
         raise ClusterError("--scheduler and --slurm-jobs exclude each other: give one of them")
+    if args.slurm_jobs and shutil.which("sbatch") is None:  # dask-jobqueue would wait for its workers for ever
+        raise ClusterError("--slurm-jobs needs Slurm, and there is no sbatch here: use a login node of the cluster")
     if args.scheduler is None and args.slurm_jobs is None and args.workers <= 1:
         yield InProcess()
         return
@@ -242,12 +248,12 @@ def open_cluster(args: argparse.Namespace) -> Iterator[Cluster]:
         return
     if args.slurm_jobs:
         cluster = slurm_cluster(args.slurm_option)
-        cluster.scale(jobs=args.slurm_jobs)
-        print(f"{args.slurm_jobs} Slurm jobs submitted; work begins when the first one runs", file=sys.stderr)
     else:
         with interrupts.ignored():
             cluster = _local_cluster(args.workers)
     with cluster, Client(cluster) as client:
+        if args.slurm_jobs:
+            _start_slurm_jobs(cluster, client, args.slurm_jobs)
         client.wait_for_workers(1)
         with interrupts.held():
             yield DaskCluster(client, interrupts)
@@ -288,3 +294,41 @@ def slurm_cluster(options: list[str]) -> Any:
         return SLURMCluster(**settings)
     except (TypeError, ValueError) as error:
         raise ClusterError(f"dask-jobqueue does not accept these --slurm-option settings: {error}") from None
+
+
+def _start_slurm_jobs(cluster: Any, client: Any, count: int) -> None:
+    """Submit them, and wait for the first worker. Raises ClusterError where Slurm refuses, or all have ended before."""
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as script:  # a refusal of dask-jobqueue's own sbatch is lost
+        script.write(cluster.job_script())
+        script.flush()
+        done = subprocess.run(["sbatch", "--test-only", script.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise ClusterError(f"Slurm does not accept such jobs ({said}): other --slurm-option settings are needed")
+    limit = next((line.split()[-1] for line in cluster.job_script().splitlines() if line.startswith("#SBATCH -t ")), "")
+    cluster.scale(jobs=count)
+    print(
+        f"{count} Slurm jobs submitted, for {limit or 'as long as Slurm lets them'} (walltime=); work begins when the "
+        "first one runs",
+        file=sys.stderr,
+    )
+    while not client.nthreads():
+        with suppress(TimeoutError):
+            client.wait_for_workers(1, timeout=SLURM_LOOK_SECONDS)
+        jobs = [str(worker.job_id) for worker in cluster.workers.values() if worker.job_id]
+        if not client.nthreads() and len(jobs) == count and not _any_queued(jobs):
+            raise ClusterError(
+                f"all {count} Slurm jobs ended before a worker came from them: slurm-{jobs[0]}.out, in this folder or "
+                "in --slurm-option log_directory=, says why"
+            )
+
+
+def _any_queued(jobs: list[str]) -> bool:
+    """Whether one of Slurm's jobs waits or runs; so it is where Slurm does not tell."""
+    done = subprocess.run(
+        ["squeue", "--noheader", "--jobs", ",".join(jobs), "--states", "PENDING,RUNNING,SUSPENDED,CONFIGURING"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return bool(done.stdout.strip()) or (done.returncode != 0 and "Invalid job id" not in done.stderr)

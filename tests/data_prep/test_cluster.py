@@ -1,7 +1,5 @@
-"""Where work runs: order of completion, errors, and Slurm through a stand-in for sbatch that starts jobs here."""
+"""Where work runs: order of completion, errors, and jobs of a real Slurm."""
 
-import os
-import stat
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -10,19 +8,8 @@ import pytest
 
 from data_prep.cluster import ClusterError, InProcess, add_cluster_arguments, open_cluster, slurm_cluster
 from tests.support.archives import archive, command, digests, run, shard
-
-SBATCH = """#!/bin/sh
-# Starts the job script at once, as Slurm would when a node is free.
-cp "$1" "$STAND_IN/script"
-setsid /bin/bash "$STAND_IN/script" >"$STAND_IN/job.log" 2>&1 </dev/null &
-echo $! >"$STAND_IN/pid"
-echo "Submitted batch job 7"
-"""
-SCANCEL = """#!/bin/sh
-echo "$@" >"$STAND_IN/cancelled"
-kill -- -"$(cat "$STAND_IN/pid")" 2>/dev/null
-exit 0
-"""
+from tests.support.processes import wait_for
+from tests.support.slurm import running_slurm
 
 
 def parse(*options: str):
@@ -77,21 +64,49 @@ def test_slurm_job_script():
     assert "--nworkers 16 " in script
 
 
-def test_slurm_jobs_build_the_same_data_set(tmp_path):
-    stand_in = tmp_path / "bin"
-    stand_in.mkdir()
-    for name, text in (("sbatch", SBATCH), ("scancel", SCANCEL)):
-        (stand_in / name).write_text(text)
-        (stand_in / name).chmod(stat.S_IRWXU)
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory):
+    with running_slurm(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
+
+
+def slurm_options(*settings: str) -> tuple[str, ...]:
+    return tuple(word for setting in settings for word in ("--slurm-option", setting))
+
+
+def test_slurm_jobs_build_the_same_data_set(slurm, tmp_path):
+    """Two jobs of one worker each, on a real Slurm; they end with the command."""
     source = archive(tmp_path / "s.tar", count=40)
-    options = ("--min-side", "8", "--slurm-jobs", "1", "--slurm-option", "cores=2", "--slurm-option", "memory=4GB")
-    options += ("--slurm-option", "interface=lo", "--slurm-option", f"log_directory={tmp_path}")
-    environment = {"PATH": f"{stand_in}:{os.environ['PATH']}", "STAND_IN": str(tmp_path)}
-    done = run(command(source, tmp_path / "slurm", *options), **environment)
-    assert done.returncode == 0, done.stderr + (tmp_path / "job.log").read_text()
-    assert "7" in (tmp_path / "cancelled").read_text()
+    options = slurm_options("cores=1", "memory=2GB", "interface=eth0", f"log_directory={tmp_path}", "walltime=00:10:00")
+    done = slurm.run(*command(source, tmp_path / "slurm", "--min-side", "8", "--slurm-jobs", "2", *options))
+    assert done.returncode == 0, done.stderr
+    assert "2 Slurm jobs submitted, for 00:10:00 (walltime=)" in done.stderr
+    wait_for(lambda: not slurm.ask("squeue", "--noheader"))
+    ended = slurm.ask("squeue", "--noheader", "--states=all", "--format=%j %T").splitlines()
+    assert ended == ["dask-worker CANCELLED"] * 2
+    wait_for(lambda: not slurm.processes(), told=lambda: "\n".join(slurm.processes()))
     assert run(command(source, tmp_path / "local", "--workers", "1", "--min-side", "8")).returncode == 0
     assert digests(tmp_path / "slurm") == digests(tmp_path / "local")
+
+
+def test_slurm_jobs_that_come_to_nothing(slurm, tmp_path):
+    """Refused by Slurm, or ended before a worker came: one line, where dask-jobqueue would wait for ever."""
+    source = archive(tmp_path / "s.tar", count=4)
+    for words, more in (
+        ("Slurm does not accept such jobs (sbatch: error: invalid partition specified: cpu", ("queue=cpu",)),
+        ("all 1 Slurm jobs ended before a worker came from them: slurm-", ("python=/bin/false",)),
+    ):
+        options = slurm_options("cores=1", "memory=2GB", "interface=eth0", f"log_directory={tmp_path}", *more)
+        done = slurm.run(*command(source, tmp_path / "out", "--slurm-jobs", "1", *options))
+        assert done.returncode == 1
+        assert f"error: {words}" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_where_there_is_no_slurm(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ClusterError, match="there is no sbatch here"), open_cluster(parse("--slurm-jobs", "1")):
+        pass
 
 
 def test_shard_says_where_it_fails(tmp_path, capsys):
