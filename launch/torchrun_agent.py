@@ -4,7 +4,9 @@ every code into 1 and a traceback.)
 
     python launch/torchrun_agent.py [torchrun's arguments]
 
-Where REQUEUE_FILE names a file, exit code 75 makes that file and becomes 0 (launch/slurm.sbatch says why).
+Where REQUEUE_FILE names a file that is there, exit code 75 becomes 0 and a mark in it (launch/slurm.sbatch says why).
+Where RANK_LOGS names a folder, what a rank says is in its files there, rank3.out and rank3.err, and on the console
+after "3: ".
 """
 
 from __future__ import annotations
@@ -12,69 +14,86 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import elastic_launch
 
 from pipeline.ranks.lifetime import EXIT_REQUEUE
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_asked: set[int] = set()  # those of them that the ranks were sent
+
+
+class RankLogs(LogsSpecs):
+    """Files by the number of a rank among all, where torchrun's own are by a random name and the number on its host."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def root_log_dir(self) -> str:
+        return str(self._root_log_dir)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """envs: of each rank of this host, by its number on it."""
+        out, err = (
+            {local: f"{self.root_log_dir}/rank{env['RANK']}.{end}" for local, env in envs.items()}
+            for end in ("out", "err")
+        )
+        return LogsDest(out, err, out, err, dict.fromkeys(envs, os.devnull))
 
 
 def main() -> int:
     """Returns the exit code: of the rank that failed first, as a shell would say it, else 0."""
     # Slurm (proctrack/cgroup) signals a task alone, which is this process, and none of those that it started.
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in _SIGNALS:
         signal.signal(number, _pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # those that came before this process had handlers come now
     try:
-        run.main(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])  # not SIGTERM
+        _start(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])  # not SIGTERM
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
+        if -code in _asked:
+            code = EXIT_REQUEUE  # a rank that still imports dies of it: nothing is lost
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr, flush=True)  # names rank and host
         return _requeue() if code == EXIT_REQUEUE else code if code >= 0 else 128 - code
     return 0
 
 
+def _start(arguments: list[str]) -> None:
+    """Start the ranks, and wait for their end. Raises ChildFailedError."""
+    if folder := os.environ.get("RANK_LOGS"):
+        config, command, words = run.config_from_args(run.parse_args(arguments))
+        config.logs_specs, config.log_line_prefix_template = RankLogs(Path(folder)), "${rank}: "
+        elastic_launch(config, command)(*words)
+    else:
+        run.main(["--log-dir", os.devnull, *arguments])  # else each run leaves an empty folder in /tmp
+
+
 def _requeue() -> int:
     """The exit code of a run that is to be queued again."""
     if file := os.environ.get("REQUEUE_FILE"):
-        Path(file).touch()
-        return 0
+        with suppress(OSError), open(file, "r+", encoding="utf-8") as mark:
+            mark.write("again\n")
+            return 0
     return EXIT_REQUEUE
 
 
 def _pass_on(number: int, _: object) -> None:
-    if number == signal.SIGTERM and not psutil.Process().children():
+    ranks = psutil.Process().children()
+    if not ranks:
         sys.exit(_requeue())  # nothing has begun
-    threading.Thread(target=_to_ranks, args=(number,), daemon=True).start()
-
-
-def _to_ranks(number: int) -> None:
-    while not (ranks := psutil.Process().children()):
-        time.sleep(0.2)  # the signal came before them
+    _asked.add(number)
     for rank in ranks:
-        threading.Thread(target=_send_when_caught, args=(rank, number), daemon=True).start()
-
-
-def _send_when_caught(process: psutil.Process, number: int) -> None:
-    """A rank that still imports would die of it: it gets it as soon as it has a handler."""
-    with suppress(psutil.NoSuchProcess, OSError):
-        while not _catches(process.pid, number):
-            time.sleep(0.2)
-        process.send_signal(number)
-
-
-def _catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler of a signal. Raises OSError when it is gone."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
-        name, _, mask = line.partition(":")
-        if name == "SigCgt":
-            return bool(int(mask, 16) >> (number - 1) & 1)
-    return False
+        with suppress(psutil.NoSuchProcess):
+            rank.send_signal(number)
 
 
 if __name__ == "__main__":

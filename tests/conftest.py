@@ -25,6 +25,7 @@ RANKS = [
         "pipeline/training/test_resume.py",
         "test_end_to_end.py",
         "pipeline/training/test_engine.py",
+        "launch/test_slurm.py",
         "launch/test_launchers.py",
         "pipeline/ranks/test_watchdog.py",
         "pipeline/ranks/test_lifetime.py",

@@ -1,15 +1,21 @@
-"""The launch scripts: their exit codes, their signals, and what Slurm is asked for."""
+"""The launch scripts: their exit codes, and their signals as proctrack/cgroup sends them, to a task alone.
+
+What a real Slurm does with slurm.sbatch is in test_slurm.py.
+"""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support.processes import PATIENCE_SECONDS, wait_for
+from pipeline.ranks.ports import any_free_port
+from tests.support.processes import PATIENCE_SECONDS, is_over, wait_for
 from tests.support.runs import ROOT
 
 RANK = """
@@ -36,8 +42,8 @@ def checkout(tmp_path: Path) -> Path:
         "bin/srun": 'while [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 exec "$@"',
         "bin/scontrol": 'if [ "$1" = show ]; then echo node7; else echo "$@" >>asked; exit ${REFUSED:-0}; fi',
         "launch/torchrun.sh": 'trap "" USR1; echo "$NODES $NODE_RANK $MASTER_ADDR $MASTER_PORT" >told\n'
-        f"exec {sys.executable} {ROOT}/launch/torchrun_agent.py --standalone --nproc_per_node ${{RANKS:-1}} "
-        'rank.py "$@"',
+        f"exec {sys.executable} {ROOT}/launch/torchrun_agent.py --nproc_per_node ${{RANKS:-1}} "
+        f'--master_addr 127.0.0.1 --master_port {any_free_port()} rank.py "$@"',
     }.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
@@ -65,29 +71,61 @@ def asked(checkout: Path) -> list[str]:
     return (checkout / "asked").read_text().splitlines() if (checkout / "asked").exists() else []
 
 
-def pending(pid: int, number: int) -> bool:
-    """Whether a process has yet to take a signal that it was sent."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigPnd", "ShdPnd"))]
-    return any(mask >> (number - 1) & 1 for mask in masks)
-
-
-def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path) -> None:
-    """SIGUSR1 reaches the task alone, which is the agent; both ranks get it from there, once they have a handler."""
-    (checkout / "slurm-41.requeue").touch()  # of an earlier try: does not count
+@pytest.mark.parametrize("moment", ["begun", "ready"])
+def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path, moment: str) -> None:
+    """SIGUSR1 reaches the task alone, which is the agent. Ranks that only import, without a handler yet, die of it."""
+    (checkout / "slurm-41" / "0").mkdir(parents=True)
+    (checkout / "slurm-41" / "0" / ".requeue").write_text("again")  # of an earlier try: does not count
+    if moment == "ready":
+        (checkout / "go").touch()
     job = sbatch(checkout, "waits", "CONFIG", RANKS="2")
-    wait_for(lambda: all((checkout / f"begun.{rank}").exists() for rank in (0, 1)), job)
+    wait_for(lambda: all((checkout / f"{moment}.{rank}").exists() for rank in (0, 1)), job)
     (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
     os.kill(task, signal.SIGUSR1)
-    wait_for(lambda: not pending(task, signal.SIGUSR1), job)
-    (checkout / "go").touch()
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 0, errors
     assert "Traceback" not in errors
     assert "FAILED" not in errors
     assert asked(checkout) == ["requeue 41"]
     assert (checkout / "told").read_text() == "1 0 node7 20041\n"
-    assert not (checkout / "slurm-41.requeue").exists()
+    left = ["rank0.err", "rank0.out", "rank1.err", "rank1.out"]
+    assert sorted(path.name for path in (checkout / "slurm-41" / "0").iterdir()) == left
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_what_comes_before_the_agent_waits_for_it(checkout: Path, number: int) -> None:
+    """While the node checks the configuration, nothing could be asked to stop, and a shell would lose it or die."""
+    script = checkout / "launch" / "torchrun.sh"
+    waits = "touch checks; until [ -e checked ]; do sleep 0.05; done"
+    script.write_text(script.read_text().replace("exec ", f"{waits}\nexec ", 1))
+    job = sbatch(checkout, "waits", "CONFIG")
+    wait_for((checkout / "checks").exists, job)
+    (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
+    os.kill(task, number)
+    (checkout / "go").touch()
+    (checkout / "checked").touch()
+    _, errors = job.communicate(timeout=PATIENCE_SECONDS)
+    assert (job.returncode, asked(checkout)) == (0, ["requeue 41"]), errors
+
+
+def test_scancel_ends_the_script_while_ranks_still_save(checkout: Path) -> None:
+    """Slurm's srun leaves at once; an agent that ends later makes no file, and the job is not queued again."""
+    (checkout / "bin" / "srun").write_text(
+        '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done; SLURM_NODEID=0 setsid "$@" & echo $! >agent\n'
+        "trap 'exit 143' TERM; while :; do sleep 0.05; done\n"
+    )
+    (checkout / "go").touch()
+    job = sbatch(checkout, "waits", "CONFIG")
+    wait_for((checkout / "ready.0").exists, job)
+    (srun,) = psutil.Process(job.pid).children()
+    for process in (job, srun):
+        process.send_signal(signal.SIGTERM)
+    assert job.wait(PATIENCE_SECONDS) == 143
+    agent = psutil.Process(int((checkout / "agent").read_text()))
+    agent.send_signal(signal.SIGTERM)
+    wait_for(lambda: is_over(agent))
+    assert asked(checkout) == []
+    assert sorted(path.name for path in (checkout / "slurm-41" / "0").iterdir()) == ["rank0.err", "rank0.out"]
 
 
 def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
@@ -97,19 +135,32 @@ def test_where_slurm_does_not_queue_it_again(checkout: Path) -> None:
     assert "submit the same command, it goes on from the checkpoint" in errors
 
 
-@pytest.mark.parametrize("code", [0, 3])
-def test_a_job_that_ended_does_not_queue_again(checkout: Path, code: int) -> None:
-    job = sbatch(checkout, str(code), "CONFIG")
+def test_a_job_that_failed_does_not_queue_again(checkout: Path) -> None:
+    job = sbatch(checkout, "3", "CONFIG")
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
-    assert (job.returncode, asked(checkout)) == (code, []), errors
-    assert ("FAILED" in errors) == (code == 3)
+    assert (job.returncode, asked(checkout)) == (3, []), errors
+    assert "FAILED" in errors
     assert "Traceback" not in errors
+
+
+def test_a_dry_run_says_what_slurm_would_be_asked_for() -> None:
+    words = ["pretrain", "CONFIG", "name=a b"]
+    script = ROOT / "launch" / "slurm.sbatch"
+    done = subprocess.run([str(script), "--dry-run", *words], capture_output=True, text=True, check=True)
+    *asked, said, command = done.stdout.splitlines()
+    assert [line.strip() for line in asked[1:]] == [
+        line.removeprefix("#SBATCH ") for line in script.read_text().splitlines() if line.startswith("#SBATCH ")
+    ]
+    assert said == "and the job runs, on its nodes:"
+    assert shlex.split(command)[0] == "srun"
+    assert shlex.split(command)[-4:] == ["launch/torchrun.sh", *words]
 
 
 @pytest.mark.parametrize(
     ("arguments", "environment", "code", "said"),
     [
         (["pretrain"], {}, 2, "no COMMAND and CONFIG"),
+        (["--dry-run", "pretrain"], {}, 2, "no COMMAND and CONFIG"),
         (["pretrain", "CONFIG"], {"SLURM_SUBMIT_DIR": ""}, 2, "this script is for sbatch"),
         (["pretrain", "CONFIG"], {"SLURM_SUBMIT_DIR": "/"}, 1, "/ is not the checkout"),
         (["pretrain", "CONFIG"], {"VENV": "none"}, 1, "none is not an environment"),
