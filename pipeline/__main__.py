@@ -29,12 +29,14 @@ _COMMANDS = {
         "pipeline.doctor.command",
         "what would go wrong on the hosts of a run: versions, GPUs, data, disks, network",
     ),
+    "plan": ("pipeline.planning.command", "memory, hours and cost of a run before it is started; no GPU is needed"),
     "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
 }
 _EPILOG = """\
 examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+  before the money: python -m pipeline plan CONFIG --gpu h200 --gpus 64
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   stop a run:       python -m pipeline stop runs/demo-pretrain

@@ -78,10 +78,18 @@ def peak_flops(device: torch.device, bf16: bool) -> float | None:
 
 def listed_peak(name: str, bf16: bool) -> float | None:
     """FLOP/s of the device that the driver calls `name`; None where the table lacks it, or it is a MIG slice."""
+    return _listed(name, 0 if bf16 else 2 if torch.get_float32_matmul_precision() == "highest" else 1)
+
+
+def listed_fp32_peak(name: str) -> float | None:
+    """FLOP/s of its units for plain fp32, which no tensor core does; None as above."""
+    return _listed(name, 2)
+
+
+def _listed(name: str, column: int) -> float | None:
     words = set(re.split(r"[\s_-]+", name))
     if "MIG" in words:
         return None
-    column = 0 if bf16 else 2 if torch.get_float32_matmul_precision() == "highest" else 1
     return next((tflops[column] * 1e12 for needed, tflops in _PEAKS if needed <= words), None)
 
 

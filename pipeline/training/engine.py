@@ -48,7 +48,7 @@ from pipeline.ranks.collectives import (
     own_threads,
     sum_over_ranks,
 )
-from pipeline.training.recipe import AdamWithEma, Loss
+from pipeline.training.recipe import REDUCE_BUCKET_ELEMENTS, AdamWithEma, Loss
 
 Judge = Callable[[float, float], str | None]
 
@@ -125,8 +125,7 @@ def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
         "gradient_accumulation_steps": config.train.accumulation_steps(ranks),
         "gradient_clipping": clip,
-        # The bucket is allocated at once: DeepSpeed's default of 5e8 elements is 2 GB, more than HorNet-L's gradients.
-        "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": 50_000_000},
+        "zero_optimization": {"stage": config.train.zero_stage, "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS},
         "zero_allow_untested_optimizer": True,  # AdamWithEma is AdamW plus one state tensor
         # Autocast, not DeepSpeed's bf16 mode: that mode keeps bf16 weights, in which an EMA at 0.9999 does not move.
         # No "safe modules": their gradients would be summed over ranks in bf16.

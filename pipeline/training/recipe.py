@@ -18,6 +18,9 @@ from pipeline.config.sections import Augment, Optimizer
 
 Mixing = Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Gradients that DeepSpeed sends at once. The bucket is allocated at once: its default of 5e8 elements is 2 GB, more
+# than HorNet-L's gradients.
+REDUCE_BUCKET_ELEMENTS = 50_000_000
 
 
 def seed_micro_batch(key: tuple[int, ...]) -> None:

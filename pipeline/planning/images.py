@@ -1,0 +1,108 @@
+"""The images of a run before they are there: how many, of how many classes and bytes; and what reading them takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.manifest import MANIFEST_NAME
+from pipeline.config.load import Config
+from pipeline.config.sections import ConfigError
+from pipeline.data.mixture import MixedManifest
+from pipeline.data.opened import open_manifest, training_order
+
+# What is assumed where data.path is not there: a word of its path or the run's name, then images, classes, bytes an
+# image of shards made with the default settings (data_prep/README.md), what it is called.
+_KNOWN: tuple[tuple[str, int, int, float, str], ...] = (
+    ("demo-22k", 4_500, 50, 6e3, "about the demo's"),
+    ("demo-1k", 1_100, 24, 6e3, "about the demo's"),
+    ("fall11", 14_197_122, 21_841, 102e3, "ImageNet-22K, fall 2011"),
+    ("1k", 1_281_167, 1_000, 114e3, "ImageNet-1K"),
+    ("22k", 13_153_500, 19_167, 91e3, "ImageNet-22K, winter 2021"),
+    ("", 13_153_500, 19_167, 91e3, "ImageNet-22K, winter 2021"),
+)
+# CPU seconds of an image by side, measured on one core of a server (tests/bench/RESULTS.md, images of 68 kB); and how
+# many times as long another way takes.
+_CPU_SECONDS = {224: 1.54e-3, 384: 1.79e-3}
+_HOST_AUGMENT = {224: 3.0, 384: 6.6}
+_STREAMED = {224: 1.1, 384: 1.35}
+_FFCV = {224: 2.0, 384: 1.7}
+_OPENED_TWICE = 1.02  # of what it trains on, a node reads so much (RESULTS.md, the order of samples)
+
+
+@dataclass(frozen=True)
+class Images:
+    """Training images of an epoch, classes, bytes of one; `known_by`: where that is from."""
+
+    count: int
+    classes: int
+    bytes_each: float
+    steps_per_epoch: int
+    known_by: str
+
+
+def images_of(config: Config, count: int | None, classes: int | None) -> Images:
+    """From the manifest where data.path is a folder that is there, else assumed; `count` and `classes` go before both.
+
+    Raises ManifestError for a folder that is no data set, ConfigError where the images do not fill a global batch.
+    """
+    data, batch = config.data, config.train.global_batch
+    local = all("://" not in each.path and Path(each.path).exists() for each in data.sets)
+    known_by = "--images, --classes"
+    if local and data.reader == "indexed" and count is None:
+        manifest = open_manifest(data)
+        split = manifest.split("train")
+        steps = training_order(config, manifest).steps_per_epoch
+        total = sum(entry.bytes for entry in split.shards)
+        if data.format == "ffcv" and split.betons:
+            total = sum(entry.bytes for entry in split.betons)
+        known_by = f"{MANIFEST_NAME} of {data.shown_path}"
+        if isinstance(manifest, MixedManifest):
+            known_by += " (mixed)"
+        return Images(split.samples, classes or manifest.num_classes, total / max(1, split.samples), steps, known_by)
+    text = f"{data.shown_path} {config.name}".lower()
+    _, images, known_classes, size, what = next(row for row in _KNOWN if row[0] in text)
+    if data.stream_samples_per_epoch is not None and count is None:
+        count, known_by = data.stream_samples_per_epoch, "data.stream_samples_per_epoch"
+    if count is None:
+        known_by = f"assumed: {what}; {data.shown_path} is not read (--images, --classes)"
+        if not local and "://" not in data.shown_path and data.reader == "indexed":
+            known_by = f"assumed: {what}; {data.shown_path} is not here (--images, --classes)"
+    found = images if count is None else count
+    if found < batch:
+        raise ConfigError(
+            f"{found:,} training images do not fill one global batch of {batch}; lower train.global_batch"
+        )
+    return Images(found, classes or known_classes, size, found // batch, known_by)
+
+
+@dataclass(frozen=True)
+class LoaderNeed:
+    """What one node's loader has to give for `images_per_second`."""
+
+    images_per_second: float
+    cores: float
+    disk_bytes_per_second: float
+    network_bytes_per_second: float
+
+
+def loader_need(config: Config, images: Images, images_per_second: float) -> LoaderNeed:
+    """`images_per_second`: what the GPUs of one node take. Network: where the set is behind a URL, else none."""
+    side = config.data.largest_resolution
+    seconds = _between(_CPU_SECONDS, side)
+    if config.data.format == "ffcv":
+        seconds *= _between(_FFCV, side)
+    elif config.augment.where == "host":
+        seconds *= _between(_HOST_AUGMENT, side)
+    if config.data.reader == "stream":
+        seconds *= _between(_STREAMED, side)
+    read = images_per_second * images.bytes_each * _OPENED_TWICE
+    remote = config.data.is_remote
+    return LoaderNeed(images_per_second, images_per_second * seconds, read, read if remote else 0.0)
+
+
+def _between(known: dict[int, float], side: int) -> float:
+    """A line through the two sides that were measured, and level outside of them."""
+    (small, low), (large, high) = known.items()
+    share = min(1.0, max(0.0, (side - small) / (large - small)))
+    return low + share * (high - low)
