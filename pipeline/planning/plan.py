@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from typing import Any
 
@@ -31,6 +31,7 @@ SCALES = (1, 8, 64, 512)
 SCALES_WELL = 0.8
 # A host launches a block's kernels, forward and backward, in so many seconds: RESULTS.md says 3 ms of a slow core.
 _BLOCK_LAUNCHES = (3e-3, 1e-3)
+_MANY_BLOCKS = 12  # to start a process takes as long as to trace fewer
 _LARGEST = 1 << 20
 _UPDATE_PASSES = 9  # AdamW and EMA read and write weights, gradients and states so often
 
@@ -107,9 +108,11 @@ class Plan:
 class Planner:
     """Plans of one configuration; traces are made once each."""
 
-    def __init__(self, config: Config, asked: Asked, tell: Callable[[str], Any] = lambda text: None) -> None:
-        self.config, self.asked, self.tell = config, asked, tell
-        self.bf16 = config.train.bf16_on("cuda")
+    def __init__(
+        self, config: Config, asked: Asked, tell: Callable[[str], Any] = lambda text: None, device: str = "cuda"
+    ) -> None:
+        self.config, self.asked, self.tell, self.device = config, asked, tell, device
+        self.bf16 = config.train.bf16_on(device)
         self.side = config.data.largest_resolution
         self.data = images_of(config, asked.images, asked.classes)
         with torch.device("meta"):
@@ -123,7 +126,7 @@ class Planner:
 
     def effective(self, policy: Policy) -> Policy:
         """What runs in its place: our kernels are spelled as selective alone."""
-        if self.config.model.compile or not self.asked.gpu.has_kernels:
+        if self.config.model.compile or not self.asked.gpu.has_kernels or self.device == "cpu":
             return policy
         if isinstance(policy, str):
             return "selective" if policy == "none" else policy
@@ -143,7 +146,7 @@ class Planner:
         """Trace those that are still missing, each in a process of its own."""
         wanted = [each for each in dict.fromkeys(map(self.effective, policies)) if each not in self._traces]
         cores = len(os.sched_getaffinity(0))
-        if len(wanted) < 2 or cores < 2:
+        if len(wanted) < 2 or cores < 2 or self.blocks < _MANY_BLOCKS:
             return
         batches = (self.config.train.micro_batch, 2 * self.config.train.micro_batch)
         self.tell(f"tracing {len(wanted)} policies")
@@ -161,7 +164,7 @@ class Planner:
     def layout(self, ranks: int, accumulation: int) -> Layout:
         ema = self.config.optimizer.ema_decay is not None
         stage = self.config.train.zero_stage
-        return Layout(self.parameters, self.groups, ranks, stage, accumulation, ema, fused_loops=True)
+        return Layout(self.parameters, self.groups, ranks, stage, accumulation, ema, self.device == "cuda")
 
     def moments(self, policy: Policy, ranks: int, micro_batch: int) -> list[Peak]:
         """Of a GPU. `ranks` and `micro_batch` have to divide the global batch."""
@@ -182,7 +185,7 @@ class Planner:
 
     def largest_micro_batch(self, policy: Policy, ranks: int) -> int:
         """That fits, whether or not it divides anything; 0 where none does."""
-        step = self._step
+        step = self._multiple
         if not self.fits(policy, ranks, step):
             return 0
         low, high = 1, 2  # in steps: the one fits
@@ -194,13 +197,13 @@ class Planner:
         return low * step
 
     @property
-    def _step(self) -> int:
+    def _multiple(self) -> int:
         """Mixup and cutmix pair images."""
         augment = self.config.augment
         return 2 if augment.mixup_alpha or augment.cutmix_alpha else 1
 
     def _micro_batches(self, part: int) -> list[int]:
-        return [batch for batch in range(self._step, part + 1, self._step) if part % batch == 0]
+        return [batch for batch in range(self._multiple, part + 1, self._multiple) if part % batch == 0]
 
     def _image_bytes(self, micro_batch: int) -> int:
         """Of a micro-batch on the device: as fp32, and as bytes where the device augments."""
@@ -224,10 +227,8 @@ class Planner:
         by_stage = {}
         for stage in range(4):
             moved = volume(sum(self.parameters), stage, accumulation, ranks)
-            layout = Layout(
-                self.parameters, self.groups, ranks, stage, accumulation, config.optimizer.ema_decay is not None, True
-            )
-            by_stage[stage] = (moved, self._times(moved, ranks), sum(memory.held(layout).values()))
+            states = memory.held(replace(self.layout(ranks, accumulation), zero_stage=stage))
+            by_stage[stage] = (moved, self._times(moved, ranks), sum(states.values()))
         steps = self.data.steps_per_epoch * config.train.epochs
         return Plan(
             *(config, asked, self.bf16, self.data, sum(self.parameters), steps, peak, moments),
@@ -252,11 +253,16 @@ class Planner:
         config, policy = self.config, self.config.model.checkpointing
         traced = self.traced(policy, config.train.micro_batch)
         seconds = seconds_per_image(traced, self.asked.gpu, self.bf16, self.fused, self.asked.rates)
-        precision = "bf16" if self.bf16 else "fp32"
-        known = self.asked.rates and self.asked.rates.train_rate(config.model.name, self.side, shown(policy), precision)
+        rates, key = self.asked.rates, (config.model.name, self.side, shown(policy), "bf16" if self.bf16 else "fp32")
+        known = rates.train_rate(*key) if rates is not None else None
         seconds = images_per_second(seconds, known).inverse
-        areas = [(config.data.resolution_at(epoch) / self.side) ** 2 for epoch in range(config.train.epochs)]
-        return seconds * (sum(areas) / len(areas))
+        return seconds * self._mean_area
+
+    @property
+    def _mean_area(self) -> float:
+        """Of the run's images, as a share of the largest ones'."""
+        sides = [self.config.data.resolution_at(epoch) for epoch in range(self.config.train.epochs)]
+        return sum((side / self.side) ** 2 for side in sides) / len(sides)
 
     def scale(self, ranks: int) -> ScaleRow:
         """The run on so many GPUs, with the micro-batch of the configuration or the next smaller one that divides."""
@@ -267,41 +273,44 @@ class Planner:
             if train.global_batch % ranks == 0:
                 why = f"a GPU's {train.global_batch // ranks} images cannot be paired for mixup"
             moved = volume(sum(self.parameters), train.zero_stage, 1, ranks)
-            return ScaleRow(ranks, 0, 0, *([nothing] * 6), moved, self._times(moved, ranks), "the batch", refused=why)
+            figures = (nothing, nothing, nothing, nothing, nothing, nothing)
+            return ScaleRow(ranks, 0, 0, *figures, moved, self._times(moved, ranks), "the batch", refused=why)
         part = train.global_batch // ranks
         micro = max((each for each in possible if each <= train.micro_batch), default=min(possible))
         accumulation = part // micro
         moved = volume(sum(self.parameters), train.zero_stage, accumulation, ranks)
         link = self._times(moved, ranks)
-        image = self._image_seconds()
-        layout = self.layout(ranks, accumulation)
-        states = sum(self.parameters) if train.zero_stage == 0 else layout.part(sum(self.parameters))
-        update = _UPDATE_PASSES * FP32 * states / asked.gpu.memory_rate
-        ends = []
-        for end, each in enumerate((image.low, image.high)):
-            computing = part * each
-            launching = accumulation * self.blocks * _BLOCK_LAUNCHES[end]
-            # DeepSpeed sends after, or between, the work at stages 0 to 2; at 3 beside it, where it can.
-            sending = (link.ring, link.best)[end]
-            busy = max(computing, launching) + update
-            ends.append(max(busy, sending) if train.zero_stage == 3 and end else busy + sending)
-        step = Range(*ends)
+        step, lost = self._step(ranks, accumulation, link)
         rate = Range(train.global_batch / step.low, train.global_batch / step.high)
-        flops = training_flops_per_image(config.model, self.data.classes, self.side)
-        mean_area = sum((config.data.resolution_at(e) / self.side) ** 2 for e in range(train.epochs)) / train.epochs
-        mfu = rate * (flops * mean_area / ranks / asked.gpu.peak_flops(self.bf16))
-        shares = sorted((image.low * rate.low / ranks, image.high * rate.high / ranks))
-        efficiency = Range(*shares)
+        flops = training_flops_per_image(config.model, self.data.classes, self.side) * self._mean_area
+        mfu = rate * (flops / ranks / asked.gpu.peak_flops(self.bf16))
+        alone, _ = self._step(1, accumulation * ranks, Times(0.0, 0.0, "none"))
+        shares = sorted((alone.low / step.low / ranks, alone.high / step.high / ranks))
         hours = step * (self.data.steps_per_epoch * train.epochs / 3600)
-        launched = accumulation * self.blocks * _BLOCK_LAUNCHES[0] - part * image.low
-        lost = {f"the link {link.link}": link.ring, "the host, which launches kernels": launched, "AdamW": update}
         held_up = max(lost, key=lambda name: lost[name])
         if lost[held_up] < 0.05 * step.low:
             held_up = "computing"
         return ScaleRow(
-            *(ranks, micro, accumulation, step, rate, mfu, efficiency, hours, hours * (ranks * asked.price)),
+            *(ranks, micro, accumulation, step, rate, mfu, Range(*shares), hours, hours * (ranks * asked.price)),
             *(moved, link, held_up),
         )
+
+    def _step(self, ranks: int, accumulation: int, link: Times) -> tuple[Range, dict[str, float]]:
+        """Seconds of a step, and of them at the slow end what is not computing, by what it is."""
+        config, image = self.config, self._image_seconds()
+        part, elements = config.train.global_batch // ranks, sum(self.parameters)
+        states = elements if config.train.zero_stage == 0 else self.layout(ranks, accumulation).part(elements)
+        update = _UPDATE_PASSES * FP32 * states / self.asked.gpu.memory_rate
+        ends = []
+        for end, seconds in enumerate((image.low, image.high)):
+            launching = accumulation * self.blocks * _BLOCK_LAUNCHES[end]
+            # DeepSpeed sends after, or between, the work at stages 0 to 2; at 3 beside it, where it can.
+            sending = (link.ring, link.best)[end]
+            busy = max(part * seconds, launching) + update
+            ends.append(max(busy, sending) if config.train.zero_stage == 3 and end else busy + sending)
+        waiting = accumulation * self.blocks * _BLOCK_LAUNCHES[0] - part * image.low
+        lost = {f"the link {link.link}": link.ring, "the host, which launches kernels": waiting, "AdamW": update}
+        return Range(*ends), lost
 
     def _assumptions(self) -> list[str]:
         asked, config, rates = self.asked, self.config, self.asked.rates
@@ -339,7 +348,7 @@ def _stops_at(scales: Sequence[ScaleRow]) -> str:
             return f"{row.gpus} GPUs: {row.refused}"
         if row.efficiency.low < SCALES_WELL:
             share = f"{100 * row.efficiency.low:.0f} to {100 * row.efficiency.high:.0f} %"
-            return f"{row.gpus} GPUs: {share} of what they compute alone; what holds it up is {row.held_up_by}"
+            return f"{row.gpus} GPUs: {share} of as many single ones; what holds it up is {row.held_up_by}"
     return f"not up to {scales[-1].gpus} GPUs"
 
 

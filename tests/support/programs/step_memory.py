@@ -1,8 +1,9 @@
-"""A rank of a real training step that counts bytes: of its tensors, its resident memory, and what it sends.
+"""A rank of real training steps that counts bytes: of its tensors, its resident memory, and what it sends.
 
-    torchrun ... tests/support/programs/step_memory.py CONFIG RESULT [key=value ...]
+    torchrun ... tests/support/programs/step_memory.py CONFIG RESULT [key=value ...] [-- key=value ...]
 
-Rank 0 writes to RESULT, in JSON: `held`, bytes of all tensors between two steps; `peak`, the most at any moment of a
+Settings, between which stands --, take turns. Rank 0 writes to RESULT a list in JSON, a dictionary each:
+`held`, bytes of all tensors between two steps; `peak`, the most at any moment of a
 step; `optimizer`, of AdamW's states and EMA; `resident`, the peak resident memory of the process above that before the
 model was built; `sent`, bytes of the tensors given to each collective within one step.
 """
@@ -22,12 +23,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pipeline.config.load import load
+from pipeline.config.load import Config, load
 from pipeline.models.build import build_model
+from pipeline.ranks.collectives import Ranks
 from pipeline.training import engine
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups
 
-STEPS = 3  # the first makes what later ones find
+CLASSES = 50
 COLLECTIVES = ("all_reduce", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "all_gather")
 
 
@@ -83,21 +85,18 @@ def count_sent(sent: Counter[str]) -> None:
         setattr(dist, name, counted(name, getattr(dist, name)))
 
 
-def main(config_path: str, result: str, *overrides: str) -> None:
-    config = load(Path(config_path), overrides)
-    sent: Counter[str] = Counter()
-    count_sent(sent)  # first: DeepSpeed keeps some of the functions that it finds
-    ranks, device = engine.start_ranks()
-    classes, side, batch = 50, config.data.resolution, config.train.micro_batch
-    images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % classes
-    _, loss = mixing_and_loss(config.augment, classes)
+def measure(config: Config, ranks: Ranks, device: torch.device, sent: Counter[str]) -> dict[str, Any]:
+    """The bytes of one setting."""
+    side, batch = config.data.resolution, config.train.micro_batch
+    images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % CLASSES
+    _, loss = mixing_and_loss(config.augment, CLASSES)
     targets = labels
     if config.augment.mixup_alpha or config.augment.cutmix_alpha:
-        targets = torch.nn.functional.one_hot(labels, classes).float()
+        targets = torch.nn.functional.one_hot(labels, CLASSES).float()
     gc.collect()
     before = resident("VmRSS")
     torch.manual_seed(0)
-    model = build_model(config.model, classes, side)
+    model = build_model(config.model, CLASSES, side)
     subject = engine.Engine(config, model, optimizer(parameter_groups(model, config.optimizer), config), ranks, device)
     batches = [(images, targets)] * config.train.accumulation_steps(ranks.count)
     subject.train_step(iter(batches), loss)
@@ -116,7 +115,7 @@ def main(config_path: str, result: str, *overrides: str) -> None:
     with live:
         subject.train_step(iter(batches), loss)
     states = [s for state in subject._inner.state.values() for s in state.values()]
-    found = {
+    return {
         "held": held,
         "peak": live.peak,
         "optimizer": sum(s.nbytes for s in states),
@@ -124,6 +123,17 @@ def main(config_path: str, result: str, *overrides: str) -> None:
         "sent": dict(sent),
         "parameters": subject.parameters,
     }
+
+
+def main(config_path: str, result: str, *arguments: str) -> None:
+    sent: Counter[str] = Counter()
+    count_sent(sent)  # first: DeepSpeed keeps some of the functions that it finds
+    ranks, device = engine.start_ranks()
+    found = []
+    for overrides in " ".join(arguments).split(" -- "):
+        gc.collect()
+        found.append(measure(load(Path(config_path), overrides.split()), ranks, device, sent))
+        gc.collect()
     if ranks.rank == 0:
         Path(result).write_text(json.dumps(found))
     engine.stop_ranks()

@@ -1,0 +1,73 @@
+"""What is traced on fake tensors is what a real pass on real ones keeps; and on a GPU autocast would keep the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pipeline.config.load import Config, load
+from pipeline.models.build import build_model
+from pipeline.ops import kernels
+from pipeline.planning.trace import Kept, at_batch, autocast, fake_model, trace
+from pipeline.training.recipe import mixing_and_loss
+from tests.support.runs import ROOT
+
+CLASSES, SIDE, BATCH = 50, 32, 6
+
+
+def configured(policy: str) -> Config:
+    return load(ROOT / "configs" / "demo_pretrain.yaml", [f"model.checkpointing={policy}", f"data.resolution={SIDE}"])
+
+
+def really_kept(policy: str, bf16: bool) -> int:
+    """Bytes that autograd keeps in a real forward pass on the CPU."""
+    config = configured(policy)
+    net = build_model(config.model, CLASSES, SIDE).train()
+    images, targets = torch.randn(BATCH, 3, SIDE, SIDE), torch.full((BATCH, CLASSES), 1 / CLASSES)
+    kept = Kept({t.untyped_storage()._cdata for t in (images, targets, *net.parameters(), *net.buffers())})
+    _, loss = mixing_and_loss(config.augment, CLASSES)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = net(images)
+        loss(logits, targets)
+    return kept.bytes
+
+
+@pytest.mark.parametrize(
+    ("policy", "bf16"),
+    [("none", False), ("selective", True), ("selective_mlp", False), ("block", True), ("stage", False)],
+)
+def test_kept_as_in_a_real_pass(policy: str, bf16: bool) -> None:
+    traced = trace(configured(policy), CLASSES, SIDE, policy, BATCH, bf16)
+    assert traced.saved == pytest.approx(really_kept(policy, bf16), rel=0.02)
+
+
+def test_autocast_of_a_gpu_keeps_the_same() -> None:
+    kept = {}
+    with kernels.enabled(False), FakeTensorMode():
+        for device in ("cpu", "cuda"):
+            net = fake_model(configured("selective").model, CLASSES, SIDE, device)
+            images = torch.empty(BATCH, 3, SIDE, SIDE, device=device)
+            found = Kept({t.untyped_storage()._cdata for t in (images, *net.parameters(), *net.buffers())})
+            with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda t: t), autocast(device, True):
+                net(images)
+            kept[device] = found.bytes
+    assert kept["cpu"] == pytest.approx(kept["cuda"], rel=0.01)
+
+
+def test_another_batch_is_on_the_line() -> None:
+    config = configured("selective")
+    two, four, eight = (trace(config, CLASSES, SIDE, "selective", batch, False) for batch in (2, 4, 8))
+    guessed = at_batch(two, four, 8)
+    assert guessed.saved == pytest.approx(eight.saved, rel=0.001)
+    assert guessed.dense_flops == pytest.approx(eight.dense_flops, rel=0.001)
+    assert [m.peak for m in guessed.backward] == pytest.approx([m.peak for m in eight.backward], rel=0.02)
+
+
+def test_all_gradients_come_once() -> None:
+    config = configured("block")
+    traced = trace(config, CLASSES, SIDE, "block", BATCH, False)
+    net = build_model(config.model, CLASSES, SIDE)
+    assert {m.name: m.elements for m in traced.backward} == {n: p.numel() for n, p in net.named_parameters()}
+    assert traced.backward[-1].after < 0.01 * traced.saved  # all that was kept has gone
