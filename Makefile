@@ -66,8 +66,13 @@ OWN_PRETRAIN := data.path=data/own name=own-pretrain
 OWN_FINETUNE := data.path=data/own name=own-finetune init.checkpoint=runs/own-pretrain
 endif
 
-plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards: images, disk, hours
+ifeq ($(origin CONFIG),undefined)
+plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards; CONFIG=... [ARGS="--gpu h200 --gpus 64"]: a run
 	@$(BIN)/python -m data_prep plan --source "$(SOURCE)" --val-per-class 10 --output data/own
+else
+plan: $(STAMP)
+	@$(BIN)/python -m pipeline plan "$(CONFIG)" $(ARGS)
+endif
 
 doctor: $(STAMP) ## what would go wrong on the hosts of a run: CONFIG=... [HOSTFILE=...] [ARGS="--fast key=value"]
 	@$(BIN)/python -m pipeline doctor "$(or $(CONFIG),$(DEMO_PRETRAIN))" $(if $(HOSTFILE),--hostfile "$(HOSTFILE)") $(ARGS)

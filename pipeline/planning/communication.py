@@ -2,7 +2,7 @@
 
 Volumes are those of DeepSpeed 0.19.8, which all-reduces gradients at stages 1 and 2 too, and keeps of them what is its
 own (`use_multi_rank_bucket_allreduce`): with the weights that are gathered after the update, half as much again as at
-stage 0. tests/pipeline/planning/test_communication.py counts what two real ranks give to their collectives.
+stage 0. tests/pipeline/planning/test_memory.py counts what two real ranks give to their collectives.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ class Volume:
         return (ranks - 1) / ranks * (2 * self.all_reduce + self.all_gather + self.reduce_scatter)
 
 
-def volume(elements: int, zero_stage: int, accumulation: int, ranks: int) -> Volume:
-    """Of a net of `elements` parameters, whose gradients and weights travel in fp32."""
+def volume(elements: int, zero_stage: int, accumulation: int, ranks: int, gathers: int = 1) -> Volume:
+    """Of a net of `elements` parameters, whose gradients and weights travel in fp32. `gathers`: how often ZeRO-3
+    gathers the weights for a micro-batch.
+    """
     if ranks == 1:
         return Volume(0, 0, 0, 0)
     whole = FP32 * elements
@@ -46,8 +48,13 @@ def volume(elements: int, zero_stage: int, accumulation: int, ranks: int) -> Vol
         return Volume(whole, whole, 0, 2 * buckets)
     if zero_stage == 2:  # each micro-batch's gradients by themselves
         return Volume(whole * accumulation, whole, 0, buckets * (accumulation + 1))
-    # Weights for forward; they stay for backward, and what is kept whole is gathered after the update.
-    return Volume(0, whole * accumulation, whole * accumulation, 4 * buckets * accumulation)
+    return Volume(0, whole * accumulation * gathers, whole * accumulation, (2 + gathers) * buckets * accumulation)
+
+
+def gathers_at_stage_3(checkpointing: str | tuple[str, ...]) -> int:
+    """What autograd keeps holds on to the weights between forward and backward; under block and stage it keeps none."""
+    policies = (checkpointing,) if isinstance(checkpointing, str) else checkpointing
+    return 2 if {"block", "stage"} & set(policies) else 1
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,12 @@ def _update(layout: Layout, before: dict[str, int]) -> list[Peak]:
         ]
     group = math.ceil(largest_group / layout.ranks)
     loops = group if layout.fused_loops else 2 * group
-    found = [Peak("update", _plus(before, {"gradients": part, "update's temporaries": group + loops}))]
+    # A group's gradients are copied flat, then freed; at stage 3 they stay in the buffer that is theirs.
+    copied = {"gradients": group + (part if stage < 3 else 0)}
+    found = [
+        Peak("update", _plus(before, copied)),
+        Peak("update", _plus(before, {"gradients": group, "update's temporaries": loops})),
+    ]
     if stage == 1:
         found.append(
             Peak("reduction", _plus(before, {"gradients": whole - flat, "DeepSpeed's buckets": bucket + flat}))

@@ -16,7 +16,7 @@ from pipeline.config.load import Config
 from pipeline.config.sections import ConfigError
 from pipeline.models.build import build_model
 from pipeline.planning import memory
-from pipeline.planning.communication import Times, Volume, times, volume
+from pipeline.planning.communication import Times, Volume, gathers_at_stage_3, times, volume
 from pipeline.planning.images import Images, LoaderNeed, images_of, loader_need
 from pipeline.planning.memory import FP32, Layout, Peak
 from pipeline.planning.rates import GIB, Gpu, GpuRates
@@ -226,7 +226,7 @@ class Planner:
         accumulation = config.train.accumulation_steps(ranks)
         by_stage = {}
         for stage in range(4):
-            moved = volume(sum(self.parameters), stage, accumulation, ranks)
+            moved = self._volume(stage, accumulation, ranks)
             states = memory.held(replace(self.layout(ranks, accumulation), zero_stage=stage))
             by_stage[stage] = (moved, self._times(moved, ranks), sum(states.values()))
         steps = self.data.steps_per_epoch * config.train.epochs
@@ -244,6 +244,10 @@ class Planner:
         part = self.config.train.global_batch // ranks
         divides = max((each for each in self._micro_batches(part) if each <= largest), default=0)
         return PolicyRow(shown(policy), kept, peak, peak <= self.asked.gpu.memory, largest, divides)
+
+    def _volume(self, stage: int, accumulation: int, ranks: int) -> Volume:
+        gathers = gathers_at_stage_3(self.config.model.checkpointing)
+        return volume(sum(self.parameters), stage, accumulation, ranks, gathers)
 
     def _times(self, moved: Volume, ranks: int) -> Times:
         return times(moved, ranks, self.asked.gpu, self.asked.per_node, self.asked.link_rate, self.asked.rates)
@@ -272,13 +276,13 @@ class Planner:
             why = f"{ranks} GPUs do not divide train.global_batch {train.global_batch}"
             if train.global_batch % ranks == 0:
                 why = f"a GPU's {train.global_batch // ranks} images cannot be paired for mixup"
-            moved = volume(sum(self.parameters), train.zero_stage, 1, ranks)
+            moved = self._volume(train.zero_stage, 1, ranks)
             figures = (nothing, nothing, nothing, nothing, nothing, nothing)
             return ScaleRow(ranks, 0, 0, *figures, moved, self._times(moved, ranks), "the batch", refused=why)
         part = train.global_batch // ranks
         micro = max((each for each in possible if each <= train.micro_batch), default=min(possible))
         accumulation = part // micro
-        moved = volume(sum(self.parameters), train.zero_stage, accumulation, ranks)
+        moved = self._volume(train.zero_stage, accumulation, ranks)
         link = self._times(moved, ranks)
         step, lost = self._step(ranks, accumulation, link)
         rate = Range(train.global_batch / step.low, train.global_batch / step.high)
