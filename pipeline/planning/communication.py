@@ -34,10 +34,8 @@ class Volume:
         return (ranks - 1) / ranks * (2 * self.all_reduce + self.all_gather + self.reduce_scatter)
 
 
-def volume(elements: int, zero_stage: int, accumulation: int, ranks: int, gathers: int = 1) -> Volume:
-    """Of a net of `elements` parameters, whose gradients and weights travel in fp32. `gathers`: how often ZeRO-3
-    gathers the weights for a micro-batch.
-    """
+def volume(elements: int, zero_stage: int, accumulation: int, ranks: int) -> Volume:
+    """Of a net of `elements` parameters, whose gradients and weights travel in fp32."""
     if ranks == 1:
         return Volume(0, 0, 0, 0)
     whole = FP32 * elements
@@ -48,13 +46,8 @@ def volume(elements: int, zero_stage: int, accumulation: int, ranks: int, gather
         return Volume(whole, whole, 0, 2 * buckets)
     if zero_stage == 2:  # each micro-batch's gradients by themselves
         return Volume(whole * accumulation, whole, 0, buckets * (accumulation + 1))
-    return Volume(0, whole * accumulation * gathers, whole * accumulation, (2 + gathers) * buckets * accumulation)
-
-
-def gathers_at_stage_3(checkpointing: str | tuple[str, ...]) -> int:
-    """What autograd keeps holds on to the weights between forward and backward; under block and stage it keeps none."""
-    policies = (checkpointing,) if isinstance(checkpointing, str) else checkpointing
-    return 2 if {"block", "stage"} & set(policies) else 1
+    # Weights for forward, which stay for backward whatever the checkpointing.
+    return Volume(0, whole * accumulation, whole * accumulation, 4 * buckets * accumulation)
 
 
 @dataclass(frozen=True)

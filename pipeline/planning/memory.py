@@ -130,9 +130,9 @@ def _backward(layout: Layout, traced: Traced, cast_bytes: int, before: dict[str,
     for moment in traced.backward:
         size = FP32 * moment.elements
         steps = [{"alive": moment.peak, "buckets": bucket}]
-        if stage >= 2 and waiting + size > limit:  # the full bucket is copied flat, and sent
+        full = stage >= 2 and waiting + size > limit
+        if full:  # the bucket is copied flat, and sent
             steps.append({"alive": moment.after, "buckets": bucket + waiting})
-            reduced, waiting = reduced + waiting, 0
         for step in steps:
             if stage < 2:
                 gradients = standing if standing else done
@@ -145,6 +145,8 @@ def _backward(layout: Layout, traced: Traced, cast_bytes: int, before: dict[str,
             parts = _plus(before, more)
             if sum(parts.values()) > sum(best.values()):
                 best = parts
+        if full:  # only then is what is this rank's own taken out of it
+            reduced, waiting = reduced + waiting, 0
         done, waiting = done + size, waiting + size
     return Peak("backward", best)
 

@@ -16,7 +16,7 @@ from pipeline.config.load import Config
 from pipeline.config.sections import ConfigError
 from pipeline.models.build import build_model
 from pipeline.planning import memory
-from pipeline.planning.communication import Times, Volume, gathers_at_stage_3, times, volume
+from pipeline.planning.communication import Times, Volume, times, volume
 from pipeline.planning.images import Images, LoaderNeed, images_of, loader_need
 from pipeline.planning.memory import FP32, Layout, Peak
 from pipeline.planning.rates import GIB, Gpu, GpuRates
@@ -246,8 +246,7 @@ class Planner:
         return PolicyRow(shown(policy), kept, peak, peak <= self.asked.gpu.memory, largest, divides)
 
     def _volume(self, stage: int, accumulation: int, ranks: int) -> Volume:
-        gathers = gathers_at_stage_3(self.config.model.checkpointing)
-        return volume(sum(self.parameters), stage, accumulation, ranks, gathers)
+        return volume(sum(self.parameters), stage, accumulation, ranks)
 
     def _times(self, moved: Volume, ranks: int) -> Times:
         return times(moved, ranks, self.asked.gpu, self.asked.per_node, self.asked.link_rate, self.asked.rates)

@@ -30,7 +30,8 @@ def _traces_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests of the command share traces, which are what takes time; test_trace.py has those themselves."""
 
     def once(config: Config, *rest: Any) -> Traced:
-        key = (config.model.name, config.augment, *rest)
+        mixed = bool(config.augment.mixup_alpha or config.augment.cutmix_alpha)
+        key = (config.model.name, mixed, config.augment.label_smoothing, *rest)
         if key not in _traced:
             _traced[key] = trace(config, *rest)
         return _traced[key]
@@ -59,7 +60,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_every_configuration_plans(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """With the smallest net in place of theirs: a trace costs as many operations as the net has."""
     gpus = 1 if "demo" in path.stem else 8
-    small = (f"data.path={tmp_path}/in22k", "model.name=hornet_nano_gf")
+    small = (f"data.path={tmp_path}/in22k", "model.name=hornet_nano_gf", "data.resolution=64", "train.micro_batch=8")
     found = planned(capsys, str(path), *small, "--gpus", str(gpus), "--gpu", "a100")
     assert found["predicted"]
     assert found["steps"] > 0
