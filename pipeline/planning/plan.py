@@ -287,7 +287,7 @@ class Planner:
         rate = Range(train.global_batch / step.low, train.global_batch / step.high)
         flops = training_flops_per_image(config.model, self.data.classes, self.side) * self._mean_area
         mfu = rate * (flops / ranks / asked.gpu.peak_flops(self.bf16))
-        single = max((each for each in self._micro_batches(train.global_batch) if each <= train.micro_batch))
+        single = max(each for each in self._micro_batches(train.global_batch) if each <= train.micro_batch)
         alone, _ = self._step(1, train.global_batch // single, Times(0.0, 0.0, "none"))
         shares = sorted((alone.low / step.low / ranks, alone.high / step.high / ranks))
         hours = step * (self.data.steps_per_epoch * train.epochs / 3600)

@@ -61,6 +61,16 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
+def alive() -> LiveBytes:
+    """All tensors of this process, counted."""
+    live = LiveBytes()
+    everything = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    everything += [t.grad for t in everything if t.is_leaf and t.grad is not None]
+    for tensor in everything:
+        live.add(tensor)
+    return live
+
+
 def resident(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:")) * 1024
@@ -87,6 +97,8 @@ def count_sent(sent: Counter[str]) -> None:
 
 def measure(config: Config, ranks: Ranks, device: torch.device, sent: Counter[str]) -> dict[str, Any]:
     """The bytes of one setting."""
+    gc.collect()
+    left = alive().now  # of the setting before this one: DeepSpeed's engines do not go with their last name
     side, batch = config.data.resolution, config.train.micro_batch
     images, labels = torch.randn(batch, 3, side, side), torch.arange(batch) % CLASSES
     _, loss = mixing_and_loss(config.augment, CLASSES)
@@ -104,20 +116,15 @@ def measure(config: Config, ranks: Ranks, device: torch.device, sent: Counter[st
     forget_peak()
     subject.train_step(iter(batches), loss)
     above = resident("VmHWM") - before
-    live = LiveBytes()
-    everything = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
-    everything += [t.grad for t in everything if t.is_leaf and t.grad is not None]
-    for tensor in everything:
-        live.add(tensor)
-    del everything, tensor
+    live = alive()
     sent.clear()
-    held = live.now
+    held = live.now - left
     with live:
         subject.train_step(iter(batches), loss)
     states = [s for state in subject._inner.state.values() for s in state.values()]
     return {
         "held": held,
-        "peak": live.peak,
+        "peak": live.peak - left,
         "optimizer": sum(s.nbytes for s in states),
         "resident": above,
         "sent": dict(sent),
