@@ -10,6 +10,7 @@ what would be run. DeepSpeed's own runner (0.19.8) builds the command. What diff
 - When this process is killed, pdsh goes with it, and the ranks notice.
 - A host that is lost ends the launch: ssh asks whether it is still there. (pdsh would wait for ever.)
 - Where pdsh is killed the exit code is not 0.
+- mpirun leaves ranks all cores of their host. (By itself it gives each one core, and its data workers the same.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ class Launch(subprocess.Popen):
 
     def __init__(self, command: list[str], env: dict[str, str]) -> None:
         # A session of its own: a Ctrl-C at the terminal is for this process to answer.
-        super().__init__(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_us)
+        super().__init__(
+            _unbound(command), env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_us
+        )
         Launch.the_one = self
 
 
@@ -105,13 +108,18 @@ def _answer_signals(folder: Any) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
+def _unbound(command: list[str]) -> list[str]:
+    bound = command[0] == "mpirun" and not {"--bind-to", "-bind-to"} & {*command}
+    return ["mpirun", "--bind-to", "none", *command[1:]] if bound else command
+
+
 def _die_with_us() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _print(command: list[str], env: dict[str, str]) -> SimpleNamespace:
     words = [f"{name}={shlex.quote(env[name])}" for name in ("PDSH_RCMD_TYPE", "PDSH_SSH_ARGS_APPEND") if name in env]
-    print(" ".join(words) if command[0] == "pdsh" else "", shlex.join(command), flush=True)
+    print(*(words if command[0] == "pdsh" else []), shlex.join(_unbound(command)), flush=True)
     return SimpleNamespace(wait=lambda: None, returncode=0)
 
 
