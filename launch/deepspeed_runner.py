@@ -31,7 +31,7 @@ from deepspeed.launcher import runner  # noqa: E402
 
 from pipeline.ranks import handover  # noqa: E402
 from pipeline.ranks.environment import travelling  # noqa: E402
-from pipeline.ranks.lifetime import EXIT_REQUEUE, ask_to_stop  # noqa: E402
+from pipeline.ranks.lifetime import EXIT_REQUEUE, ask_to_stop, withdraw_stop  # noqa: E402
 from pipeline.ranks.log_file import say_at_once  # noqa: E402
 
 # A host that does not answer for 15 s is gone. The user's own come after these, and of a word that is said twice ssh
@@ -81,6 +81,7 @@ def main(arguments: list[str]) -> int:
         code = error.code if isinstance(error.code, int) else 1
     finally:
         handover.remove(folder)
+        withdraw_stop(handover.run_dir_of(folder), folder.name)
     if Launch.the_one is not None and (Launch.the_one.returncode or 0) < 0:
         code = 128 - Launch.the_one.returncode
     return code
@@ -97,7 +98,7 @@ def _answer_signals(folder: Any) -> None:
             os._exit(EXIT_REQUEUE)  # nothing has begun
         if not first:
             first.append(time.monotonic())
-            ask_to_stop(run_dir, f"{name} to the launcher")
+            ask_to_stop(run_dir, f"{name} to the launcher", folder.name)
             say_at_once(f"{name}: the ranks are asked to stop, after a checkpoint; once more ends them without one")
         elif time.monotonic() - first[0] > _REPEAT_SECONDS:
             say_at_once(f"{name} once more: the launch ends")

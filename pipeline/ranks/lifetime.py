@@ -176,15 +176,17 @@ def exclusive(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def ask_to_stop(run_dir: Path, reason: str) -> None:
-    """Ask the run in `run_dir` to stop, from any host: its rank 0 looks for that. Raises OSError."""
-    (run_dir / _STOP_FILE).write_text(reason + "\n", encoding="utf-8")
+def ask_to_stop(run_dir: Path, reason: str, launch: str = "") -> None:
+    """Ask the run in `run_dir` to stop, from any host: its rank 0 looks for that. With `launch`, the name of what was
+    handed over, only if the run is of that launch: another one may wait for the folder. Raises OSError.
+    """
+    (run_dir / f"{_STOP_FILE}{launch}").write_text(reason + "\n", encoding="utf-8")
 
 
-def withdraw_stop(run_dir: Path) -> None:
+def withdraw_stop(run_dir: Path, launch: str = "") -> None:
     """Nobody is left to be asked."""
     with suppress(OSError):
-        (run_dir / _STOP_FILE).unlink()
+        (run_dir / f"{_STOP_FILE}{launch}").unlink()
 
 
 def heed_stop_file(run_dir: Path, request: StopRequest) -> None:
@@ -192,14 +194,17 @@ def heed_stop_file(run_dir: Path, request: StopRequest) -> None:
     before this try does not count.
     """
     withdraw_stop(run_dir)
-    path = run_dir / _STOP_FILE
+    paths = [run_dir / _STOP_FILE]
+    if handed := os.environ.get(HANDOVER_VARIABLE):
+        paths.append(run_dir / f"{_STOP_FILE}{Path(handed).name}")
 
     def watch() -> None:
         while not request.closing:
-            with suppress(OSError):
-                reason = path.read_text(encoding="utf-8").strip() or "asked to stop"
-                path.unlink()
-                request.ask(reason)
+            for path in paths:
+                with suppress(OSError):
+                    reason = path.read_text(encoding="utf-8").strip() or "asked to stop"
+                    path.unlink()
+                    request.ask(reason, "a signal to a rank ends that rank at once")
             time.sleep(1.0)
 
     threading.Thread(target=watch, name="stop file", daemon=True).start()

@@ -61,3 +61,17 @@ def test_a_run_that_stops_and_one_that_does_not(tmp_path: Path, capfd: pytest.Ca
     assert set(request.reasons) == {"make stop"}
     assert "its newest checkpoint is step-00000007" in capfd.readouterr().out
     assert not (tmp_path / lifetime._STOP_FILE).exists()
+
+
+def test_a_launcher_asks_its_own_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second launch into the folder, which waits and is told to stop, must not stop the first."""
+    first, request = tmp_path / ".launch" / "tmpfirst", Request()
+    monkeypatch.setenv("PIPELINE_HANDOVER", str(first))
+    heed_stop_file(tmp_path, request)  # type: ignore[arg-type]
+    lifetime.ask_to_stop(tmp_path, "SIGTERM to the second", "tmpsecond")
+    lifetime.ask_to_stop(tmp_path, "SIGTERM to the first", first.name)
+    end = time.monotonic() + 60
+    while not request.reasons and time.monotonic() < end:
+        time.sleep(0.02)
+    request.closing = True
+    assert request.reasons == ["SIGTERM to the first"]
