@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch.distributed.launcher.api import elastic_launch
 from pipeline.ranks.lifetime import EXIT_REQUEUE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_LOOK_SECONDS = 0.1
 _asked: set[int] = set()  # those of them that the ranks were sent
 
 
@@ -51,16 +53,18 @@ class RankLogs(LogsSpecs):
 
 def main() -> int:
     """Returns the exit code: of the rank that failed first, as a shell would say it, else 0."""
-    # Slurm (proctrack/cgroup) signals a task alone, which is this process, and none of those that it started.
+    # Blocked in here, and so in the ranks until they can answer: one that still imports would die of it, and the ranks
+    # of other hosts wait for it. That there are handlers tells hold_signals.py to pass on what came before.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     for number in _SIGNALS:
-        signal.signal(number, _pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)  # those that came before this process had handlers come now
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=_pass_on, daemon=True).start()
     try:
         _start(["--signals-to-handle=SIGINT,SIGHUP,SIGQUIT", *sys.argv[1:]])  # not SIGTERM
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
         if -code in _asked:
-            code = EXIT_REQUEUE  # a rank that still imports dies of it: nothing is lost
+            code = EXIT_REQUEUE  # before it was a rank: nothing is lost
         if code != EXIT_REQUEUE:
             print(error, file=sys.stderr, flush=True)  # names rank and host
         return _requeue() if code == EXIT_REQUEUE else code if code >= 0 else 128 - code
@@ -86,14 +90,18 @@ def _requeue() -> int:
     return EXIT_REQUEUE
 
 
-def _pass_on(number: int, _: object) -> None:
-    ranks = psutil.Process().children()
-    if not ranks:
-        sys.exit(_requeue())  # nothing has begun
-    _asked.add(number)
-    for rank in ranks:
-        with suppress(psutil.NoSuchProcess):
-            rank.send_signal(number)
+def _pass_on() -> None:
+    """To the ranks: Slurm (proctrack/cgroup) signals a task alone, which is this process, and none that it started."""
+    while True:
+        number = signal.sigwait(_SIGNALS)
+        several = "--nnodes" in sys.argv and sys.argv[sys.argv.index("--nnodes") + 1] != "1"
+        while not (ranks := psutil.Process().children()):  # on several hosts it is they who tell the others
+            if not several or signal.sigtimedwait(_SIGNALS, _LOOK_SECONDS):
+                os._exit(_requeue())  # nothing has begun
+        _asked.add(number)
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
 
 
 if __name__ == "__main__":

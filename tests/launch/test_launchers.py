@@ -26,6 +26,7 @@ if sys.argv[1] == "waits":
         time.sleep(0.05)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(75))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])
     open(f"ready.{os.environ['RANK']}", "w").close()
     time.sleep(1000)
 sys.exit(int(sys.argv[1]))
@@ -73,7 +74,7 @@ def asked(checkout: Path) -> list[str]:
 
 @pytest.mark.parametrize("moment", ["begun", "ready"])
 def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path, moment: str) -> None:
-    """SIGUSR1 reaches the task alone, which is the agent. Ranks that only import, without a handler yet, die of it."""
+    """SIGUSR1 reaches the task alone, which is the agent. It waits in ranks that only import, without a handler yet."""
     (checkout / "slurm-41" / "0").mkdir(parents=True)
     (checkout / "slurm-41" / "0" / ".requeue").write_text("again")  # of an earlier try: does not count
     if moment == "ready":
@@ -82,6 +83,7 @@ def test_a_job_that_was_asked_to_stop_queues_again(checkout: Path, moment: str) 
     wait_for(lambda: all((checkout / f"{moment}.{rank}").exists() for rank in (0, 1)), job)
     (task,) = (int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())
     os.kill(task, signal.SIGUSR1)
+    (checkout / "go").touch()
     _, errors = job.communicate(timeout=PATIENCE_SECONDS)
     assert job.returncode == 0, errors
     assert "Traceback" not in errors
