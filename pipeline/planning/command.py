@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ EPILOG = """\
 examples
   python -m pipeline plan configs/pretrain_hornet_l_in22k_384.yaml --gpu h200 --gpus 64 --price 2.5
   python -m pipeline plan configs/pretrain_hornet_l_in22k_384.yaml train.micro_batch=64 model.checkpointing=block
+  python -m pipeline plan CONFIG --policies all
   python -m pipeline plan CONFIG --plot plan.png --json > plan.json
-All numbers are predictions; no GPU is needed. The net is traced on fake tensors, half a minute for HorNet-L.
+All numbers are predictions; no GPU is needed. The net is traced on fake tensors: half a minute of a core for HorNet-L.
 --gpu-rates FILE, JSON or YAML, replaces guesses by what was measured; every key but gpu may be left out:
   {"gpus": [{"gpu": "h200", "gemm_tflops": {"bf16": 780}, "all_reduce_gbs": {"8": 360},
              "train": [{"model": "hornet_large_7x7", "resolution": 384, "policy": "selective",
@@ -36,7 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--images", type=int, metavar="N", help="training images, where data.path is not there")
     add("--classes", type=int, metavar="N", help="the same")
     add("--gpu-rates", type=Path, metavar="FILE", help="measured rates (tests/gpu/gpu_rates.json, where it is)")
-    add("--policies", choices=("all", "own"), default="all", help="own: no table of the other checkpointing policies")
+    add(
+        "--policies",
+        choices=("own", "all"),
+        default="own",
+        help="all: compare every checkpointing policy, which takes four times as long",
+    )
     add("--plot", type=Path, metavar="FILE", help="memory by part and cost over GPUs, as .png or .svg")
     add("--json", action="store_true", help="the plan as JSON on stdout in place of the tables")
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
@@ -50,10 +57,8 @@ def command(options: argparse.Namespace) -> int:
     from pipeline.planning.rates import GB, gpu, measured
 
     kind = gpu(options.gpu)
-    rates, _ = measured(options.gpu_rates, kind.kind)
+    rates = measured(options.gpu_rates, kind.kind)
     # torch, timm: seconds, which a wrong name need not wait for
-    import json
-
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 

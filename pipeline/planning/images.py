@@ -48,7 +48,6 @@ def images_of(config: Config, count: int | None, classes: int | None) -> Images:
     """
     data, batch = config.data, config.train.global_batch
     local = all("://" not in each.path and Path(each.path).exists() for each in data.sets)
-    known_by = "--images, --classes"
     if local and data.reader == "indexed" and count is None:
         manifest = open_manifest(data)
         split = manifest.split("train")
@@ -62,12 +61,15 @@ def images_of(config: Config, count: int | None, classes: int | None) -> Images:
         return Images(split.samples, classes or manifest.num_classes, total / max(1, split.samples), steps, known_by)
     text = f"{data.shown_path} {config.name}".lower()
     _, images, known_classes, size, what = next(row for row in _KNOWN if row[0] in text)
+    known_by = "--images"
     if data.stream_samples_per_epoch is not None and count is None:
         count, known_by = data.stream_samples_per_epoch, "data.stream_samples_per_epoch"
     if count is None:
-        known_by = f"assumed: {what}; {data.shown_path} is not read (--images, --classes)"
-        if not local and "://" not in data.shown_path and data.reader == "indexed":
-            known_by = f"assumed: {what}; {data.shown_path} is not here (--images, --classes)"
+        here = local or "://" in data.shown_path or data.reader != "indexed"
+        why = f"{data.shown_path} is not {'read' if here else 'here'} (--images, --classes)"
+        known_by = f"assumed: {what}; {why}"
+    else:
+        known_by += ", --classes" if classes is not None else f"; classes assumed: {what} (--classes)"
     found = images if count is None else count
     if found < batch:
         raise ConfigError(

@@ -66,7 +66,7 @@ class PolicyRow:
 
 @dataclass(frozen=True)
 class ScaleRow:
-    """The run on `gpus` GPUs; `refused`: why it cannot be, else None."""
+    """The run on `gpus` GPUs; `memory`: bytes of one of them; `refused`: why it cannot be, else None."""
 
     gpus: int
     micro_batch: int
@@ -80,6 +80,7 @@ class ScaleRow:
     volume: Volume
     link: Times
     held_up_by: str
+    memory: int
     refused: str | None = None
 
 
@@ -122,7 +123,7 @@ class Planner:
         self.groups = tuple(sum(parameter.numel() for parameter in group["params"]) for group in groups)
         self.blocks = sum(len(list(stage.children())) for stage in net.stages)
         self.fused = config.model.compile or asked.gpu.has_kernels
-        self._traces: dict[Policy, tuple[Traced, Traced]] = {}
+        self._traces: dict[tuple[Policy, int], Traced] = {}
 
     def effective(self, policy: Policy) -> Policy:
         """What runs in its place: our kernels are spelled as selective alone."""
@@ -133,33 +134,34 @@ class Planner:
         return tuple("selective" if each == "none" else each for each in policy)
 
     def traced(self, policy: Policy, batch: int) -> Traced:
-        """A pass at `batch`, from two that were traced."""
-        policy = self.effective(policy)
-        if policy not in self._traces:
-            self.tell(f"tracing {shown(policy)}")
-            micro = self.config.train.micro_batch
-            common = (self.config, self.data.classes, self.side, policy)
-            self._traces[policy] = (trace(*common, micro, self.bf16), trace(*common, 2 * micro, self.bf16))
-        return at_batch(*self._traces[policy], batch)
+        """A pass at `batch`: traced at the micro-batch of the configuration, at others on a line through two traces."""
+        policy, micro = self.effective(policy), self.config.train.micro_batch
+        wanted = (micro,) if batch == micro else (micro, 2 * micro)
+        for each in wanted:
+            if (policy, each) not in self._traces:
+                self.tell(f"tracing {shown(policy)}, {each} images")
+                self._traces[policy, each] = trace(*self._pass(policy, each))
+        passes = [self._traces[policy, each] for each in wanted]
+        return passes[0] if batch == micro else at_batch(passes[0], passes[1], batch)
+
+    def _pass(self, policy: Policy, batch: int) -> tuple[Config, int, int, Policy, int, bool]:
+        """The arguments of `trace`."""
+        return self.config, self.data.classes, self.side, policy, batch, self.bf16
 
     def trace_all(self, policies: Sequence[Policy]) -> None:
-        """Trace those that are still missing, each in a process of its own."""
-        wanted = [each for each in dict.fromkeys(map(self.effective, policies)) if each not in self._traces]
+        """Trace several policies, each pass in a process of its own, where that is faster than one after another."""
+        wanted = list(dict.fromkeys(map(self.effective, policies)))
         cores = len(os.sched_getaffinity(0))
         if len(wanted) < 2 or cores < 2 or self.blocks < _MANY_BLOCKS:
             return
-        batches = (self.config.train.micro_batch, 2 * self.config.train.micro_batch)
+        micro = self.config.train.micro_batch
+        keys = [(policy, batch) for policy in wanted for batch in (micro, 2 * micro)]
         self.tell(f"tracing {len(wanted)} policies")
-        with ProcessPoolExecutor(min(cores, 2 * len(wanted)), mp_context=get_context("spawn")) as pool:
-            passes = {
-                (policy, batch): pool.submit(trace, self.config, self.data.classes, self.side, policy, batch, self.bf16)
-                for policy in wanted
-                for batch in batches
-            }
-            for policy in wanted:
-                small, large = (passes[policy, batch].result() for batch in batches)
-                self._traces[policy] = (small, large)
-                self.tell(f"traced {len(self._traces)} of {len(wanted)} policies")
+        with ProcessPoolExecutor(min(cores, len(keys)), mp_context=get_context("spawn")) as pool:
+            passes = {key: pool.submit(trace, *self._pass(*key)) for key in keys}
+            for done, key in enumerate(keys, start=1):
+                self._traces[key] = passes[key].result()
+                self.tell(f"traced {done} of {len(keys)} passes")
 
     def layout(self, ranks: int, accumulation: int) -> Layout:
         ema = self.config.optimizer.ema_decay is not None
@@ -277,7 +279,7 @@ class Planner:
                 why = f"a GPU's {train.global_batch // ranks} images cannot be paired for mixup"
             moved = self._volume(train.zero_stage, 1, ranks)
             figures = (nothing, nothing, nothing, nothing, nothing, nothing)
-            return ScaleRow(ranks, 0, 0, *figures, moved, self._times(moved, ranks), "the batch", refused=why)
+            return ScaleRow(ranks, 0, 0, *figures, moved, self._times(moved, ranks), "the batch", 0, refused=why)
         part = train.global_batch // ranks
         micro = max((each for each in possible if each <= train.micro_batch), default=min(possible))
         accumulation = part // micro
@@ -294,9 +296,12 @@ class Planner:
         held_up = max(lost, key=lambda name: lost[name])
         if lost[held_up] < 0.05 * step.low:
             held_up = "computing"
+        taken = self.with_slack(self.peak(config.model.checkpointing, ranks, micro))
+        if taken > asked.gpu.memory:
+            held_up = f"memory: {taken / GIB:.1f} of {asked.gpu.memory / GIB:.1f} GiB, does not fit"
         return ScaleRow(
             *(ranks, micro, accumulation, step, rate, mfu, Range(*shares), hours, hours * (ranks * asked.price)),
-            *(moved, link, held_up),
+            *(moved, link, held_up, taken),
         )
 
     def _step(self, ranks: int, accumulation: int, link: Times) -> tuple[Range, dict[str, float]]:

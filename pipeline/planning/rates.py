@@ -127,14 +127,14 @@ class RatesFile(_Measured):
     gpus: list[GpuRates]
 
 
-def measured(path: Path | None, kind: str) -> tuple[GpuRates | None, Path | None]:
-    """What the file says of this kind, and the file it is from; with no `path`, tests/gpu's own where there is one.
+def measured(path: Path | None, kind: str) -> GpuRates | None:
+    """What the file says of this kind, None where nothing; with no `path`, tests/gpu's own where there is one.
 
     Raises ConfigError where the file cannot be read or is not of the schema.
     """
     chosen = path if path is not None else RATES_FILE if RATES_FILE.exists() else None
     if chosen is None:
-        return None, None
+        return None
     try:
         text = chosen.read_text(encoding="utf-8")
         tree = json.loads(text) if chosen.suffix == ".json" else yaml.safe_load(text)
@@ -153,4 +153,4 @@ def measured(path: Path | None, kind: str) -> tuple[GpuRates | None, Path | None
     unknown = [each.gpu for each in known.gpus if each.gpu not in GPUS]
     if unknown:
         raise ConfigError(f"--gpu-rates {chosen}: gpu {unknown[0]!r} is not known: there are {', '.join(GPUS)}")
-    return next((each for each in known.gpus if each.gpu == kind), None), chosen
+    return next((each for each in known.gpus if each.gpu == kind), None)

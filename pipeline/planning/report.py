@@ -42,7 +42,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "total": plan.peak.total + plan.fixed_bytes,
             "gpu": asked.gpu.memory,
             "fits": plan.peak.total + plan.fixed_bytes <= asked.gpu.memory,
-            "moments": {each.moment: each.total for each in plan.moments},
+            "moments": _highest(plan),
         },
         "policies": [dataclasses.asdict(each) for each in plan.policies],
         "run": _row_json(row),
@@ -55,6 +55,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "loader_per_node": dataclasses.asdict(plan.loader),
         "assumptions": list(plan.assumptions),
     }
+
+
+def _highest(plan: Plan) -> dict[str, int]:
+    """Most bytes of torch's tensors in each part of a step."""
+    found: dict[str, int] = {}
+    for each in plan.moments:
+        found[each.moment] = max(found.get(each.moment, 0), each.total)
+    return found
 
 
 def _row_json(row: ScaleRow) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def _memory(plan: Plan) -> RenderableType:
     table.add_column("")
     for part, size in total_by_part(plan.peak, plan.fixed_bytes):
         table.add_row(part, f"{size / GIB:.2f}", _bar(size / max(total, memory)))
-    others = ", ".join(f"{each.moment} {each.total / GIB:.1f}" for each in plan.moments if each is not plan.peak)
+    others = ", ".join(f"{name} {size / GIB:.1f}" for name, size in _highest(plan).items() if name != plan.peak.moment)
     return Group(table, f"torch's tensors in the other moments, GiB: {others}")
 
 

@@ -4,9 +4,9 @@
 
 Each setting is a run of real gloo ranks under DeepSpeed on the CPU (tests/support/programs/step_memory.py). Measured:
 the most bytes of tensors that are alive at any moment of a step; where there is one rank, also the peak resident memory
-of its process above that before the model was built. Predicted: `pipeline/planning/` from the configuration alone, for
-the same device (no GPU's context, AdamW parameter by parameter). Markdown; exit code 1 where a row is off by more than
-10 %.
+of its process in a step, above what it had after a step of a tiny net. Predicted: `pipeline/planning/` from the
+configuration alone, for the same device (no GPU's context, AdamW parameter by parameter). Markdown; exit code 1 where a
+row of tensors is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -57,24 +57,25 @@ GROUPS = (
         Setting("hornet_tiny_7x7", 64, 8, "selective", 1),
         Setting("hornet_tiny_gf", 64, 8, "stage", 1),
         Setting("hornet_small_gf", 64, 4, "selective", 1, accumulation=2),
-        Setting("hornet_base_7x7", 64, 4, "selective", 1),
         Setting("hornet_tiny_gf", 96, 8, "selective_mlp", 2),
         Setting("hornet_tiny_7x7", 64, 8, "selective", 2, precision="bf16"),
         Setting("hornet_small_7x7", 64, 4, "block", 2, accumulation=2),
-        Setting("hornet_base_gf", 64, 4, "selective", 2),
+        Setting("hornet_base_7x7", 64, 4, "selective", 2),
         Setting("hornet_tiny_7x7", 64, 8, "selective", 3),
         Setting("hornet_tiny_7x7", 128, 8, "none", 3),
-        Setting("hornet_base_7x7", 64, 4, "selective", 3),
         Setting("hornet_tiny_gf", 64, 8, "block", 3),
     ),
     (Setting("hornet_tiny_7x7", 160, 8, "none", 0, ranks=1, resident=True),),
     (Setting("hornet_tiny_gf", 160, 8, "selective", 0, ranks=1, resident=True),),
-    (Setting("hornet_small_7x7", 160, 8, "selective_mlp", 1, ranks=1, resident=True),),
 )
+# Goes before one whose resident memory is wanted: what a first step loads and allocates for good is not the setting's.
+FIRST = Setting("hornet_nano_gf", 32, 2, "none", 0, ranks=1)
 
 
 def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
     """Of rank 0; settings of as many ranks share their processes."""
+    if settings[0].resident:
+        return measure((FIRST, settings[0]._replace(resident=False)))[1:]
     with tempfile.NamedTemporaryFile() as result:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
         command = [*launcher, str(settings[0].ranks), str(PROGRAM), str(CONFIG), result.name]
@@ -114,7 +115,8 @@ def main() -> None:
             counted = {"tensors": found["peak"]} | ({"resident": found["resident"]} if setting.resident else {})
             for what, size in counted.items():
                 ratio = expected / size
-                worst = max(worst, abs(ratio - 1))
+                if what == "tensors":
+                    worst = max(worst, abs(ratio - 1))
                 first = f"{setting.model.removeprefix('hornet_')} | {setting.px} | {setting.batch} | {setting.policy}"
                 how = f"{what}{', bf16' if setting.precision == 'bf16' else ''}"
                 print(
@@ -122,7 +124,7 @@ def main() -> None:
                     f"| {expected / 1e6:.1f}, {moment} | {size / 1e6:.1f} | {ratio:.3f} |",
                     flush=True,
                 )
-    print(f"\nfurthest off: {100 * worst:.1f} %")
+    print(f"\nfurthest off, of tensors: {100 * worst:.1f} %")
     sys.exit(worst > ALLOWED)
 
 

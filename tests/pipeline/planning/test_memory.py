@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,12 +23,12 @@ PROGRAM = ROOT / "tests" / "support" / "programs" / "step_memory.py"
 CONFIG = ROOT / "configs" / "demo_pretrain.yaml"
 CLASSES, RANKS = 50, 2
 # The net is the smallest there is, its bucket 200 MB: of a large one, bench_plan.py has the table.
-BASE = ("data.resolution=32", "train.micro_batch=16", "data.shuffle_lanes=1")
+BASE = ("data.resolution=32", "train.micro_batch=8", "data.shuffle_lanes=1")
 SETTINGS = {
-    "0": ("train.zero_stage=0", "train.global_batch=32", "model.checkpointing=none"),
-    "1, accumulating": ("train.zero_stage=1", "train.global_batch=64", "model.checkpointing=selective"),
-    "2": ("train.zero_stage=2", "train.global_batch=32", "model.checkpointing=block"),
-    "3": ("train.zero_stage=3", "train.global_batch=32", "model.checkpointing=selective"),  # last: it replaces F.linear
+    "0": ("train.zero_stage=0", "train.global_batch=16", "model.checkpointing=none"),
+    "1, accumulating": ("train.zero_stage=1", "train.global_batch=32", "model.checkpointing=selective"),
+    "2": ("train.zero_stage=2", "train.global_batch=16", "model.checkpointing=block"),
+    "3": ("train.zero_stage=3", "train.global_batch=16", "model.checkpointing=selective"),  # last: it replaces F.linear
 }
 
 
@@ -100,6 +101,14 @@ def test_a_ring_and_a_tree_on_links_that_are_known() -> None:
     assert times(volume(1_000_000, 0, 1, 512), 512, kind, 8, kind.network_rate).tree < slow.tree
     small = times(volume(1_000, 0, 1, 512), 512, kind, 8, kind.network_rate)
     assert small.tree < small.ring  # of little, the hops are what takes time
+
+
+def test_a_scale_that_does_not_fit_says_so() -> None:
+    subject = planner("1, accumulating")
+    row = subject.scale(RANKS)
+    assert "memory" not in row.held_up_by
+    subject.asked = replace(subject.asked, gpu=replace(subject.asked.gpu, memory=row.memory - 1))
+    assert "does not fit" in subject.scale(RANKS).held_up_by
 
 
 def test_sizes_are_whole_whatever_the_number_of_ranks() -> None:

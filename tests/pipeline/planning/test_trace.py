@@ -9,11 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pipeline.config.load import Config, load
 from pipeline.models.build import build_model
 from pipeline.ops import kernels
-from pipeline.planning.trace import Kept, at_batch, autocast, fake_model, trace
+from pipeline.planning.trace import Kept, at_batch, autocast, fake_model
 from pipeline.training.recipe import mixing_and_loss
+from tests.pipeline.planning.conftest import traced_once
 from tests.support.runs import ROOT
 
-CLASSES, SIDE, BATCH = 50, 32, 6
+CLASSES, SIDE, BATCH = 50, 32, 8
 
 
 def configured(policy: str) -> Config:
@@ -36,10 +37,10 @@ def really_kept(policy: str, bf16: bool) -> int:
 
 @pytest.mark.parametrize(
     ("policy", "bf16"),
-    [("none", False), ("selective", True), ("selective_mlp", False), ("block", True), ("stage", False)],
+    [("none", False), ("selective", True), ("selective_mlp", True), ("block", True), ("stage", True)],
 )
 def test_kept_as_in_a_real_pass(policy: str, bf16: bool) -> None:
-    traced = trace(configured(policy), CLASSES, SIDE, policy, BATCH, bf16)
+    traced = traced_once(configured(policy), CLASSES, SIDE, policy, BATCH, bf16)
     assert traced.saved == pytest.approx(really_kept(policy, bf16), rel=0.02)
 
 
@@ -58,16 +59,16 @@ def test_autocast_of_a_gpu_keeps_the_same() -> None:
 
 def test_another_batch_is_on_the_line() -> None:
     config = configured("selective")
-    two, four, eight = (trace(config, CLASSES, SIDE, "selective", batch, False) for batch in (2, 4, 8))
-    guessed = at_batch(two, four, 8)
-    assert guessed.saved == pytest.approx(eight.saved, rel=0.001)
-    assert guessed.dense_flops == pytest.approx(eight.dense_flops, rel=0.001)
-    assert [m.peak for m in guessed.backward] == pytest.approx([m.peak for m in eight.backward], rel=0.02)
+    four, eight, sixteen = (traced_once(config, CLASSES, SIDE, "selective", batch, True) for batch in (4, 8, 16))
+    guessed = at_batch(eight, sixteen, 4)
+    assert guessed.saved == pytest.approx(four.saved, rel=0.001)
+    assert guessed.dense_flops == pytest.approx(four.dense_flops, rel=0.001)
+    assert [m.peak for m in guessed.backward] == pytest.approx([m.peak for m in four.backward], rel=0.02)
 
 
 def test_all_gradients_come_once() -> None:
     config = configured("block")
-    traced = trace(config, CLASSES, SIDE, "block", BATCH, False)
+    traced = traced_once(config, CLASSES, SIDE, "block", BATCH, True)
     net = build_model(config.model, CLASSES, SIDE)
     assert {m.name: m.elements for m in traced.backward} == {n: p.numel() for n, p in net.named_parameters()}
     assert traced.backward[-1].after < 0.01 * traced.saved  # all that was kept has gone
