@@ -22,12 +22,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
-# Where mlflow is installed DeepSpeed 0.19.8 imports it, for its autotuner: seconds. Now it seems missing.
-sys.modules["mlflow"] = None  # type: ignore[assignment]
-from deepspeed.launcher import runner  # noqa: E402
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they wait, through imports, until they can be answered
 
 from pipeline.ranks import handover  # noqa: E402
 from pipeline.ranks.environment import travelling  # noqa: E402
@@ -39,7 +40,6 @@ from pipeline.ranks.log_file import say_at_once  # noqa: E402
 SSH_ALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o ConnectTimeout=10"
 _PR_SET_PDEATHSIG = 1
 _REPEAT_SECONDS = 3.0  # a terminal and a scheduler may both tell
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Launch(subprocess.Popen):
@@ -59,6 +59,14 @@ def main(arguments: list[str]) -> int:
     """Returns the exit code: the largest of the hosts', as pdsh has it."""
     dry = arguments[0] == "--dry-run"
     word, *options = arguments[dry:]
+    folder = None if dry else handover.from_word(word)
+    if folder:
+        _answer_signals(folder)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    # Where mlflow is installed DeepSpeed 0.19.8 imports it, for its autotuner: seconds. Now it seems missing.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    from deepspeed.launcher import runner  # seconds, in which signals are answered
+
     # Ranks have these by the handover. Here DeepSpeed would paste some of them into command lines.
     for name in travelling(os.environ):
         if not name.startswith("LD_"):
@@ -69,11 +77,9 @@ def main(arguments: list[str]) -> int:
     runner.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _print if dry else Launch})
     runner.signal = SimpleNamespace(**{**vars(signal), "signal": lambda *_: None})
     command = [*options, "--module", "launch.handed", word]
-    if dry:
+    if folder is None:
         runner.main(command)
         return 0
-    folder = handover.from_word(word)
-    _answer_signals(folder)
     code = 0
     try:
         runner.main(command)
@@ -87,7 +93,7 @@ def main(arguments: list[str]) -> int:
     return code
 
 
-def _answer_signals(folder: Any) -> None:
+def _answer_signals(folder: Path) -> None:
     run_dir = handover.run_dir_of(folder)
     first: list[float] = []
 
@@ -98,15 +104,19 @@ def _answer_signals(folder: Any) -> None:
             os._exit(EXIT_REQUEUE)  # nothing has begun
         if not first:
             first.append(time.monotonic())
-            ask_to_stop(run_dir, f"{name} to the launcher", folder.name)
+            try:
+                ask_to_stop(run_dir, f"{name} to the launcher", folder.name)
+            except OSError as error:
+                say_at_once(f"error: {name}: no file can ask the ranks to stop: {error}; once more ends them")
+                return
             say_at_once(f"{name}: the ranks are asked to stop, after a checkpoint; once more ends them without one")
         elif time.monotonic() - first[0] > _REPEAT_SECONDS:
             say_at_once(f"{name} once more: the launch ends")
-            os.killpg(launch.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(launch.pid, signal.SIGTERM)
 
     for number in _SIGNALS:
         signal.signal(number, answer)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
 def _unbound(command: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ _REPEAT_SECONDS = 3.0  # launchers pass on what the ranks also got themselves, a
 _ALONE_SECONDS = 120.0  # without a launcher: time for the step under way and a last checkpoint
 _WAIT_SECONDS = 150.0  # for the lock: longer than that, or the next start would find the folder busy
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_STOP_FILE = ".stop"  # of the run folder: what `make stop` and the launcher of many hosts write, and rank 0 reads
+_STOP_FILE = ".stop"  # of the run folder: `make stop` writes it, or of one launch its launcher, and rank 0 reads
 
 
 class RunBusyError(ValueError):
@@ -177,34 +177,45 @@ def exclusive(run_dir: Path) -> Iterator[None]:
 
 
 def ask_to_stop(run_dir: Path, reason: str, launch: str = "") -> None:
-    """Ask the run in `run_dir` to stop, from any host: its rank 0 looks for that. With `launch`, the name of what was
-    handed over, only if the run is of that launch: another one may wait for the folder. Raises OSError.
+    """Ask the run in `run_dir` to stop, from any host: its rank 0 looks for that. With `launch` (handover.py) that one
+    alone, whether it has begun or not: another may be under way in the folder, or wait for it. Raises OSError.
     """
-    (run_dir / f"{_STOP_FILE}{launch}").write_text(reason + "\n", encoding="utf-8")
+    _stop_file(run_dir, launch).write_text(reason + "\n", encoding="utf-8")
 
 
 def withdraw_stop(run_dir: Path, launch: str = "") -> None:
     """Nobody is left to be asked."""
     with suppress(OSError):
-        (run_dir / f"{_STOP_FILE}{launch}").unlink()
+        _stop_file(run_dir, launch).unlink()
+
+
+def heed_launch(run_dir: Path, request: StopRequest) -> None:
+    """From now on `request` hears of what its own launcher asks by `ask_to_stop`; for rank 0, from its beginning on."""
+    if folder := os.environ.get(HANDOVER_VARIABLE):
+        _heed(_stop_file(run_dir, Path(folder).name), request)
 
 
 def heed_stop_file(run_dir: Path, request: StopRequest) -> None:
-    """From now on `request` hears of `ask_to_stop`; for rank 0, which holds the run folder. What was asked of the run
-    before this try does not count.
+    """From now on `request` hears of what anybody asks by `ask_to_stop`; for rank 0, which holds the run folder. What
+    was asked of the run before this try does not count.
     """
-    withdraw_stop(run_dir)
-    paths = [run_dir / _STOP_FILE]
-    if handed := os.environ.get(HANDOVER_VARIABLE):
-        paths.append(run_dir / f"{_STOP_FILE}{Path(handed).name}")
+    with suppress(OSError):  # one file system, one clock: that of the lock was written when this try took it
+        if _stop_file(run_dir).stat().st_mtime < (run_dir / ".lock").stat().st_mtime:
+            withdraw_stop(run_dir)
+    _heed(_stop_file(run_dir), request)
 
+
+def _stop_file(run_dir: Path, launch: str = "") -> Path:
+    return run_dir / (f"{_STOP_FILE}-{launch}" if launch else _STOP_FILE)
+
+
+def _heed(path: Path, request: StopRequest) -> None:
     def watch() -> None:
         while not request.closing:
-            for path in paths:
-                with suppress(OSError):
-                    reason = path.read_text(encoding="utf-8").strip() or "asked to stop"
-                    path.unlink()
-                    request.ask(reason, "a signal to a rank ends that rank at once")
+            with suppress(OSError):
+                reason = path.read_text(encoding="utf-8").strip() or "asked to stop"
+                path.unlink()
+                request.ask(reason, "a signal to a rank ends that rank at once")
             time.sleep(1.0)
 
     threading.Thread(target=watch, name="stop file", daemon=True).start()
@@ -215,7 +226,7 @@ def holder_of(run_dir: Path) -> str | None:
     try:
         with open(run_dir / ".lock", "r+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not LOCK_EX: two that look are no writers
             except BlockingIOError:
                 return file.read().strip() or "another process"
     except FileNotFoundError:

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from pipeline.ranks.environment import travelling
-from pipeline.ranks.handover import as_word, write
+from pipeline.ranks.handover import as_word, remove, write
 from pipeline.ranks.lifetime import StopRequest
 
 EPILOG = """\
@@ -73,7 +73,11 @@ def command(options: argparse.Namespace) -> int:
         if options.hand_over:
             more = ["--resume", options.resume, *(["--debug"] if options.debug else [])]
             folder = write(config.run_dir, options.command, config.to_yaml(), more, travelling(os.environ))
-            print(as_word(folder))
+            try:
+                print(as_word(folder), flush=True)
+            except OSError:  # the launcher is gone, and nobody else would remove what may hold passwords
+                remove(folder)
+                raise
         return 0
     stop = StopRequest()  # before what takes seconds to import
     from pipeline.training import run

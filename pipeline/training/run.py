@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import ExitStack
@@ -24,7 +25,14 @@ from pipeline.data.order import validation_samples
 from pipeline.data.views import BadSampleLedger, check_bad_samples
 from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
-from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive, heed_stop_file, leave_with_launcher
+from pipeline.ranks.lifetime import (
+    EXIT_REQUEUE,
+    StopRequest,
+    exclusive,
+    heed_launch,
+    heed_stop_file,
+    leave_with_launcher,
+)
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.ranks.peers import is_lost_peer
 from pipeline.ranks.rendezvous import meet
@@ -53,6 +61,8 @@ def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
     LostPeerError where another rank is gone, and Terminated where the ranks were asked to stop before they began.
     """
     leave_with_launcher(stop)
+    if os.environ.get("RANK") == "0":
+        heed_launch(config.run_dir, stop)
     meeting = meet(config.flat(), stop)
     stall, stacks = config.guard.stall_seconds, config.run_dir / STACKS
     watchdog = Watchdog(meeting.rank, meeting.count, stall, stacks, hosts=meeting.hosts, stop=stop)

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline.ranks import handover
 from pipeline.ranks.ports import any_free_port
 from tests.support.processes import PATIENCE_SECONDS, is_over, wait_for
 from tests.support.runs import ROOT
@@ -188,6 +189,21 @@ def test_sigterm_to_the_agent_is_the_ranks_to_answer(checkout: Path) -> None:
         wait_for((checkout / "ready.0").exists, process)
         process.terminate()
         assert process.wait(PATIENCE_SECONDS) == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+def test_the_launcher_of_many_hosts_is_asked_while_it_imports(tmp_path: Path, number: int) -> None:
+    """Nothing has begun, and what it was handed may hold passwords."""
+    folder = handover.write(tmp_path / "run", "pretrain", "", [], {"AWS_SECRET_ACCESS_KEY": "s"})
+    runner = [sys.executable, str(ROOT / "launch" / "deepspeed_runner.py"), handover.as_word(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(runner, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        blocked = Path(f"/proc/{process.pid}/status")
+        wait_for(lambda: f"SigBlk:\t{0x4202:016x}" in blocked.read_text(), process)  # INT, USR1, TERM
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, errors) == (75, "")
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh", "setup.sh", "slurm.sbatch"])

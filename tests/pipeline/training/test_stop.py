@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import threading
 import time
 from pathlib import Path
@@ -9,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.__main__ import main
-from pipeline.ranks import lifetime
-from pipeline.ranks.lifetime import exclusive, heed_stop_file
+from pipeline.ranks import handover, lifetime
+from pipeline.ranks.lifetime import ask_to_stop, exclusive, heed_launch, heed_stop_file, holder_of
+from tests.support.processes import wait_for
 
 
 class Request:
@@ -38,6 +41,7 @@ def test_where_nothing_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 def test_a_run_that_stops_and_one_that_does_not(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     request = Request()
     (tmp_path / ".stop").write_text("of the last try")
+    os.utime(tmp_path / ".stop", (0, 0))
     held, asked = threading.Event(), threading.Event()
 
     def run() -> None:
@@ -63,15 +67,33 @@ def test_a_run_that_stops_and_one_that_does_not(tmp_path: Path, capfd: pytest.Ca
     assert not (tmp_path / lifetime._STOP_FILE).exists()
 
 
-def test_a_launcher_asks_its_own_run_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second launch into the folder, which waits and is told to stop, must not stop the first."""
-    first, request = tmp_path / ".launch" / "tmpfirst", Request()
-    monkeypatch.setenv("PIPELINE_HANDOVER", str(first))
-    heed_stop_file(tmp_path, request)  # type: ignore[arg-type]
-    lifetime.ask_to_stop(tmp_path, "SIGTERM to the second", "tmpsecond")
-    lifetime.ask_to_stop(tmp_path, "SIGTERM to the first", first.name)
-    end = time.monotonic() + 60
-    while not request.reasons and time.monotonic() < end:
-        time.sleep(0.02)
+def test_a_launcher_stops_its_own_launch_alone_however_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another launch may hold the folder, and this one wait for it."""
+    holds, waits = Request(), Request()
+    with exclusive(tmp_path):
+        heed_stop_file(tmp_path, holds)  # type: ignore[arg-type]
+        ask_to_stop(tmp_path, "SIGTERM to the launcher", "second")  # its ranks still import
+        monkeypatch.setenv(handover.VARIABLE, str(tmp_path / handover.FOLDER / "second"))
+        heed_launch(tmp_path, waits)  # type: ignore[arg-type]
+        wait_for(lambda: waits.reasons)
+        time.sleep(1.2)  # both have looked
+    holds.closing = waits.closing = True
+    assert (holds.reasons, waits.reasons) == ([], ["SIGTERM to the launcher"])
+    assert list(tmp_path.iterdir()) == [tmp_path / ".lock"]
+
+
+def test_what_is_asked_between_the_lock_and_the_first_look_counts(tmp_path: Path) -> None:
+    request = Request()
+    with exclusive(tmp_path):
+        ask_to_stop(tmp_path, "make stop")
+        heed_stop_file(tmp_path, request)  # type: ignore[arg-type]
+        wait_for(lambda: request.reasons)
     request.closing = True
-    assert request.reasons == ["SIGTERM to the first"]
+
+
+def test_two_that_look_are_no_writers(tmp_path: Path) -> None:
+    with exclusive(tmp_path):
+        assert holder_of(tmp_path) == f"process {os.getpid()} on {os.uname().nodename}"
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert holder_of(tmp_path) is None
