@@ -15,7 +15,7 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 _STORES = ("botocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "google", "azure")  # what they say is for users
-_OF_ONE_RANK = ("DataError", "OutOfMemoryError")
+_OF_ONE_RANK = ("DataError", "OutOfMemoryError", "UnmetError")
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
 _COMMANDS = {

@@ -39,6 +39,10 @@ class RendezvousError(ValueError):
     """The ranks cannot begin together. The text names ranks and hosts, and what to change."""
 
 
+class UnmetError(RendezvousError):
+    """What only this rank's host can know: rank 0 is not there, or is not ours. The first rank of a host says it."""
+
+
 @dataclass(frozen=True)
 class Here:
     """What a rank tells of itself. address: what its host's own name means there; None: nothing."""
@@ -93,9 +97,22 @@ class _Desk:
     def meet(self, here: Here) -> Meeting:
         self.server = self._connect()
         self.store = PrefixStore(self.prefix, self.server)
+        self._take_seat()
         self.store.set(f"here/{self.rank}", json.dumps(asdict(here)))
         hosts = self._receive(here) if self.rank == 0 else self._wait()
         return Meeting(self.rank, self.count, hosts, self.store)
+
+    def _take_seat(self) -> None:
+        """Raises UnmetError where the store is another run's, which may train: nothing more is said to it."""
+        size = self.store.compare_set("size", "", str(self.count)).decode()
+        if size != str(self.count) or self.store.add(f"seat/{self.rank}", 1) > 1:
+            self._fail(
+                f"rank {self.rank} on {os.uname().nodename} has found another run at {self.master}: set another "
+                f"MASTER_PORT, on all hosts"
+            )
+
+    def _fail(self, text: str) -> NoReturn:
+        raise UnmetError(text) if os.environ.get("LOCAL_RANK", "0") == "0" else RendezvousError(text)
 
     def _connect(self) -> TCPStore:
         address, _, port = self.master.rpartition(":")
@@ -121,7 +138,7 @@ class _Desk:
             self._leave_if_asked(None)
             now = time.monotonic()
             if now > self.deadline:
-                raise RendezvousError(
+                self._fail(
                     f"rank {self.rank} on {os.uname().nodename} has not reached rank 0 at {self.master} for "
                     f"{self.seconds:.0f} s: it did not start (see the lines of its host), or a firewall is between"
                 )
@@ -168,11 +185,9 @@ class _Desk:
                     break
                 self._leave_if_asked(self.store)
             except (DistError, RuntimeError):
-                raise RendezvousError(
-                    f"rank 0 at {self.master} is gone before all ranks were there: see its message"
-                ) from None
+                self._fail(f"rank 0 at {self.master} is gone before all ranks were there: see its message")
             if time.monotonic() > self.deadline + _FAREWELL_SECONDS:
-                raise RendezvousError(f"rank 0 at {self.master} has not answered for {self.seconds:.0f} s")
+                self._fail(f"rank 0 at {self.master} has not answered for {self.seconds:.0f} s")
             time.sleep(_LOOK_SECONDS)
         self.store.add("read", 1)
         if "fault" in word:

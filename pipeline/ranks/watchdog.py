@@ -14,11 +14,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Self
 
 import torch.distributed as dist
 from torch.distributed import TCPStore
@@ -109,6 +110,24 @@ class Watchdog:
         """The loop is now `where`: a few words that go with "is", the same on all ranks ("training, step 9")."""
         self._where = where
         self._ticked = time.monotonic()
+
+    @contextmanager
+    def busy(self, where: str) -> Iterator[None]:
+        """`where` for as long as it takes: something of unknown length that shows its own progress."""
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.is_set():
+                self.tick(where)
+                over.wait(self.interval)
+
+        thread = threading.Thread(target=tick, name="busy", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def __enter__(self) -> Self:
         self._ticked = self._store_answered = time.monotonic()
@@ -220,10 +239,14 @@ class Watchdog:
                 time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
             os._exit(EXIT_REQUEUE)
 
-    def mourn(self, error: BaseException) -> NoReturn:
-        """Another rank is gone, as `error` of a collective tells: say which, one rank for all. Raises LostPeerError."""
+    def mourn(self, error: BaseException) -> None:
+        """Another rank is gone, as `error` of a collective tells: say which, one rank for all. Raises LostPeerError.
+
+        Returns where all ranks are there and none has failed: then `error` is of this rank alone (NCCL's for a full
+        /dev/shm, or two ranks on one GPU, reads like that of a lost peer).
+        """
         asked: list[str] = []
-        spoken = threading.Event()
+        spoken, alone = threading.Event(), threading.Event()
 
         def ask() -> None:
             store = _client()
@@ -236,18 +259,29 @@ class Watchdog:
                     if store.check([self._key(name)]):
                         told = name
             if told == "stop" and self.stop is not None and not self.stop.armed:
+                if self.rank == 0:
+                    time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
                 os._exit(EXIT_REQUEUE)
             if told == "failed":
                 asked.append(f"{store.get(self._key('failed')).decode()}, see its message")
             else:
                 now = self._read(store)
                 gone = [rank for rank in now if now[rank].number == before[rank].number]
-                which = named(gone, self.hosts) if gone else "another rank"
-                asked.append(f"{which} {'are' if len(gone) > 1 else 'is'} gone: killed, or the host is lost")
+                if not gone and "gloo" not in str(error):
+                    alone.set()
+                    return
+                asked.append(
+                    f"{named(gone, self.hosts)} {'are' if len(gone) > 1 else 'is'} gone: killed, or the host is lost"
+                    if gone
+                    else f"{named([self.rank], self.hosts)} has lost its connection to another, and all are there: the "
+                    f"network between hosts"
+                )
             if store.add(self._key("mourning"), 1) > 1:
                 spoken.set()
 
         _at_most(2 * _ANSWER_SECONDS + 2 * self.interval, ask)
+        if alone.is_set():
+            return
         if not asked:
             asked.append(f"{self._holder}, which holds the job's store, is gone: killed, or the host is lost")
             if os.environ.get("LOCAL_RANK", "0") != "0":  # without a store nobody knows who speaks: one rank a host

@@ -74,13 +74,14 @@ def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
                 stack.enter_context(exclusive(config.run_dir))
                 heed_stop_file(config.run_dir, stop)
                 if config.data.reader == "indexed":
-                    for each in config.data.sets:
-                        ensure_indexed(each.path)
+                    with watchdog.busy("indexing the tars"):  # once, and for hours where there are many
+                        for each in config.data.sets:
+                            ensure_indexed(each.path)
             barrier()
             code = Run(command, config, ranks, device, resume, stack, watchdog).train()
         except RuntimeError as error:
             if meeting.count > 1 and is_lost_peer(error):
-                watchdog.mourn(error)
+                watchdog.mourn(error)  # returns where nobody is
             raise
     # Not after an error: the other ranks are then still inside a collective, and leaving it in order would hang.
     engine.stop_ranks()

@@ -7,10 +7,13 @@ import os
 import signal
 import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore
 
+from pipeline.__main__ import _OF_ONE_RANK
 from pipeline.ranks import rendezvous
 from pipeline.ranks.lifetime import StopRequest, Terminated
 from pipeline.ranks.peers import is_lost_peer, named
@@ -34,6 +37,15 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, config: dict[str, o
     except (RendezvousError, Terminated) as error:
         text = f"{type(error).__name__}: {error}"
     (folder / f"{rank}.said").write_text(text)
+
+
+def seated(port: int) -> int:
+    """How many ranks a meeting has."""
+    try:
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        return sum(store.check([f"pipeline/0/here/{rank}"]) for rank in range(3))
+    except RuntimeError:
+        return 0
 
 
 class Group:
@@ -87,6 +99,31 @@ def test_who_does_not_come_is_named_and_a_request_to_stop_is_everybodys(tmp_path
     assert said[0] == said[1]
     assert said[0].startswith("RendezvousError: rank 2 on node3 did not come within 8 s")
     assert set(asked.said().values()) == {"Terminated: "}  # and rank 2 has never come
+
+
+@pytest.mark.parametrize("ranks", [3, 5])
+def test_a_rank_that_finds_another_run_leaves_it_alone(tmp_path: Path, ranks: int) -> None:
+    """The second run's rank 0 could not listen on the port that is everybody's first, and its others come here."""
+    (tmp_path / "second").mkdir()
+    first, second = Group(tmp_path, 3), Group(tmp_path / "second", ranks)
+    for rank in (0, 1):
+        first.start(rank)
+    wait_for(lambda: seated(first.port) == 2)
+    second.port = first.port
+    second.start(1, {**CONFIG, "name": "b"})
+    (said,) = second.said().values()
+    assert said.startswith(
+        f"UnmetError: rank 1 on {os.uname().nodename} has found another run at 127.0.0.1:{first.port}"
+    )
+    first.start(2)
+    assert first.said() == {rank: f"{rank} of 3: 3" for rank in range(3)}
+
+
+def test_what_rank_0_cannot_say_is_said_by_the_first_rank_of_a_host(tmp_path: Path) -> None:
+    group = Group(tmp_path, 2, seconds=2.0)
+    group.start(1)
+    assert group.said()[1].startswith(f"UnmetError: rank 1 on {os.uname().nodename} has not reached rank 0 at ")
+    assert "UnmetError" in _OF_ONE_RANK
 
 
 @pytest.mark.parametrize(

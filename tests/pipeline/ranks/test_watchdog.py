@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from pipeline.ranks.peers import Beat, Sight, blame
+from pipeline.ranks.peers import Beat, Sight, blame, is_lost_peer
 from pipeline.ranks.watchdog import Watchdog
 from tests.support.processes import PATIENCE_SECONDS, wait_for
 
@@ -43,8 +43,13 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
                     wait_for_a_batch()
                 if habit == "fails":
                     raise ValueError("a label out of range")
+                if habit == "has no room for NCCL, which would fail":
+                    raise_as_alone(dog)
                 if habit == "holds Python's lock, a slow one":
                     hold_the_lock()
+                if habit == "is busy, and slow":
+                    with dog.busy("indexing"):
+                        time.sleep(SECONDS * 2)
                 if habit == "is slow":
                     for _ in range(40):
                         dog.tick("evaluating")
@@ -57,6 +62,14 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
     (folder / f"{rank}.over").touch()
     if rank == 0:  # the store's holder leaves last
         wait_for(lambda: len(list(folder.glob("*.over"))) == ranks)
+
+
+def raise_as_alone(dog: Watchdog) -> None:
+    """As run.main does."""
+    error = RuntimeError("NCCL error: ncclSystemError: failed to extend /dev/shm/nccl-1: No space left on device")
+    assert is_lost_peer(error)
+    dog.mourn(error)
+    raise error
 
 
 def wait_for_a_batch() -> None:
@@ -80,6 +93,20 @@ def test_a_rank_that_fails_takes_the_others_along(tmp_path: Path) -> None:
     assert codes(*ranks) == [1, 1]
     assert (tmp_path / "0.told").read_text() == "rank 1 failed: ValueError"
     assert "no progress" not in (tmp_path / "0.err").read_text()
+
+
+def test_an_error_of_nccl_where_all_ranks_are_there_is_this_ranks_own(tmp_path: Path) -> None:
+    """It reads as if another were gone."""
+    ranks = start(tmp_path, "meets a failure", "has no room for NCCL, which would fail")
+    assert codes(*ranks) == [1, 1]
+    assert (tmp_path / "0.told").read_text() == "rank 1 failed: RuntimeError"
+    said = (tmp_path / "1.err").read_text()
+    assert "No space left on device" in said
+    assert "gone" not in said
+
+
+def test_what_takes_unknown_time_is_no_stall(tmp_path: Path) -> None:
+    assert codes(*start(tmp_path, "waits for a slow one", "is busy, and slow")) == [0, 0]
 
 
 @pytest.fixture(autouse=True)
