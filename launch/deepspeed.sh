@@ -20,6 +20,8 @@ if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
 export PATH=$bin:$PATH # what the launcher starts, on this host, is this environment's python
+# What only prints or checks starts no ranks.
+case " ${*:3} " in *" --print-config "* | *" --check "* | *" --help "*) exec "$bin/python" -m pipeline "$@" ;; esac
 
 # Hosts, devices, port. And faults that every rank would meet are met here, as one line, before anything is started.
 places=$("$bin/python" -m launch.places deepspeed) || exit

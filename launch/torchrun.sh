@@ -15,6 +15,8 @@ if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi # checks, prints what it woul
 if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
 bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $venv is not an environment: run 'make setup', or name another: VENV=..." >&2; exit 1; }
+# What only prints or checks starts no ranks.
+case " ${*:3} " in *" --print-config "* | *" --check "* | *" --help "*) exec "$bin/python" -m pipeline "$@" ;; esac
 places=$("$bin/python" -m launch.places torchrun) || exit
 eval "$places"
 "$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes"

@@ -84,6 +84,7 @@ def deepspeed(environment: Environment) -> list[str]:
     """For launch/deepspeed.sh: this host, or those of a hostfile. Raises SettingError, PortError."""
     _refuse(environment, "NODES", "launch/torchrun.sh", "1")
     words = _split(environment.get("DEEPSPEED_ARGS", ""))
+    whole_number(environment, "RENDEZVOUS_SECONDS")  # each rank reads it
     if environment.get("HOSTFILE"):
         return _many_hosts(environment, Path(environment["HOSTFILE"]), words)
     words = _of_one_host(words)

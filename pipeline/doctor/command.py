@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print all that was found and told as JSON")
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
     add("--resume", help=argparse.SUPPRESS)  # launchers hand on what the run gets
+    add("--print-config", action="store_true", help=argparse.SUPPRESS)
 
 
 def command(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from pipeline.ranks import handover
 from pipeline.ranks.ports import any_free_port
@@ -209,6 +210,20 @@ def test_the_launcher_of_many_hosts_is_asked_while_it_imports(tmp_path: Path, nu
 @pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh", "setup.sh", "slurm.sbatch"])
 def test_scripts_parse(script: str) -> None:
     subprocess.run(["bash", "-n", str(ROOT / "launch" / script)], check=True)
+
+
+@pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])
+def test_what_prints_the_configuration_starts_nothing(script: str) -> None:
+    """Nor looks at hosts: none of these is there."""
+    done = subprocess.run(
+        [str(ROOT / "launch" / script), "pretrain", "configs/demo_pretrain.yaml", "name=a-b", "--print-config"],
+        env={**os.environ, "VENV": sys.prefix, "HOSTFILE": "/none", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert yaml.safe_load(done.stdout)["name"] == "a-b"
 
 
 @pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])

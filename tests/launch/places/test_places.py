@@ -213,6 +213,7 @@ def test_torchrun_on_several_hosts(host: Host) -> None:
         ({"NODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR="),
         ({"NODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "host0 host1"}, "MASTER_ADDR=host0 host1"),
         ({"NODE_RANK": "1"}, "NODE_RANK=1, and NODES is not set"),
+        ({"RENDEZVOUS_SECONDS": "soon"}, "RENDEZVOUS_SECONDS=soon: it has to be a whole number"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000: a port is a number from 1 to 65535"),
         ({"HOSTFILE": "hosts"}, "HOSTFILE=hosts is for launch/deepspeed.sh"),
         ({"DEEPSPEED_ARGS": "-q"}, "DEEPSPEED_ARGS=-q is for launch/deepspeed.sh"),
