@@ -32,6 +32,7 @@ _SECONDS = 300.0
 _FIRST_WORD_SECONDS, _WORD_SECONDS = 30.0, 60.0  # between lines that say who is missing
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 10.0  # for the others to read rank 0's word before its store goes
+_STOP_SECONDS = 30.0  # for all ranks to come, and hear that the launch was asked to stop
 _SHOWN_KEYS = 3
 
 
@@ -209,7 +210,10 @@ class _Desk:
             store.set("stop", self.stop.reason)
         if store.check(["stop"]):
             if self.rank == 0:
-                self._linger(lambda: False, 2 * _LOOK_SECONDS + 1.0)
+                # Those that still import come too, or would wait for a rank 0 that has left.
+                self._linger(lambda: self.store.add("left", 0) >= self.count - 1, _STOP_SECONDS)
+            else:
+                self.store.add("left", 1)
             raise Terminated
 
     def _linger(self, over: Callable[[], bool], seconds: float = _FAREWELL_SECONDS) -> None:

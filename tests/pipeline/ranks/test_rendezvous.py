@@ -180,3 +180,16 @@ def test_what_a_collective_says_of_a_lost_rank(text: str) -> None:
     assert is_lost_peer(RuntimeError(text))
     assert not is_lost_peer(ValueError(text))
     assert not is_lost_peer(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"))
+
+
+def test_rank_0_is_asked_before_the_others_have_come(tmp_path: Path) -> None:
+    """They would wait for it, for minutes."""
+    group = Group(tmp_path, 2)
+    group.start(0)
+    wait_for(lambda: seated(group.port))
+    pid = group.processes[0].pid
+    assert pid
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(3.0)
+    group.start(1)
+    assert set(group.said().values()) == {"Terminated: "}
