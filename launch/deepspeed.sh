@@ -9,7 +9,8 @@
 # then ends with 75. (Or SIGTERM to this process, which on one host ends at once.) All ranks write a checkpoint.
 # shellcheck disable=SC2154 # launch.places assigns ranks, nodes, launch, module, chosen
 set -euo pipefail
-trap '' USR1 # a scheduler may send it to every process: both launchers would die of it, and so would ranks that import
+asked= # to stop while all is still checked: there is nothing to save
+trap 'asked=75' TERM USR1
 from=$PWD
 cd "$(dirname "$0")/.."
 dry=
@@ -24,29 +25,39 @@ export PATH=$bin:$PATH # what the launcher starts, on this host, is this environ
 case " ${*:3} " in *" --print-config "* | *" --check "* | *" --help "*) exec "$bin/python" -m pipeline "$@" ;; esac
 
 # Hosts, devices, port. And faults that every rank would meet are met here, as one line, before anything is started.
-places=$("$bin/python" -m launch.places deepspeed) || exit
+places=$("$bin/python" -m launch.places deepspeed) || exit "${asked:-$?}"
 eval "$places"
 # Of many hosts each is looked at before: DOCTOR=0 leaves that out. (`make` does so for this host.)
 if [ -n "${HOSTFILE:-}" ] && [ "${DOCTOR:-1}" != 0 ]; then
   "$bin/python" -m pipeline doctor "${@:2}" --fast --quiet --ranks "$ranks" --hostfile <(printf %s "$chosen") \
-    || { echo "error: nothing was started: mend the above, or leave it at that: DOCTOR=0" >&2; exit 1; }
+    || { echo "error: nothing was started: mend the above, or leave it at that: DOCTOR=0" >&2; exit "${asked:-1}"; }
 fi
 check=("$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes")
 
 # Ranks on this host leave when this process is gone: lifetime.py.
 PIPELINE_LAUNCHER="$(hostname):$$"
 export PIPELINE_LAUNCHER TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
+start_or_leave() { # USR1: a scheduler may send it to every process, and the launchers would die of it
+  trap - TERM
+  trap '' USR1
+  if [ -n "$asked" ]; then
+    [ -z "${handed:-}" ] || "$bin/python" -c 'import sys; from pipeline.ranks.handover import *; remove(from_word(sys.argv[1]))' "$handed"
+    exit "$asked"
+  fi
+}
 if [ -n "${HOSTFILE:-}" ]; then
   # Command, configuration and environment go to the ranks by a folder of the run folder, past all remote shells.
   if [ -n "$dry" ]; then
     "${check[@]}" # launch.handed gets that folder's name for its -
-    exec "$bin/python" launch/deepspeed_runner.py --dry-run - "${launch[@]}" --no_local_rank
+    exec "$bin/python" -m launch.deepspeed_runner --dry-run - "${launch[@]}" --no_local_rank
   fi
-  handed=$("${check[@]}" --hand-over) || exit
-  exec "$bin/python" launch/deepspeed_runner.py "$handed" "${launch[@]}" --no_local_rank
+  handed=$("${check[@]}" --hand-over) || exit "${asked:-$?}"
+  start_or_leave
+  exec "$bin/python" -m launch.deepspeed_runner "$handed" "${launch[@]}" --no_local_rank
 fi
-command=("$bin/python" launch/deepspeed_agent.py "${launch[@]}" --no_local_rank --module "${module[@]}" "$@")
-"${check[@]}"
+command=("$bin/python" -m launch.deepspeed_agent "${launch[@]}" --no_local_rank --module "${module[@]}" "$@")
+"${check[@]}" || exit "${asked:-$?}"
+start_or_leave
 if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; exit; fi
 # On this host alone: what that command would start as a second process, which imports torch once more. Not exec: as with
 # that command, a SIGTERM ends this process at once, and the launcher leaves the ranks the time that they need.

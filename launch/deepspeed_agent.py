@@ -1,7 +1,7 @@
 """DeepSpeed's launcher of the ranks of one host: what the `deepspeed` command starts there as a second process, which
 imports torch and DeepSpeed once more.
 
-    python launch/deepspeed_agent.py [arguments of deepspeed.launcher.launch]
+    python -m launch.deepspeed_agent [arguments of deepspeed.launcher.launch]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The `deepspeed` command for many hosts, for runs that can be asked to stop, and whose hosts can be lost.
 
-    python launch/deepspeed_runner.py [--dry-run] FOLDER [arguments of the deepspeed command, without script]
+    python -m launch.deepspeed_runner [--dry-run] FOLDER [arguments of the deepspeed command, without script]
 
 FOLDER, as one word, is where the launch is written down (pipeline/ranks/handover.py); "-" with --dry-run, which prints
 what would be run. DeepSpeed's own runner (0.19.8) builds the command. What differs:
@@ -109,7 +109,7 @@ def _answer_signals(folder: Path) -> None:
             except OSError as error:
                 say_at_once(f"error: {name}: no file can ask the ranks to stop: {error}; once more ends them")
                 return
-            say_at_once(f"{name}: the ranks are asked to stop, after a checkpoint; once more ends them without one")
+            say_at_once(f"{name}: the ranks are asked to stop, after a checkpoint; once more ends the launch")
         elif time.monotonic() - first[0] > _REPEAT_SECONDS:
             say_at_once(f"{name} once more: the launch ends")
             with suppress(ProcessLookupError):  # it has just ended

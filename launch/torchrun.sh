@@ -23,6 +23,6 @@ eval "$places"
 PIPELINE_LAUNCHER="$(hostname):$$"
 export PIPELINE_LAUNCHER PYTHONUNBUFFERED=1
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-command=("$bin/python" launch/torchrun_agent.py "${launch[@]}" -m "${module[@]}" "$@")
+command=("$bin/python" -m launch.torchrun_agent "${launch[@]}" -m "${module[@]}" "$@")
 if [ -n "$dry" ]; then printf '%q ' "${command[@]}"; echo; exit; fi
 exec "${command[@]}"

@@ -2,7 +2,7 @@
 exit code of the rank that ended first. (torchrun itself dies of SIGUSR1, ends its ranks 30 s after a SIGTERM, and turns
 every code into 1 and a traceback.)
 
-    python launch/torchrun_agent.py [torchrun's arguments]
+    python -m launch.torchrun_agent [torchrun's arguments]
 
 Where REQUEUE_FILE names a file that is there, exit code 75 becomes 0 and a mark in it (launch/slurm.sbatch says why).
 Where RANK_LOGS names a folder, what a rank says is in its files there, rank3.out and rank3.err, and on the console

@@ -46,7 +46,11 @@ def write(run_dir: Path, command: str, config: str, options: Sequence[str], envi
         with suppress(OSError):
             if time.time() - old.stat().st_mtime > _OLD_SECONDS:
                 shutil.rmtree(old)
-    folder = Path(tempfile.mkdtemp(dir=above))  # for its owner alone
+    try:
+        folder = Path(tempfile.mkdtemp(dir=above))  # for its owner alone
+    except FileNotFoundError:  # another launch has just removed what was empty
+        above.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=above))
     (folder / _CONFIG).write_text(config, encoding="utf-8")
     handover = Handover([command, str(folder / _CONFIG), *options], {**environment, VARIABLE: str(folder)})
     temporary = folder / f"{_LAUNCH}.part"

@@ -99,7 +99,7 @@ class Watchdog:
         # reasons, and nobody is left behind in this collective.
         self._starting = False
         self.tick("starting")
-        if self.ranks > 1 and any(gather(self.stop.reason)):
+        if self.stop.requested if self.ranks == 1 else any(gather(self.stop.reason)):
             raise Terminated
         self.stop.arm()
 
@@ -262,6 +262,7 @@ class Watchdog:
                 if self.rank == 0:
                     time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
                 os._exit(EXIT_REQUEUE)
+            gone: list[int] = []
             if told == "failed":
                 asked.append(f"{store.get(self._key('failed')).decode()}, see its message")
             else:
@@ -278,8 +279,12 @@ class Watchdog:
                 )
             if store.add(self._key("mourning"), 1) > 1:
                 spoken.set()
+            if self.rank == 0:  # it may hold the store, and others would take this rank for the lost one
+                until = time.monotonic() + _LAST_SECONDS
+                while time.monotonic() < until and store.add(self._key("mourning"), 0) < self.ranks - len(gone):
+                    time.sleep(0.2)
 
-        _at_most(2 * _ANSWER_SECONDS + 2 * self.interval, ask)
+        _at_most(2 * _ANSWER_SECONDS + 2 * self.interval + _LAST_SECONDS, ask)
         if alone.is_set():
             return
         if not asked:

@@ -128,7 +128,7 @@ def test_torchrun_on_two_hosts(hosts: Hosts) -> None:
 
     jobs = hosts.torchrun("turned")
     wait_for(lambda: hosts.cluster.ranks("node2"), jobs[1].process, jobs[1].said)
-    (agent,) = (p for p in hosts.cluster.processes("node2") if "launch/torchrun_agent.py" in p.cmdline())
+    (agent,) = (p for p in hosts.cluster.processes("node2") if "launch.torchrun_agent" in p.cmdline())
     agent.terminate()  # while the ranks import, or meet: there is nothing to save
     assert [job.wait() for job in jobs] == [75, 75], jobs[0].said()[-3000:]
 

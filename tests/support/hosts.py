@@ -146,7 +146,7 @@ class Hosts:
 
     def runner(self) -> psutil.Process:
         """The launcher of the run that was started on node1."""
-        return next(p for p in self.cluster.processes("node1") if "launch/deepspeed_runner.py" in p.cmdline())
+        return next(p for p in self.cluster.processes("node1") if "launch.deepspeed_runner" in p.cmdline())
 
     def nothing_is_left(self, seconds: float = 60.0) -> None:
         """On any host, of any run."""
