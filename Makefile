@@ -18,7 +18,7 @@ FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || ech
 PORT ?= 5000
 export HOSTFILE RANKS
 # The cheap part of `make doctor`, on this host; with HOSTFILE= launch/deepspeed.sh does that
-LOOK = [ -n "$$HOSTFILE" ] || [ "$${DOCTOR:-1}" = 0 ] || $(BIN)/python -m pipeline doctor --fast --quiet
+LOOK = [ -n "$$HOSTFILE" ] || [ "$${DOCTOR:-1}" = 0 ] || $(BIN)/python -m pipeline doctor --fast --quiet --launching
 # What launch/places says: the demo is sized for one or two ranks, however many GPUs there are
 DEMO_RANKS = places=$$($(BIN)/python -m launch.places demo) || exit; eval "$$places"
 

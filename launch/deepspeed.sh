@@ -29,7 +29,7 @@ places=$("$bin/python" -m launch.places deepspeed) || exit "${asked:-$?}"
 eval "$places"
 # Of many hosts each is looked at before: DOCTOR=0 leaves that out. (`make` does so for this host.)
 if [ -n "${HOSTFILE:-}" ] && [ "${DOCTOR:-1}" != 0 ]; then
-  "$bin/python" -m pipeline doctor "${@:2}" --fast --quiet --ranks "$ranks" --hostfile <(printf %s "$chosen") \
+  "$bin/python" -m pipeline doctor "${@:2}" --fast --quiet --launching --ranks "$ranks" --hostfile <(printf %s "$chosen") \
     || { echo "error: nothing was started: mend the above, or leave it at that: DOCTOR=0" >&2; exit "${asked:-1}"; }
 fi
 check=("$bin/python" -m pipeline "$@" --check --ranks "$ranks" --nodes "$nodes")

@@ -29,6 +29,7 @@ from pipeline.ranks.peers import named
 
 SECONDS_VARIABLE = "RENDEZVOUS_SECONDS"
 _SECONDS = 300.0
+PORT_SECONDS = 150.0
 _FIRST_WORD_SECONDS, _WORD_SECONDS = 30.0, 60.0  # between lines that say who is missing
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 10.0  # for the others to read rank 0's word before its store goes
@@ -93,24 +94,33 @@ class _Desk:
         self.master = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         # torchrun holds the store itself, and keeps it when it restarts ranks.
         self.of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        # Ranks of the last launch, whose launcher was killed, may still hold the port.
+        self.port_deadline = min(deadline, time.monotonic() + PORT_SECONDS)
         self.prefix = f"pipeline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def meet(self, here: Here) -> Meeting:
-        self.server = self._connect()
-        self.store = PrefixStore(self.prefix, self.server)
-        self._take_seat()
+        while True:
+            self.server = self._connect()
+            self.store = PrefixStore(self.prefix, self.server)
+            if self._take_seat():
+                break
+            if time.monotonic() > self.port_deadline:
+                self._fail(
+                    f"rank {self.rank} on {os.uname().nodename} has found another run at {self.master}: set another "
+                    f"MASTER_PORT, on all hosts"
+                )
+            time.sleep(_LOOK_SECONDS)
         self.store.set(f"here/{self.rank}", json.dumps(asdict(here)))
         hosts = self._receive(here) if self.rank == 0 else self._wait()
         return Meeting(self.rank, self.count, hosts, self.store)
 
-    def _take_seat(self) -> None:
-        """Raises UnmetError where the store is another run's, which may train: nothing more is said to it."""
-        size = self.store.compare_set("size", "", str(self.count)).decode()
-        if size != str(self.count) or self.store.add(f"seat/{self.rank}", 1) > 1:
-            self._fail(
-                f"rank {self.rank} on {os.uname().nodename} has found another run at {self.master}: set another "
-                f"MASTER_PORT, on all hosts"
-            )
+    def _take_seat(self) -> bool:
+        """False where the store is another run's, which may train, or end: nothing more is said to it."""
+        try:
+            size = self.store.compare_set("size", "", str(self.count)).decode()
+            return size == str(self.count) and self.store.add(f"seat/{self.rank}", 1) == 1
+        except (DistError, RuntimeError):  # it has just ended
+            return False
 
     def _fail(self, text: str) -> NoReturn:
         raise UnmetError(text) if os.environ.get("LOCAL_RANK", "0") == "0" else RendezvousError(text)
@@ -131,11 +141,12 @@ class _Desk:
                     multi_tenant=True,
                 )
             except (DistError, RuntimeError) as error:
-                if is_master and "listen" in str(error):
+                if is_master and "listen" in str(error) and time.monotonic() > self.port_deadline:
                     raise RendezvousError(
                         f"rank 0 on {os.uname().nodename} cannot listen on port {port}, which the launcher has chosen "
                         f"(in use?): set another MASTER_PORT"
                     ) from None
+            time.sleep(_LOOK_SECONDS)
             self._leave_if_asked(None)
             now = time.monotonic()
             if now > self.deadline:

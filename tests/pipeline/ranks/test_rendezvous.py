@@ -105,7 +105,7 @@ def test_who_does_not_come_is_named_and_a_request_to_stop_is_everybodys(tmp_path
 def test_a_rank_that_finds_another_run_leaves_it_alone(tmp_path: Path, ranks: int) -> None:
     """The second run's rank 0 could not listen on the port that is everybody's first, and its others come here."""
     (tmp_path / "second").mkdir()
-    first, second = Group(tmp_path, 3), Group(tmp_path / "second", ranks)
+    first, second = Group(tmp_path, 3), Group(tmp_path / "second", ranks, seconds=5.0)
     for rank in (0, 1):
         first.start(rank)
     wait_for(lambda: seated(first.port) == 2)
