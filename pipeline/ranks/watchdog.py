@@ -279,7 +279,7 @@ class Watchdog:
                 )
             if store.add(self._key("mourning"), 1) > 1:
                 spoken.set()
-            if self.rank == 0:  # it may hold the store, and others would take this rank for the lost one
+            if self.rank == 0 and gone:  # it may hold the store, and others would take this rank for the lost one
                 until = time.monotonic() + _LAST_SECONDS
                 while time.monotonic() < until and store.add(self._key("mourning"), 0) < self.ranks - len(gone):
                     time.sleep(0.2)
