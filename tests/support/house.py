@@ -162,7 +162,7 @@ class House:
             wing = WINGS.get(package, WINGS["pipeline"])
             if package not in WINGS:
                 place = len([other for other in self.rooms if other.partition(".")[0] not in WINGS])
-                self.rooms[room] = Box(wing.x + wing.width / 2 - 88 - 190 * place, 14, 176, 28)
+                self.rooms[room] = Box(1016 - 196 * place, 14, 176, 28)  # six of them beside each other
             elif floor not in self.bands[package]:
                 self.bands[package][floor] = Box(wing.x, TOP + ROOF - 48, wing.width, 30)
                 self.rooms[room] = Box(wing.x + wing.width / 2 - 50, TOP + ROOF - 48, 100, 30)
