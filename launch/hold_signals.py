@@ -3,8 +3,9 @@
     python launch/hold_signals.py COMMAND [ARGUMENT ...]
 
 launch/torchrun.sh first checks, for seconds; there a shell would die of these signals, or lose them. The command is
-started with both of them blocked; what unblocks them is what it becomes, launch/torchrun_agent.py. This process stays,
-passes on, and ends with the command's exit code. (Blocked signals are not enough: bash drops those that it ignores.)
+started with both of them blocked, and becomes launch/torchrun_agent.py, which takes them blocked as they are and hands
+them to its ranks. This process stays, passes on, and ends with the command's exit code. (Blocked signals are not enough:
+bash drops those that it ignores.)
 """
 
 from __future__ import annotations

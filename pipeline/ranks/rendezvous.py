@@ -29,7 +29,7 @@ from pipeline.ranks.peers import named
 
 SECONDS_VARIABLE = "RENDEZVOUS_SECONDS"
 _SECONDS = 300.0
-PORT_SECONDS = 150.0
+_PORT_SECONDS = 150.0  # for ranks of the last launch to leave its port, as for the run folder (lifetime.py)
 _FIRST_WORD_SECONDS, _WORD_SECONDS = 30.0, 60.0  # between lines that say who is missing
 _LOOK_SECONDS = 0.5
 _FAREWELL_SECONDS = 10.0  # for the others to read rank 0's word before its store goes
@@ -95,7 +95,7 @@ class _Desk:
         # torchrun holds the store itself, and keeps it when it restarts ranks.
         self.of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         # Ranks of the last launch, whose launcher was killed, may still hold the port.
-        self.port_deadline = min(deadline, time.monotonic() + PORT_SECONDS)
+        self.port_deadline = min(deadline, time.monotonic() + _PORT_SECONDS)
         self.prefix = f"pipeline/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
     def meet(self, here: Here) -> Meeting:

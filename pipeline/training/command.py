@@ -19,7 +19,7 @@ examples
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
-The same command continues an interrupted run. To stop one and lose nothing: SIGUSR1 to any rank.
+The same command continues an interrupted run. To stop one and lose nothing: `make stop RUN=...`.
 exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 
 
