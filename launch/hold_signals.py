@@ -4,8 +4,8 @@
 
 launch/torchrun.sh first checks, for seconds; there a shell would die of these signals, or lose them. The command is
 started with both of them blocked, and becomes launch/torchrun_agent.py, which takes them blocked as they are and hands
-them to its ranks. This process stays, passes on, and ends with the command's exit code. (Blocked signals are not enough:
-bash drops those that it ignores.)
+them to its ranks. This process stays, passes on, and ends with the command's exit code. (Blocked signals are not
+enough: bash drops those that it ignores.)
 """
 
 from __future__ import annotations
