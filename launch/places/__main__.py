@@ -103,6 +103,7 @@ def torchrun(environment: Environment) -> list[str]:
     """For launch/torchrun.sh, which is started on each host. Raises SettingError, PortError."""
     _refuse(environment, "HOSTFILE", "launch/deepspeed.sh")
     _refuse(environment, "DEEPSPEED_ARGS", "launch/deepspeed.sh")
+    seconds = whole_number(environment, "RENDEZVOUS_SECONDS") or _RENDEZVOUS_SECONDS
     nodes, node = whole_number(environment, "NODES") or 1, whole_number(environment, "NODE_RANK", 0)
     if nodes == 1 and node:
         raise SettingError(f"NODE_RANK={node}, and NODES is not set: how many hosts are there?")
@@ -117,7 +118,6 @@ def torchrun(environment: Environment) -> list[str]:
             raise SettingError(f"MASTER_ADDR={address}: it has to be the name of the first of the NODES={nodes} hosts")
         port = port or _TORCHRUN_PORT
         launch += ["--node_rank", str(node), "--master_addr", address, "--master_port", str(port)]
-        seconds = whole_number(environment, "RENDEZVOUS_SECONDS") or _RENDEZVOUS_SECONDS
         launch += ["--rdzv_conf", f"timeout={seconds}"]
     elif port is not None:
         launch += ["--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", str(port)]
@@ -132,7 +132,8 @@ def torchrun(environment: Environment) -> list[str]:
 def slurm(environment: Environment) -> list[str]:
     """For launch/slurm.sbatch: what torchrun.sh is told on each node. Raises SettingError."""
     _refuse(environment, "HOSTFILE", "launch/deepspeed.sh")
-    whole_number(environment, "RANKS")
+    for read_on_each_node in ("RANKS", "RENDEZVOUS_SECONDS"):
+        whole_number(environment, read_on_each_node)
     nodes, job = whole_number(environment, "SLURM_JOB_NUM_NODES"), whole_number(environment, "SLURM_JOB_ID")
     if nodes is None or job is None or not environment.get("SLURM_JOB_NODELIST"):
         raise SettingError("SLURM_JOB_ID, SLURM_JOB_NUM_NODES or SLURM_JOB_NODELIST is not set: submit it with sbatch")

@@ -248,6 +248,7 @@ def test_slurm(host: Host) -> None:
         assert "submit it with sbatch" in host.refused("slurm", **{**job, name: ""})
     assert "SLURM_JOB_ID=x" in host.refused("slurm", **{**job, "SLURM_JOB_ID": "x"})
     assert "RANKS=two" in host.refused("slurm", **job, RANKS="two")
+    assert "RENDEZVOUS_SECONDS=soon" in host.refused("slurm", **job, RENDEZVOUS_SECONDS="soon")
     said = host.refused("slurm", **{**job, "SLURM_JOB_NODELIST": "node9"})
     assert "scontrol does not name the nodes of SLURM_JOB_NODELIST=node9: exit code 1" in said
     (host.folder / "scontrol").unlink()
