@@ -83,7 +83,7 @@ build_ffcv() {
 have_jpeg_libraries || install_libraries "the JPEG decoder" "${jpeg_packages[@]}" || true
 # An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
 say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
-$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,s3,slurm]' \
+$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,export,s3,slurm]' \
   || fail "pip could not install the packages above; mend that and run 'make setup' again"
 
 $venv/bin/python -c 'import pipeline.data._jpeg' 2>/dev/null || say "$jpeg_hint"
