@@ -8,7 +8,6 @@ given time, all ranks write their stacks and leave, and one of them says which r
 from __future__ import annotations
 
 import faulthandler
-import itertools
 import json
 import os
 import socket
@@ -17,23 +16,21 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Self
 
 import torch.distributed as dist
 from torch.distributed import TCPStore
 
+from pipeline.ranks.board import ANSWER_SECONDS, Board, Obituary, at_most, client
 from pipeline.ranks.collectives import gather
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, Terminated
 from pipeline.ranks.log_file import say_at_once
 from pipeline.ranks.peers import Beat, LostPeerError, Sight, blame, named
 
-_ANSWER_SECONDS = 5.0  # the store answers within milliseconds, or is taken for gone
 _FAREWELL_SECONDS = 5.0  # for a rank to notice by itself that another one has failed
 _START_SECONDS = 300.0  # models are built, kernels tried, checkpoints read
 _LAST_SECONDS = 10.0  # for each of the last acts: a file system or a tracking server may be what hangs
-_runs = itertools.count()  # of this process: the same on all ranks
 
 
 class Watchdog:
@@ -69,8 +66,7 @@ class Watchdog:
         self._starting = stop is not None
         self._seconds = seconds
         self.interval = min(5.0, seconds / 10)
-        # torchrun keeps its store when it restarts ranks, and a process may hold one run after the other.
-        self._run = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_runs)}"
+        self._board = Board(rank, ranks)
         self._where, self._ticked = "starting", time.monotonic()
         self._silent_seconds = 0.0
         self._over = threading.Event()
@@ -102,9 +98,6 @@ class Watchdog:
         if self.stop.requested if self.ranks == 1 else any(gather(self.stop.reason)):
             raise Terminated
         self.stop.arm()
-
-    def _key(self, name: int | str) -> str:
-        return f"watchdog/{self._run}/{name}"
 
     def tick(self, where: str) -> None:
         """The loop is now `where`: a few words that go with "is", the same on all ranks ("training, step 9")."""
@@ -146,9 +139,11 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if kind not in (None, LostPeerError, Terminated) and self.ranks > 1:
             # NCCL tells nobody that a peer is gone: the others would sit in a collective until they are killed.
-            _at_most(
-                _ANSWER_SECONDS,
-                lambda: _client().set(self._key("failed"), f"{named([self.rank], self.hosts)} failed: {kind.__name__}"),
+            at_most(
+                ANSWER_SECONDS,
+                lambda: client().set(
+                    self._board.key("failed"), f"{named([self.rank], self.hosts)} failed: {kind.__name__}"
+                ),
             )
             if self.rank == 0 and dist.is_initialized() and dist.get_backend() == "nccl":
                 time.sleep(self.interval + _FAREWELL_SECONDS + 1.0)  # it may hold the store that they read this from
@@ -207,19 +202,19 @@ class Watchdog:
         failed: float | None = None  # when another rank was seen to have failed
         while not self._over.is_set():
             try:
-                store = store or _client()
+                store = store or client()
                 number += 1
-                store.set(self._key(self.rank), json.dumps(asdict(self._beat(number))))
+                store.set(self._board.key(self.rank), json.dumps(asdict(self._beat(number))))
                 if self.stop is not None and not self.stop.closing and not self.stop.armed:
                     self._leave_start_if_asked(store)
-                if store.check([self._key("failed")]):
+                if store.check([self._board.key("failed")]):
                     failed = failed or time.monotonic()
                     if time.monotonic() - failed >= _FAREWELL_SECONDS:
-                        self._follow(store.get(self._key("failed")).decode())
+                        self._follow(store.get(self._board.key("failed")).decode())
                 if self._silent_seconds > self.seconds / 2:  # time enough to see which of the others beat on
-                    if store.check([self._key("verdict")]):
-                        self._verdict = store.get(self._key("verdict")).decode()
-                    for rank, beat in self._read(store).items():
+                    if store.check([self._board.key("verdict")]):
+                        self._verdict = store.get(self._board.key("verdict")).decode()
+                    for rank, beat in self._board.beats(store).items():
                         if rank not in changed or changed[rank][0].number != beat.number:
                             changed[rank] = beat, time.monotonic()
                     now = time.monotonic()
@@ -233,11 +228,14 @@ class Watchdog:
         """All ranks together: each sees what one of them has told, also one that waits in `begin`."""
         assert self.stop is not None
         if self._starting and self.stop.requested:
-            store.set(self._key("stop"), self.stop.reason)
-        if store.check([self._key("stop")]):
-            if self.rank == 0:
-                time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
-            os._exit(EXIT_REQUEUE)
+            store.set(self._board.key("stop"), self.stop.reason)
+        if store.check([self._board.key("stop")]):
+            self._leave_start()
+
+    def _leave_start(self) -> None:
+        if self.rank == 0:
+            time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
+        os._exit(EXIT_REQUEUE)
 
     def mourn(self, error: BaseException) -> None:
         """Another rank is gone, as `error` of a collective tells: say which, one rank for all. Raises LostPeerError.
@@ -245,106 +243,58 @@ class Watchdog:
         Returns where all ranks are there and none has failed: then `error` is of this rank alone (NCCL's for a full
         /dev/shm, or two ranks on one GPU, reads like that of a lost peer).
         """
-        asked: list[str] = []
-        spoken, alone = threading.Event(), threading.Event()
-
-        def ask() -> None:
-            store = _client()
-            until = time.monotonic() + max(_FAREWELL_SECONDS, 2 * self.interval + 1.0)
-            before = self._read(store)
-            told = None
-            while time.monotonic() < until and told is None:  # a rank that fails by itself tells so
-                time.sleep(0.2)
-                for name in ("stop", "failed"):
-                    if store.check([self._key(name)]):
-                        told = name
-            if told == "stop" and self.stop is not None and not self.stop.armed:
-                if self.rank == 0:
-                    time.sleep(self.interval + 1.0)  # it may hold the store that the others read this from
-                os._exit(EXIT_REQUEUE)
-            gone: list[int] = []
-            if told == "failed":
-                asked.append(f"{store.get(self._key('failed')).decode()}, see its message")
-            else:
-                now = self._read(store)
-                gone = [rank for rank in now if now[rank].number == before[rank].number]
-                if not gone and "gloo" not in str(error):
-                    alone.set()
-                    return
-                asked.append(
-                    f"{named(gone, self.hosts)} {'are' if len(gone) > 1 else 'is'} gone: killed, or the host is lost"
-                    if gone
-                    else f"{named([self.rank], self.hosts)} has lost its connection to another, and all are there: the "
-                    f"network between hosts"
-                )
-            if store.add(self._key("mourning"), 1) > 1:
-                spoken.set()
-            if self.rank == 0 and gone:  # it may hold the store, and others would take this rank for the lost one
-                until = time.monotonic() + _LAST_SECONDS
-                while time.monotonic() < until and store.add(self._key("mourning"), 0) < self.ranks - len(gone):
-                    time.sleep(0.2)
-
-        _at_most(2 * _ANSWER_SECONDS + 2 * self.interval + _LAST_SECONDS, ask)
-        if alone.is_set():
+        found = Obituary()
+        patience = max(_FAREWELL_SECONDS, 2 * self.interval + 1.0)
+        starting = self.stop is not None and not self.stop.armed
+        on_stop = self._leave_start if starting else None
+        at_most(
+            2 * ANSWER_SECONDS + 2 * self.interval + _LAST_SECONDS,
+            lambda: self._board.inquire(error, found, patience, _LAST_SECONDS, self.hosts, on_stop),
+        )
+        if found.nobody:
             return
-        if not asked:
-            asked.append(f"{self._holder}, which holds the job's store, is gone: killed, or the host is lost")
-            if os.environ.get("LOCAL_RANK", "0") != "0":  # without a store nobody knows who speaks: one rank a host
-                spoken.set()
-        if not spoken.is_set():
+        speaks = not found.said_by_another
+        if found.reason is None:
+            found.reason = f"{self._holder}, which holds the job's store, is gone: killed, or the host is lost"
+            speaks = speaks and os.environ.get("LOCAL_RANK", "0") == "0"  # nobody knows who speaks: one rank a host
+        if speaks:
             text = " ".join(str(error).split())
-            say_at_once(f"error: {asked[0]} (rank {self.rank}, {self._where}: {text[:200]})")
+            say_at_once(f"error: {found.reason} (rank {self.rank}, {self._where}: {text[:200]})")
+        self._tell_on_stall(found.reason)
+        raise LostPeerError(found.reason) from error
+
+    def _tell_on_stall(self, reason: str) -> None:
         if self.on_stall is not None:
             on_stall = self.on_stall
-            _at_most(_LAST_SECONDS, lambda: on_stall(asked[0]))
-        raise LostPeerError(asked[0]) from error
-
-    def _read(self, store: TCPStore) -> dict[int, Beat]:
-        """The newest beats of all other ranks."""
-        others = [rank for rank in range(self.ranks) if rank != self.rank]
-        begun = [rank for rank in others if store.check([self._key(rank)])]
-        beats = dict.fromkeys(others, Beat(0, 0.0, "starting", 0.0))
-        if begun:
-            texts = store.multi_get([self._key(rank) for rank in begun])
-            beats |= {rank: Beat(**json.loads(text)) for rank, text in zip(begun, texts, strict=True)}
-        return beats
+            at_most(_LAST_SECONDS, lambda: on_stall(reason))
 
     def _follow(self, reason: str) -> None:
         """Leave because another rank, which has told why, has left; unless this one is on its way out by itself."""
         if self._over.is_set():
             return
-        if self.on_stall is not None:
-            on_stall = self.on_stall
-            _at_most(_LAST_SECONDS, lambda: on_stall(reason))
+        self._tell_on_stall(reason)
         os._exit(1)
 
     def _end(self, reason: str) -> None:
         """Stacks, one line for all ranks, `on_stall`, and the end of the process. Nothing here may hang."""
-        _at_most(_LAST_SECONDS, lambda: self._write_stacks(reason))
-        agreed: list[str] = []
-        first = threading.Event()
+        at_most(_LAST_SECONDS, lambda: self._write_stacks(reason))
+        agreed: list[tuple[str, bool]] = []  # the reason of all, and whether it is of this rank
         left = threading.Event()
 
         def agree() -> None:
-            store = _client()
-            if store.add(self._key("leaving"), 1) == 1:
-                store.set(self._key("verdict"), reason)
-                first.set()
-            agreed.append(store.get(self._key("verdict")).decode())
+            store = client()
+            agreed.append(self._board.agree(store, reason))
             left.set()
-            while store.add(self._key("leaving"), 0) < self.ranks:
-                time.sleep(0.1)
+            self._board.wait_for_leaving(store)
 
         thread = threading.Thread(target=agree, daemon=True)
         thread.start()
-        left.wait(_ANSWER_SECONDS)
-        reason = agreed[0] if agreed else reason
+        left.wait(ANSWER_SECONDS)
         # Without a store nobody knows who speaks: one rank a host.
-        if first.is_set() or (not agreed and os.environ.get("LOCAL_RANK", "0") == "0"):
-            say_at_once(f"error: {reason}; stacks are in {self.folder}")
-        if self.on_stall is not None:
-            on_stall = self.on_stall
-            _at_most(_LAST_SECONDS, lambda: on_stall(reason))
+        verdict, speaks = agreed[0] if agreed else (reason, os.environ.get("LOCAL_RANK", "0") == "0")
+        if speaks:
+            say_at_once(f"error: {verdict}; stacks are in {self.folder}")
+        self._tell_on_stall(verdict)
         if self.rank == 0:
             thread.join(2 * self.interval + 1.0)  # it may hold the store, where the others still look for the reason
         os._exit(1)
@@ -356,20 +306,3 @@ class Watchdog:
             file.write(f"{stamp} rank {self.rank}, process {os.getpid()} on {socket.gethostname()}: {reason}\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-
-
-def _client() -> TCPStore:
-    return TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=False,
-        timeout=timedelta(seconds=_ANSWER_SECONDS),
-        wait_for_workers=False,
-    )
-
-
-def _at_most(seconds: float, act: Callable[[], None]) -> None:
-    """Run `act` in a thread, and wait for it no longer than that."""
-    thread = threading.Thread(target=act, daemon=True)
-    thread.start()
-    thread.join(seconds)
