@@ -63,7 +63,8 @@ def command(options: argparse.Namespace) -> int:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     from pipeline.planning import figure
-    from pipeline.planning.plan import Asked, Planner, check_asked
+    from pipeline.planning.footprint import Asked
+    from pipeline.planning.plan import Planner, check_asked
     from pipeline.planning.report import as_json, print_plan
 
     if options.plot is not None:

@@ -93,12 +93,12 @@ def measure(settings: Sequence[Setting]) -> list[dict[str, Any]]:
 def predict(setting: Setting) -> tuple[int, str]:
     """(bytes, moment)."""
     from pipeline.config.load import load
-    from pipeline.planning.plan import Asked, Planner
+    from pipeline.planning.footprint import Asked, Footprint
     from pipeline.planning.rates import gpu
 
     config = load(CONFIG, setting.overrides)
     asked = Asked(gpu("h100"), setting.ranks, 0.0, 8, 1e9, images=100_000, classes=CLASSES)
-    found = Planner(config, asked, device="cpu").peak(config.model.checkpointing, setting.ranks, setting.batch)
+    found = Footprint(config, asked, device="cpu").peak(config.model.checkpointing, setting.ranks, setting.batch)
     return found.total, found.moment
 
 

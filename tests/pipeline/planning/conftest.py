@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.load import Config
-from pipeline.planning import plan
+from pipeline.planning import footprint
 from pipeline.planning.trace import Traced, trace
 
 _traced: dict[Any, Traced] = {}
@@ -25,4 +25,4 @@ def traced_once(config: Config, *rest: Any) -> Traced:
 
 @pytest.fixture(autouse=True)
 def _traces_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "trace", traced_once)
+    monkeypatch.setattr(footprint, "trace", traced_once)

@@ -14,7 +14,8 @@ import pytest
 from pipeline.config.load import load
 from pipeline.planning import memory
 from pipeline.planning.communication import times, volume
-from pipeline.planning.plan import Asked, Planner
+from pipeline.planning.footprint import Asked
+from pipeline.planning.plan import Planner
 from pipeline.planning.rates import gpu
 from tests.support.processes import PATIENCE_SECONDS
 from tests.support.runs import ROOT
