@@ -19,6 +19,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 MARK = "doctor: "  # as in reach.py, which a host has no need to import
+_SILENT_SECONDS = 60.0  # without a sign of life of who asks
 
 
 class _Host:
@@ -102,17 +103,27 @@ def _import() -> None:
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Answer until the input ends, or nothing comes any more: a network that is cut ends no input."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     host, lines = _Host(), queue.Queue[str]()
 
+    heard = threading.Event()
+
     def read() -> None:
         for line in sys.stdin:
-            lines.put(line)
+            heard.set()
+            if line.strip():
+                lines.put(line)
+        host.leave()
+
+    def leave_when_alone() -> None:
+        while heard.wait(_SILENT_SECONDS):
+            heard.clear()
         host.leave()
 
     threading.Thread(target=read, daemon=True).start()
+    threading.Thread(target=leave_when_alone, daemon=True).start()
     threading.Thread(target=_import, daemon=True).start()
     while True:
         asked = json.loads(lines.get())

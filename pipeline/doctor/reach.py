@@ -21,6 +21,7 @@ from typing import Any
 MARK = "doctor: "  # what a login shell prints by itself has not
 HERE = "localhost"  # the name of the only host, where there is no hostfile
 CONNECT_SECONDS = 10
+PING_SECONDS = 10.0  # between signs of life: a host that hears none for a minute takes us for gone
 _SSH_FAILED = 255  # ssh's own exit code, where it is not the command's
 
 
@@ -52,7 +53,23 @@ class Agent:
             )
         except FileNotFoundError:
             raise HostError("ssh is not installed, by which hosts are reached", "install it here") from None
+        self._writing, self._closed = threading.Lock(), threading.Event()
         threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._ping, daemon=True).start()
+
+    def _ping(self) -> None:
+        """An empty line now and then. A host that is cut off is not told by sshd that this end is gone."""
+        while not self._closed.wait(PING_SECONDS):
+            try:
+                self._write("\n")
+            except (OSError, ValueError):
+                return
+
+    def _write(self, line: str) -> None:
+        assert self._process.stdin is not None
+        with self._writing:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -63,10 +80,8 @@ class Agent:
 
     def ask(self, question: str, seconds: float, /, **more: Any) -> dict[str, Any]:
         """What the host answers within `seconds`. Raises HostError."""
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"question": question, **more}) + "\n")
-            self._process.stdin.flush()
+            self._write(json.dumps({"question": question, **more}) + "\n")
             line = self._lines.get(timeout=seconds)
         except queue.Empty:
             raise HostError(
@@ -103,6 +118,7 @@ class Agent:
 
     def close(self) -> None:
         """End the process there: it cleans up when its input ends."""
+        self._closed.set()
         try:
             assert self._process.stdin is not None
             self._process.stdin.close()
