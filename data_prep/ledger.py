@@ -2,6 +2,7 @@
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -112,3 +113,9 @@ def write_ledger(rows: Rows, assignment: Assignment, output: Folder, chunks: Fol
                     columns["key"][i] = assignment.keys.get(row, columns["plain_key"][i])
                     columns["shard"][i] = f"{SPLITS[split]}-{shard_of[row]:06d}.tar"
             writer.write_table(pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA))
+
+
+def count_actions(path: Path) -> dict[str, int]:
+    """How many images became what, by ACTIONS. Raises OSError and pyarrow's errors."""
+    counts = pq.read_table(path, columns=["action"])["action"].value_counts()
+    return {str(each["values"]): int(each["counts"]) for each in counts.to_pylist()}

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from data_prep.manifest import Manifest
@@ -84,7 +85,19 @@ def test_what_a_run_leaves(pretrained: Path, datasets: Datasets) -> None:
     found = {metric.step: metric.value for metric in history}
     assert found == pytest.approx({line["step"]: line["loss"] for line in lines}, rel=1e-6)
     artifacts = {item.path for item in client.list_artifacts(summary["mlflow_run_id"])}
-    assert artifacts == {"config.yaml", "log.jsonl", "summary.json", "dataset.json"}
+    pictures = {"curves.png", "training_images.jpg"}
+    assert artifacts == {"config.yaml", "log.jsonl", "summary.json", "dataset.json", *pictures}
+    for name in pictures:
+        with Image.open(pretrained / name) as image:
+            assert image.width > 300
+    # How busy the node was, at each step that is logged, under its name.
+    node = os.uname().nodename
+    busy = [
+        metric.step
+        for metric in client.get_metric_history(run.info.run_id, f"system/{node}/cpu_utilization_percentage")
+    ]
+    assert sorted(busy) == list(range(1, 19))
+    assert run.data.metrics[f"system/{node}/network_transmit_megabytes"] >= 0
 
 
 def test_equals_plain_pytorch(pretrained: Path, datasets: Datasets) -> None:
@@ -224,6 +237,7 @@ def test_finetune_and_evaluate(pretrained: Path, datasets: Datasets, root: Path)
     again = run_module("pipeline", "evaluate", str(run))
     assert again.returncode == 0, again.stderr
     assert f"{summary['top1']:.2f}" in again.stdout
+    check_the_experiment(root, pretrained, run)
     # The same figure by hand, from the file alone.
     config = load(run / "config.yaml")
     model = build_model(config.model, 3, 64)
@@ -231,6 +245,42 @@ def test_finetune_and_evaluate(pretrained: Path, datasets: Datasets, root: Path)
     batches = validation_batches(config, Manifest.load(datasets.in1k), Ranks())
     by_hand = evaluate(model, batches, torch.device("cpu"), bf16=False)
     assert by_hand["top1"] == pytest.approx(summary["top1"])
+
+
+def check_the_experiment(root: Path, pretrained: Path, finetuned: Path) -> None:
+    """In MLflow both stages and their data stand under one parent, with what made them."""
+    client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")
+    ids = [json.loads((run / "mlflow_run.json").read_text()) for run in (pretrained, finetuned)]
+    assert ids[0]["parent_id"] == ids[1]["parent_id"]
+    parent = client.get_run(ids[0]["parent_id"])
+    assert (parent.info.run_name, parent.info.status) == ("demo", "FINISHED")
+    top1 = [json.loads((run / "summary.json").read_text())["top1"] for run in (pretrained, finetuned)]
+    assert [parent.data.metrics[f"{stage}_top1"] for stage in ("pretrain", "finetune")] == pytest.approx(top1)
+    children = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    stages = sorted((child.data.tags["stage"], child.info.run_name) for child in children)
+    assert stages == [
+        ("data_prep", "data: in1k"),
+        ("data_prep", "data: in22k"),
+        ("finetune", "demo-finetune"),
+        ("pretrain", "demo-pretrain"),
+    ]
+    for child in children:
+        tags, name = child.data.tags, child.info.run_name
+        if tags["stage"] == "data_prep":
+            manifest = Manifest.load(root_of_data(child))
+            assert child.data.metrics["train_samples"] == manifest.split("train").samples
+            assert child.data.metrics["images_kept"] > 0
+            continue
+        (data,) = (entry.dataset for entry in child.inputs.dataset_inputs)
+        assert data.digest == tags["dataset_id"][:36]
+        assert tags["hosts"] == os.uname().nodename
+        assert json.loads(tags["versions"])["torch"] == torch.__version__
+        assert f"name={name}" in tags["command"] or f"demo_{tags['stage']}.yaml" in tags["command"]
+        assert Path(tags["checkpoint"]).is_dir()
+
+
+def root_of_data(child: mlflow.entities.Run) -> Path:
+    return Path(child.data.params["path"])
 
 
 def test_a_mistake_is_one_line_before_anything_starts(datasets: Datasets, root: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +17,20 @@ from data_prep.credentials import without_credentials
 from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.records.address import check_address, database_file, make_database
+from pipeline.records.family import (
+    ID_FILE,
+    KEY_TAG,
+    PARENT_TAG,
+    Lineage,
+    end_parent,
+    is_active,
+    log_data,
+    log_data_prep,
+    made_once,
+    parent_of,
+    read_id,
+)
+from pipeline.records.provenance import provenance
 from pipeline.records.review_address import review_base, run_address
 
 if TYPE_CHECKING:
@@ -22,6 +38,7 @@ if TYPE_CHECKING:
 
 _BATCH = 500  # metrics a request may hold are limited by the server
 _REASON_CHARS = 500
+_NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
 _PASSING = ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 
 
@@ -40,48 +57,94 @@ class MlflowRun:
     `id` is None until it is created or found; `goes_on`: it was there before this process.
     """
 
-    def __init__(self, config: Config, tags: Mapping[str, str], first_step: int) -> None:
+    def __init__(self, config: Config, tags: Mapping[str, str], first_step: int, lineage: Lineage | None = None):
         """A run folder that had an MLflow run at this address goes on with it, where it goes on itself.
 
         Raises ConfigError for an address that can never be reached.
         """
-        self.config, self._tags = config, dict(tags)
+        self.config, self._tags, self._lineage = config, dict(tags), lineage
         self.uri = check_address(config)
         self.shown_uri = without_credentials(self.uri)
         self.id: str | None = None
+        self.parent_id: str | None = None
         self._experiment_id = ""
         # Of a database file beside it: MLflow itself would take the folder that each process works in.
         file = database_file(self.uri)
         self._artifacts = (file.absolute().parent / "mlartifacts").as_uri() if file else None
-        self._id_file = config.run_dir / "mlflow_run.json"
         self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
-        if first_step and self._id_file.exists():
-            known = json.loads(self._id_file.read_text())
-            if known["uri"] == self.shown_uri:
-                self.id = known["run_id"]
+        self._key, self._former = uuid.uuid4().hex, ""
+        self._settings = hashlib.sha256(json.dumps(config.flat(), sort_keys=True).encode()).hexdigest()
+        known = read_id(config.run_dir)
+        if known.get("uri") == self.shown_uri:
+            if first_step:
+                self.id = known.get("run_id")
+            else:  # a try that ended before its first checkpoint, or a run that began anew
+                self._former = known.get("run_id") or ""
+                if known.get("settings") == self._settings:
+                    self._key = known.get("key") or self._key
         self.goes_on = self._id_saved = self.id is not None
 
     def open(self) -> None:
         """Create it, or go on with it."""
         make_database(self.uri, self._make_database)
         client = self._client()
+        if self._lineage is not None and "versions" not in self._tags:
+            self._tags |= provenance(self._lineage.hosts)
+        if not self.goes_on and self._former:
+            self._take_up(client)
         if self.goes_on:
-            assert self.id is not None
-            known = client.get_run(self.id)
-            self._experiment_id, tags = known.info.experiment_id, known.data.tags
-            # Of each metric the newest value: its history may be tens of thousands of them.
-            self._last_steps = {metric.key: metric.step for metric in known.to_proto().data.metrics}
-            client.update_run(self.id, status="RUNNING")
-            if "stopped" in tags:
-                client.delete_tag(self.id, "stopped")
-            client.set_tag(self.id, "restarts", int(tags.get("restarts", 0)) + 1)
+            self._go_on(client)
             return
-        entities = package().entities
+        entities, lineage = package().entities, self._lineage
+        self._experiment_id = self._experiment(client)
         if self.id is None:
-            self._experiment_id = self._experiment(client)
-            self.id = client.create_run(self._experiment_id, run_name=self.config.name, tags=self._tags).info.run_id
+            self._write_id()  # with the key alone: a process that is killed now finds again what it has made
+            if lineage is not None:
+                name, key = self.config.name, self._key
+                if self.parent_id is None or not is_active(client, self.parent_id):
+                    self.parent_id = parent_of(client, self._experiment_id, lineage, name, key, self.shown_uri)
+                self._tags[PARENT_TAG] = self.parent_id
+                client.update_run(self.parent_id, status="RUNNING")
+            self.id = made_once(client, self._experiment_id, self._key, self.config.name, self._tags).info.run_id
         params = [entities.Param(key, str(value)[:500]) for key, value in self.config.flat().items()]
         client.log_batch(self.id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
+        if lineage is not None and self.parent_id is not None:
+            log_data(client, entities, self.id, lineage)
+            log_data_prep(client, entities, self._experiment_id, self.parent_id, lineage, self.config.run_dir)
+
+    def _go_on(self, client: mlflow.MlflowClient) -> None:
+        assert self.id is not None
+        known = client.get_run(self.id)
+        self._experiment_id, tags = known.info.experiment_id, known.data.tags
+        # Of each metric the newest value: its history may be tens of thousands of them.
+        self._last_steps = {metric.key: metric.step for metric in known.to_proto().data.metrics}
+        self.parent_id = tags.get(PARENT_TAG)
+        for run_id in filter(None, (self.id, self.parent_id)):
+            with nullcontext() if run_id == self.id else suppress(Exception):  # somebody has deleted the parent
+                client.update_run(run_id, status="RUNNING")
+        if "stopped" in tags:
+            client.delete_tag(self.id, "stopped")
+        for key, value in {**self._tags, "restarts": int(tags.get("restarts", 0)) + 1}.items():
+            if tags.get(key) != value:
+                client.set_tag(self.id, key, value)
+
+    def _take_up(self, client: mlflow.MlflowClient) -> None:
+        """A try of the same run that ended before its first checkpoint is gone on with; of another run, it ends."""
+        try:
+            run = client.get_run(self._former)
+        except package().MlflowException as error:
+            if error.error_code != _NOT_THERE:
+                raise
+            run = None
+        same = run is not None and run.data.tags.get(KEY_TAG) == self._key
+        if run is None or run.info.lifecycle_stage != "active" or run.info.status == "FINISHED":
+            self._key = uuid.uuid4().hex if same else self._key
+        elif same:
+            self.id, self.goes_on = self._former, True
+        elif run.info.status == "RUNNING":
+            client.set_tag(self._former, "stopped", "begun anew")
+            client.set_terminated(self._former, "KILLED")
+        self._former = ""
 
     @property
     def address(self) -> str | None:
@@ -96,13 +159,14 @@ class MlflowRun:
         try:
             return bool(self._client().get_run(self.id).info.lifecycle_stage != "active")
         except package().MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            if error.error_code != _NOT_THERE:
                 raise
             return True
 
     def forget(self) -> None:
         """The next `open` creates another one."""
         self.id, self.goes_on, self._id_saved, self._last_steps = None, False, False, {}
+        self._key = uuid.uuid4().hex
 
     def new_to_it(self, metrics: Sequence[Metric]) -> list[Metric]:
         """Without those of steps that MLflow has from before this process: it would show them twice."""
@@ -120,25 +184,52 @@ class MlflowRun:
         assert self.id is not None
         self._client().log_text(self.id, text, name)
 
-    def end(self, status: str, reason: str | None, files: Sequence[Path] = ()) -> None:
-        """End it with `status`, the tag "stopped" for a `reason`, and those of `files` that exist as artifacts."""
+    def send_file(self, path: Path) -> None:
+        """Make the file its artifact, under its name."""
+        assert self.id is not None
+        self._client().log_artifact(self.id, str(path))
+
+    def end(
+        self,
+        status: str,
+        reason: str | None,
+        files: Sequence[Path] = (),
+        results: Mapping[str, float] | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
+        """End it with `status`, the tag "stopped" for a `reason`, and those of `files` that exist as artifacts.
+
+        `checkpoint`, which stays where it is, is named by a tag. Its parent ends with it, where it is the last, and
+        shows its `results` under the stage's name.
+        """
         assert self.id is not None
         client = self._client()
         if reason is not None:
             client.set_tag(self.id, "stopped", without_credentials(" ".join(reason.split()))[:_REASON_CHARS])
+        if checkpoint is not None:
+            client.set_tag(self.id, "checkpoint", str(checkpoint))
         client.set_terminated(self.id, status)
         for path in files:
             if path.exists():
                 client.log_artifact(self.id, str(path))
+        if self._lineage is not None and self.parent_id is not None and is_active(client, self.parent_id):
+            for key, value in (results or {}).items():
+                client.log_metric(self.parent_id, f"{self._lineage.stage}_{key}", value)
+            end_parent(client, self._experiment_id, self.parent_id, status)
 
     def save_id(self) -> None:
         """Write down which one it is, for the run that goes on."""
-        if self._id_saved or self.id is None:
-            return
+        if not self._id_saved and self.id is not None:
+            self._id_saved = self._write_id()
+
+    def _write_id(self) -> bool:
+        known = {"uri": self.shown_uri, "run_id": self.id, "key": self._key, "settings": self._settings}
+        known |= {"parent_id": self.parent_id, "experiment_id": self._experiment_id}
         with suppress(OSError):  # a full disk: tried again with the next line
-            with atomic_write(self._id_file) as file:
-                file.write(json.dumps({"uri": self.shown_uri, "run_id": self.id}).encode())
-            self._id_saved = True
+            with atomic_write(self.config.run_dir / ID_FILE) as file:
+                file.write(json.dumps(known).encode())
+            return True
+        return False
 
     def _client(self) -> mlflow.MlflowClient:
         return package().MlflowClient(self.uri)

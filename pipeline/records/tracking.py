@@ -2,13 +2,12 @@
 
 `log.jsonl` is the record; MLflow gets the same numbers with the same times. Where one of the three does not take them
 (a server that is down, a full disk, a terminal that is gone) training goes on: the numbers wait and go with the next
-ones, or at the end. So they do while a thread imports mlflow and reaches it: that takes seconds, and no step waits.
+ones, or at the end. A thread imports mlflow and sends: that takes seconds now and then, and no step waits.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 import threading
 import time
@@ -22,9 +21,10 @@ from data_prep.credentials import without_credentials
 from pipeline.config.load import Config
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say
+from pipeline.records.family import Lineage
 from pipeline.records.mlflow_run import Metric, MlflowRun, is_permanent
+from pipeline.records.sender import Sender
 
-_RETRY_SECONDS = 60.0  # between tries to reach a server that did not answer: each costs seconds
 _EVENTS = 1000  # shown in MLflow, where each new one sends all again
 _LAST_WORDS_SECONDS = 15.0
 
@@ -32,24 +32,27 @@ _LAST_WORDS_SECONDS = 15.0
 class Tracker:
     """One run's log. `start`, or the first numbers, begin to reach MLflow; nothing waits until that is done."""
 
-    def __init__(self, config: Config, tags: Mapping[str, str], first_step: int) -> None:
+    def __init__(
+        self, config: Config, tags: Mapping[str, str], first_step: int, lineage: Lineage | None = None
+    ) -> None:
         """Open the log of a run at `first_step`; a run folder that had an MLflow run goes on with it.
 
         Lines of `log.jsonl` past `first_step` come from a try that was killed after its last checkpoint: they are
         dropped, since the steps are run again. MLflow, which forgets nothing, keeps its values of those steps, and is
         not sent them twice. Raises ConfigError for an MLflow address that can never be reached.
         """
-        self.mlflow = MlflowRun(config, tags, first_step)
-        # While it lives it alone talks to MLflow, and afterwards who logs does.
-        self._starting = threading.Thread(target=self._reach_and_send, name="mlflow", daemon=True)
+        self.mlflow = MlflowRun(config, tags, first_step, lineage)
+        self._sender = Sender(self._reach_and_send)  # talks to MLflow as long as it lives, alone
         self._new: deque[Metric] = deque()  # not yet among those that wait to be sent
         self._complained = self._reached = self._finished = False
         self._last_error: Exception | None = None
-        self._retry_at = 0.0
         self._log = LogFile(config.run_dir / "log.jsonl")
-        kept = self._log.cut(lambda line: json.loads(line)["step"] <= first_step)
+        self._system_log = LogFile(config.run_dir / "system.jsonl")
+        logs = (self._log, self._system_log)
+        kept = [line for log in logs for line in log.cut(lambda line: json.loads(line)["step"] <= first_step)]
         # All that is kept: to a new MLflow run, and to one that goes on if it was not reached when they were logged.
         self._pending = [metric for line in kept for metric in _metrics(json.loads(line))]
+        self._files: deque[Path] = deque()
         self._event_log = LogFile(config.run_dir / "events.txt")
         self._events = deque(
             self._event_log.cut(lambda line: first_step > 0 and _event_step(line) <= first_step), maxlen=_EVENTS
@@ -59,19 +62,16 @@ class Tracker:
     @property
     def run_id(self) -> str | None:
         """MLflow's, or None as long as MLflow could not be reached; waits for the first try to reach it."""
-        self.start()
-        self._wait()
+        self._sender.wait_for_first()
         return self.mlflow.id
 
     def start(self) -> None:
         """Begin to reach MLflow; a second call does nothing."""
-        if self._starting.ident is None:
-            os.register_at_fork(before=self._wait)  # a child forked within an import would keep its locks for ever
-            self._starting.start()
+        self._sender.start()
 
-    def _wait(self) -> None:
-        if self._starting.is_alive() and self._starting is not threading.current_thread():
-            self._starting.join()
+    def flush(self) -> None:
+        """Wait until all that is logged has been sent, or could not be."""
+        self._sender.flush()
 
     def log(self, step: int, metrics: Mapping[str, float], line: str) -> None:
         """Record `metrics` at `step` everywhere; `line` is what the console shows."""
@@ -80,7 +80,21 @@ class Tracker:
         self._log.append(json.dumps(record))
         say(line, sys.stdout)
         self._new.extend(_metrics(record))
-        self._send()
+        self._sender.put_down()
+
+    def log_system(self, step: int, nodes: Mapping[str, Mapping[str, float]]) -> None:
+        """Record how busy each node was until `step`: in `system.jsonl` and MLflow, by the node's name."""
+        record: dict[str, float] = {"time": round(time.time(), 3), "step": step}
+        for node, numbers in nodes.items():
+            record |= {f"system/{node}/{name}": _round(value) for name, value in numbers.items()}
+        self._system_log.append(json.dumps(record))
+        self._new.extend(_metrics(record))
+        self._sender.put_down()
+
+    def attach(self, path: Path) -> None:
+        """Send a file of the run folder to MLflow, under its name."""
+        self._files.append(path)
+        self._sender.put_down()
 
     def event(self, step: int, line: str) -> None:
         """Tell what happened at `step` beside the numbers: on the console, in `events.txt` and in MLflow's artifact of
@@ -91,7 +105,7 @@ class Tracker:
         self._events.append(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  step {step}  {line}")
         self._event_log.append(self._events[-1])
         self._events_pending = True
-        self._send()
+        self._sender.put_down()
 
     def __enter__(self) -> Self:
         return self
@@ -102,22 +116,30 @@ class Tracker:
             reason = f"{kind.__name__}: {error}".removesuffix(": ")
             self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", [self._log.path], reason)
 
-    def finish(self, status: str, files: list[Path], reason: str | None = None) -> None:
+    def finish(
+        self,
+        status: str,
+        files: list[Path],
+        reason: str | None = None,
+        results: Mapping[str, float] | None = None,
+        checkpoint: Path | None = None,
+    ) -> None:
         """Send what waits, end the MLflow run with `status` (FINISHED, FAILED, KILLED), attach those of `files` that
-        exist. `reason` becomes its tag "stopped". A second call does nothing.
+        exist. `reason` becomes its tag "stopped"; `results` stand at the experiment's parent run too; `checkpoint`
+        is named, and stays where it is. A second call does nothing.
         """
         if self._finished:
             return
         self._finished = True
         self._log.flush()
-        self._send(now=True)
+        self._sender.close()
         self._take_new()
         if not self._reached or self._pending:
             unsent = f"{len(self._pending)} numbers did not reach it"
             self._complain(self._last_error or OSError(unsent), last=True)
             return
         try:
-            self.mlflow.end(status, reason, files)
+            self.mlflow.end(status, reason, files, results, checkpoint)
         except Exception as error:  # a tracking server must never fail a run that is done
             self._complain(error, last=True)
 
@@ -137,15 +159,7 @@ class Tracker:
             thread.start()
             thread.join(_LAST_WORDS_SECONDS)
 
-    def _send(self, now: bool = False) -> None:
-        self.start()
-        if now:
-            self._wait()
-        elif self._starting.is_alive() or time.monotonic() < self._retry_at:
-            return
-        self._reach_and_send()
-
-    def _reach_and_send(self) -> None:
+    def _reach_and_send(self) -> bool:
         """Create the MLflow run or go on with it, and send what waits. That it is down is no reason not to train."""
         for _ in range(2):
             try:
@@ -156,7 +170,7 @@ class Tracker:
                     self._reached = True
                 self.mlflow.save_id()
                 self._send_what_waits()
-                return
+                return True
             except Exception as error:  # mlflow raises its own, SQLAlchemy's and requests' errors alike
                 failure = error
             with suppress(Exception):
@@ -164,7 +178,8 @@ class Tracker:
                     self._begin_anew()
                     continue
             self._complain(failure)
-            return
+            return False
+        return False
 
     def _send_what_waits(self) -> None:
         self._take_new()
@@ -172,10 +187,14 @@ class Tracker:
         while self._pending:
             self.mlflow.send(self._pending)
             self._take_new()
+        while self._files:
+            if self._files[0].exists():
+                self.mlflow.send_file(self._files[0])
+            self._files.popleft()
         if self._events_pending:
             self._events_pending = False  # first: another event may come meanwhile
             try:
-                self.mlflow.send_text("\n".join(list(self._events)) + "\n", self._event_log.path.name)
+                self.mlflow.send_text("\n".join(self._events.copy()) + "\n", self._event_log.path.name)
             except Exception:
                 self._events_pending = True
                 raise
@@ -190,7 +209,8 @@ class Tracker:
         self.mlflow.forget()
         self._reached = False
         self._take_new()
-        logged = [metric for line in self._log.lines() for metric in _metrics(json.loads(line))]
+        lines = [*self._log.lines(), *self._system_log.lines()]
+        logged = [metric for line in lines for metric in _metrics(json.loads(line))]
         known = {(metric.key, metric.step) for metric in logged}
         self._pending = logged + [metric for metric in self._pending if (metric.key, metric.step) not in known]
         self._events_pending = bool(self._events)
@@ -212,7 +232,6 @@ class Tracker:
                 sys.stderr,
             )
         self._complained = True
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
 
 
 def _event_step(line: str) -> int:

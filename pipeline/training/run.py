@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from contextlib import ExitStack
 from functools import partial
@@ -13,8 +12,6 @@ from typing import Any
 import torch
 
 from data_prep.foreign.index import ensure_indexed
-from data_prep.manifest import MANIFEST_NAME
-from data_prep.storage import atomic_write
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
@@ -33,22 +30,20 @@ from pipeline.ranks.lifetime import (
     heed_stop_file,
     leave_with_launcher,
 )
-from pipeline.ranks.log_file import LogFile, say
 from pipeline.ranks.peers import is_lost_peer
 from pipeline.ranks.rendezvous import meet
 from pipeline.ranks.watchdog import Watchdog
-from pipeline.records.console import evaluation_line, interrupted_line, print_plan, print_summary, step_line
+from pipeline.records.console import evaluation_line, interrupted_line, print_plan, step_line
 from pipeline.records.flops import peak_flops, training_flops_per_image
 from pipeline.records.meter import Eta, Meter
 from pipeline.records.tracking import Tracker
-from pipeline.training import engine
+from pipeline.training import engine, record
 from pipeline.training.diagnose import diagnose, incident, incident_line
 from pipeline.training.feed import Feed, placing, run_batches, run_manifest
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.training.validation import Validation
 
-CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
 BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
 _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
@@ -143,7 +138,12 @@ class Run:
         stack.push(self.writer.finish)
         self.tracker: Tracker | None = None
         if ranks.rank == 0:
-            self._write_down(origin, stack)
+            self.tracker, self.ledger = record.begin(
+                command, config, manifest, self.first_step, origin, watchdog.hosts, stack
+            )
+            where = f"{device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
+            print_plan(command, config, manifest, self.steps, ranks.count, self.engine.parameters, where, origin)
+        self.nodes = record.Nodes(ranks, watchdog.hosts, config.run_dir, stack)
         self.bad_samples = BadSampleLedger(
             config.run_dir / BAD_SAMPLES, ranks.rank, self.first_step, self.first_step // self.order.steps_per_epoch
         )
@@ -178,9 +178,10 @@ class Run:
                 self.guard.forget()  # losses at another resolution are other losses
             self.rates.step_update(step)
             self.bad_samples.begin(epoch)
-            result = self.engine.train_step(
-                self.feed.step(step), self.loss, self.guard.judge, lambda: self.stop.requested
-            )
+            micro_batches = self.feed.step(step)
+            if step == self.first_step and self.tracker:
+                micro_batches = record.with_sheet(micro_batches, config.run_dir, self.tracker)
+            result = self.engine.train_step(micro_batches, self.loss, self.guard.judge, lambda: self.stop.requested)
             if self.tracker:
                 self.tracker.start()  # not before: importing mlflow would hold the first step up
             rewound = False
@@ -209,19 +210,6 @@ class Run:
     def _newest(self, resume: bool) -> Any:
         return newest_of_run(self.config, self.manifest.dataset_id, resume, quarantine=True)
 
-    def _write_down(self, origin: str, stack: ExitStack) -> None:
-        """What the run is, before its first step; on rank 0."""
-        config, manifest = self.config, self.manifest
-        with atomic_write(config.run_dir / CONFIG_FILE) as file:
-            file.write(config.to_yaml().encode())
-        manifest.save(config.run_dir)
-        tags = {"stage": self.command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
-        self.tracker = stack.enter_context(Tracker(config, tags, self.first_step))
-        self.ledger = LogFile(config.run_dir / GUARD_FILE)
-        self.ledger.cut(lambda line: json.loads(line)["step"] <= self.first_step)
-        where = f"{self.device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
-        print_plan(self.command, config, manifest, self.steps, self.ranks.count, self.engine.parameters, where, origin)
-
     def _log(self, done: int, grad_norm: float) -> None:
         logged = self.meter.read(done, self.bad_samples.count)
         logged["epoch"] = done / self.order.steps_per_epoch
@@ -237,6 +225,9 @@ class Run:
         self.eta.add(done - steps_before, self._seconds - seconds_before)
         if self.tracker:
             self.tracker.log(done, logged, step_line(done, self.steps, logged, self.eta.left(self.steps - done)))
+        busy = self.nodes.gather()
+        if self.tracker:
+            self.tracker.log_system(done, busy)
         check_bad_samples(int(logged["bad_samples"]), self.config.data, self.config.run_dir / BAD_SAMPLES)
 
     @property
@@ -306,7 +297,7 @@ class Run:
         path, before = from_rank_0((path, before))
         state = self.guard.state
         if self.config.guard.mode != "rewind" or state.rewinds >= self.config.guard.rewinds_max or path is None:
-            ledger = self.config.run_dir / GUARD_FILE
+            ledger = self.config.run_dir / record.GUARD_FILE
             raise GuardError(explain_end(self.config.guard, state, done, reason, ledger, path))
         self.watchdog.tick("rewinding")
         with self.meter.paused():
@@ -333,8 +324,7 @@ class Run:
             )
         if self.tracker:
             self.tracker.event(done, interrupted_line(done, self.steps, reason, self.writer.last))
-            files = [self.config.run_dir / name for name in (LOG_FILE, GUARD_FILE)]
-            self.tracker.finish("KILLED", files, reason=reason)
+            self.tracker.finish("KILLED", record.files(self.config.run_dir), reason, checkpoint=self.writer.last)
         barrier()  # the launcher ends the others as soon as one has left
         return EXIT_REQUEUE
 
@@ -346,24 +336,8 @@ class Run:
                 f"{self.config.run_dir}, and the same command goes on from its newest checkpoint"
             )
         if self.tracker:
-            config = self.config
-            summary = {
-                "name": config.name,
-                "stage": self.command,
-                **self.validation.metrics,
-                "samples_seen": self.steps * config.train.global_batch,
-                "seconds": round(self._seconds, 1),
-                "mlflow_run_id": self.tracker.run_id,
-                "checkpoint": str(self.writer.last),
-                "dataset_id": self.manifest.dataset_id,
-            }
-            try:
-                with atomic_write(config.run_dir / SUMMARY_FILE) as file:
-                    file.write(json.dumps(summary, indent=1).encode())
-            except OSError as error:  # the run is done, and its checkpoint is on disk
-                say(f"warning: {config.run_dir / SUMMARY_FILE} could not be written: {error}", sys.stderr)
-            names = [CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE]
-            files = [config.run_dir / name for name in names]
-            self.tracker.finish("FINISHED", files)
-            print_summary(config, summary, self.tracker.mlflow.address)
+            record.end(
+                *(self.tracker, self.command, self.config, self.manifest, self.validation.metrics, self.steps),
+                *(self._seconds, self.writer.last),
+            )
         return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +28,7 @@ from pipeline.config.load import Config, load
 from pipeline.config.sections import ConfigError
 from pipeline.records import mlflow_run
 from pipeline.records.address import probe
+from pipeline.records.sender import Sender
 from pipeline.records.tracking import Tracker
 from tests.support.processes import PATIENCE_SECONDS, wait_for
 
@@ -56,6 +59,7 @@ def steps_logged(config: Config) -> list[float]:
 
 
 def history_of(tracker: Tracker, key: str = "loss") -> list[tuple[int, float, int]]:
+    tracker.flush()
     return history(tracker.mlflow.uri, tracker.run_id, key)
 
 
@@ -132,6 +136,7 @@ def test_server_that_is_down_at_first(
     for step in (1, 2, 3):
         tracker.log(step, {"loss": 1 / step, "lr": 0.1}, f"step {step}")
     tracker.event(3, "something\nhappened")
+    tracker.flush()
     tracker.fail_from_thread("nothing to mark yet")
     captured = capsys.readouterr()
     assert captured.out == "step 1\nstep 2\nstep 3\nstep 3  something\nhappened\n"
@@ -161,6 +166,7 @@ def test_going_on_with_a_run(root: Path) -> None:
     first = opened(config)
     for step in (1, 2, 3):
         first.log(step, {"loss": float(step)}, "")
+    first.flush()
     with open(config.run_dir / "log.jsonl", "a") as file:
         file.write('{"step": 4, "lo')
     with Tracker(config, {}, first_step=2) as second:
@@ -198,6 +204,7 @@ def test_a_run_that_is_gone(
     for step in (1, 2):
         first.log(step, {"loss": float(step)}, "")
     first.event(2, "LEFT OUT")
+    first.flush()
     gone = str(first.run_id)
     if how == "deleted":
         client.delete_run(gone)
@@ -209,6 +216,7 @@ def test_a_run_that_is_gone(
             empty.backup(now)
     tracker = opened(config, first_step=2) if when == "before" else first
     tracker.log(3, {"loss": 3.0, "top1": 1.0}, "")
+    tracker.flush()
     assert capsys.readouterr().err == (
         f"warning: MLflow at sqlite:///{root}/mlflow.db no longer has the run {gone}: a new one takes its place, with "
         f"every number of {config.run_dir}/log.jsonl\n"
@@ -322,6 +330,40 @@ def test_a_real_server(root: Path, server_log: tuple[int, Path], monkeypatch: py
     probe(config, pytest.fail)
 
 
+def test_a_server_that_is_killed_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is logged waits for it; afterwards every number stands there once, as in log.jsonl."""
+    monkeypatch.setattr(Sender, "retry_seconds", 0.2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    config = configured(tmp_path, f"tracking.uri=http://127.0.0.1:{port}")
+    step, tracker = 0, None
+    for kill in range(3):
+        server = start_server(tmp_path, port)
+        tracker = tracker or opened(config)
+        until = time.monotonic() + random.uniform(0.1, 1.5)
+        while time.monotonic() < until:
+            step += 1
+            tracker.log(step, {"loss": 1 / step, "lr": 0.1 / step}, "")
+            time.sleep(0.005)
+        if kill < 2:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+    try:
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", str(int(PATIENCE_SECONDS)))
+        assert tracker is not None
+        tracker.finish("FINISHED", [])
+        lines = [json.loads(line) for line in (config.run_dir / "log.jsonl").read_text().splitlines()]
+        for key in ("loss", "lr"):
+            found = history(str(config.tracking.uri), tracker.run_id, key)
+            assert [(at, value) for at, value, _ in found] == [(line["step"], line[key]) for line in lines]
+        runs = mlflow.MlflowClient(str(config.tracking.uri)).search_runs(["1"])
+        assert [run.info.status for run in runs] == ["FINISHED"]
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path, database: Path) -> Iterator[Path]:
     """A file system of its own with room for MLflow's database and 400 kB more."""
@@ -353,6 +395,7 @@ def test_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None
         tracker.log(step, {"loss": 1 / step, **metrics}, "")
         assert log.read_bytes().endswith(b"}\n")
     tracker.event(79, "in trouble")
+    tracker.flush()
     written = steps_logged(config)
     assert written == list(range(1, len(written) + 1))
     assert len(written) < 79
@@ -401,6 +444,7 @@ def test_events_of_all_restarts(root: Path, capsys: pytest.CaptureFixture[str]) 
     first.event(3, "LEFT OUT: gradient 1e9")
     second = opened(config, first_step=2)
     second.event(2, "resumed\nwith 2 ranks")
+    second.flush()
     assert capsys.readouterr().out == "step 3  LEFT OUT: gradient 1e9\nstep 2  resumed\nwith 2 ranks\n"
     told = ["step 2  resumed with 2 ranks"]  # step 3 is done again, and tells then
     artifact = root / "mlartifacts" / str(second.run_id) / "artifacts" / "events.txt"

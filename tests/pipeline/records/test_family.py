@@ -1,0 +1,122 @@
+"""Runs of one experiment: nothing is made twice, whenever a process is killed; a parent that is gone is replaced."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import mlflow
+import pytest
+
+from data_prep.manifest import Manifest
+from pipeline.config.load import Config, load
+from pipeline.records import mlflow_run
+from pipeline.records.family import ID_FILE, PARENT_TAG, Lineage
+from pipeline.records.mlflow_run import MlflowRun
+from tests.support.datasets import Datasets
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow database without runs."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, database: Path) -> Path:
+    shutil.copy(database, tmp_path)
+    return tmp_path
+
+
+def configured(root: Path, datasets: Datasets, name: str, *more: str) -> Config:
+    config = load(
+        "configs/demo_pretrain.yaml", [f"output_root={root}", f"name={name}", f"data.path={datasets.in22k}", *more]
+    )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    Manifest.load(datasets.in22k).save(config.run_dir)
+    return config
+
+
+def lineage(datasets: Datasets, stage: str = "pretrain", origin: Path | None = None) -> Lineage:
+    return Lineage(stage, Manifest.load(datasets.in22k), str(datasets.in22k), origin, ("node1", "node2"))
+
+
+def opened(config: Config, of: Lineage, first_step: int = 0) -> MlflowRun:
+    run = MlflowRun(config, {"stage": of.stage}, first_step, of)
+    run.open()
+    run.save_id()
+    return run
+
+
+def test_killed_before_the_id_was_written(root: Path, datasets: Datasets, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was made until then is found again by the next try, on any machine."""
+    config, client = configured(root, datasets, "a-pretrain"), mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    for made in ("parent", "run"):
+        run = MlflowRun(config, {}, 0, lineage(datasets))
+        with monkeypatch.context() as patch:
+            if made == "parent":  # and killed before the run itself was
+                patch.setattr(mlflow_run, "made_once", lambda *_: 1 / 0)
+            else:
+                patch.setattr(mlflow_run, "log_data", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                run.open()
+    run = opened(config, lineage(datasets))
+    found = client.search_runs(["1"])
+    assert sorted(each.info.run_name for each in found) == ["a", "a-pretrain", "data: in22k"]
+    by_name = {each.info.run_name: each for each in found}
+    assert by_name["a-pretrain"].info.run_id == run.id
+    assert by_name["a-pretrain"].data.tags[PARENT_TAG] == by_name["a"].info.run_id == run.parent_id
+    # A try that ended before its first checkpoint is gone on with; with other settings it is another run.
+    run.end("KILLED", "SIGTERM")
+    again = opened(config, lineage(datasets))
+    assert (again.id, client.get_run(str(again.id)).data.tags["restarts"]) == (run.id, "1")
+    other = opened(configured(root, datasets, "a-pretrain", "optimizer.lr_peak=1e-4"), lineage(datasets))
+    assert other.id != run.id
+    assert client.get_run(str(run.id)).info.status == "KILLED"
+    assert client.get_run(str(run.id)).data.tags["stopped"] == "begun anew"
+
+
+def test_a_stage_finds_its_parent(root: Path, datasets: Datasets) -> None:
+    """Under the parent of the run that its weights come from; both data sets alike stand there once."""
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    first = configured(root, datasets, "b-pretrain")
+    pretrain = opened(first, lineage(datasets))
+    tune = [
+        opened(configured(root, datasets, f"b-finetune-{seed}"), lineage(datasets, "finetune", first.run_dir))
+        for seed in (1, 2)
+    ]
+    assert {run.parent_id for run in (pretrain, *tune)} == {pretrain.parent_id}
+    assert len(client.search_runs(["1"])) == 5  # parent, data, and three stages
+    pretrain.end("FINISHED", None, results={"top1": 1.0})
+    tune[0].end("FAILED", "no")
+    assert client.get_run(str(pretrain.parent_id)).info.status == "RUNNING"  # the other one is
+    tune[1].end("FINISHED", None, results={"top1": 2.0})
+    parent = client.get_run(str(pretrain.parent_id))
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == {"pretrain_top1": 1.0, "finetune_top1": 2.0}
+    # Another experiment has a parent of its own, which says what it goes on from.
+    away = opened(
+        configured(root, datasets, "b-away", "tracking.experiment=other"), lineage(datasets, "finetune", first.run_dir)
+    )
+    assert away.parent_id != pretrain.parent_id
+    assert client.get_run(str(away.parent_id)).data.tags["continues"] == pretrain.parent_id
+
+
+def test_a_parent_that_was_deleted(root: Path, datasets: Datasets) -> None:
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    config = configured(root, datasets, "c-pretrain")
+    run = opened(config, lineage(datasets))
+    client.delete_run(str(run.parent_id))
+    on = opened(config, lineage(datasets), first_step=5)
+    assert on.id == run.id
+    on.end("FINISHED", None, results={"top1": 1.0})
+    assert client.get_run(str(run.id)).info.status == "FINISHED"
+    tune = opened(configured(root, datasets, "c-finetune"), lineage(datasets, "finetune", config.run_dir))
+    assert tune.parent_id != run.parent_id
+    (config.run_dir / ID_FILE).write_text("[]")
+    assert json.loads((root / "c-finetune" / ID_FILE).read_text())["parent_id"] == tune.parent_id
+    broken = opened(configured(root, datasets, "c-other"), lineage(datasets, "finetune", config.run_dir))
+    assert broken.parent_id not in (tune.parent_id, run.parent_id)
