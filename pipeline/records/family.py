@@ -69,7 +69,8 @@ def parent_of(client: Any, experiment: str, lineage: Lineage, name: str, key: st
             if parent and run.info.experiment_id == experiment and is_active(client, parent):
                 return str(parent)
             tags["continues"] = parent or known["run_id"]
-    name = name.removesuffix(f"-{lineage.stage}") or name
+    whole = name.removesuffix(f"-{lineage.stage}")
+    name = whole if whole not in ("", name) else f"{name} (all stages)"
     return str(made_once(client, experiment, f"{key}-parent", name, {**tags, "stage": "all"}).info.run_id)
 
 
