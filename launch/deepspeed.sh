@@ -2,6 +2,7 @@
 # Starts `python -m pipeline COMMAND CONFIG [key=value ...]` under the deepspeed launcher.
 #   launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
 #   HOSTFILE=hostfile launch/deepspeed.sh pretrain CONFIG        many hosts (launch/hostfile.example), over ssh
+#   launch/deepspeed.sh evaluate runs/NAME [--data DIR ...]       the accuracy of a checkpoint, on this host
 #   RANKS=4 launch/deepspeed.sh pretrain CONFIG                  fewer than the GPUs here, or other than 2 on the CPU
 #   CUDA_VISIBLE_DEVICES=2,3, MASTER_PORT=29501, DEEPSPEED_ARGS="..."    see launch/README.md
 #   launch/deepspeed.sh --dry-run pretrain CONFIG                checks, prints what it would run, and leaves
@@ -15,7 +16,7 @@ from=$PWD
 cd "$(dirname "$0")/.."
 dry=
 if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
-[ $# -ge 2 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 # A configuration beside the caller; paths inside it are relative to the checkout.
 if [ ! -e "$2" ] && [ -e "$from/$2" ]; then set -- "$1" "$from/$2" "${@:3}"; fi
 venv=${VENV:-.venv}
@@ -23,6 +24,11 @@ bin=$(cd "$venv/bin" 2>/dev/null && [ -x python ] && pwd) || { echo "error: $ven
 export PATH=$bin:$PATH # what the launcher starts, on this host, is this environment's python
 # What only prints or checks starts no ranks.
 case " ${*:3} " in *" --print-config "* | *" --check "* | *" --help "*) exec "$bin/python" -m pipeline "$@" ;; esac
+
+if [ "$1" = evaluate ] && [ -n "${HOSTFILE:-}" ]; then
+  echo "error: evaluate runs on one host: leave HOSTFILE out" >&2
+  exit 1
+fi
 
 # Hosts, devices, port. And faults that every rank would meet are met here, as one line, before anything is started.
 places=$("$bin/python" -m launch.places deepspeed) || exit "${asked:-$?}"

@@ -21,7 +21,10 @@ _TRAINING = "pipeline.training.command"
 _COMMANDS = {
     "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
-    "evaluate": ("pipeline.evaluation.command", "top-1 and top-5 of a checkpoint on the validation split"),
+    "evaluate": (
+        "pipeline.evaluation.command",
+        "a checkpoint measured: accuracy, calibration, confusion; on test sets as they are published",
+    ),
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
@@ -37,6 +40,7 @@ examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   before the money: python -m pipeline plan CONFIG --gpu h200 --gpus 64
+  accuracy:         python -m pipeline evaluate runs/demo-finetune
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   stop a run:       python -m pipeline stop runs/demo-pretrain
@@ -66,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif rank == "0" or kind in _OF_ONE_RANK or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ and options.command in ("pretrain", "finetune"):
+        if "RANK" in os.environ and options.command in ("pretrain", "finetune", "evaluate"):
             os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
 

@@ -54,6 +54,8 @@ KNOWN_SPACES = {
     ),
     "imagenet-12k": LabelSpace(11_821, "imagenet12k_synsets.txt", "timm's ImageNet-12K subset of fall11"),
     "imagenet-1k": LabelSpace(1_000, "imagenet_synsets.txt", "ILSVRC 2012"),
+    "imagenet-a": LabelSpace(200, "imagenet_a_synsets.txt", "ImageNet-A: 200 classes of imagenet-1k"),
+    "imagenet-r": LabelSpace(200, "imagenet_r_synsets.txt", "ImageNet-R: 200 other ones"),
 }
 
 

@@ -112,7 +112,8 @@ def _map_head(source: Source, head: Tensors, width: int, synsets: Sequence[str])
         fitting = [name for name, space in KNOWN_SPACES.items() if space.classes == len(weight)]
         raise CheckpointError(
             f"{source.weights} has a head of {len(weight)} classes, its label space {len(source.synsets)}: set "
-            f"init.label_space" + (f"={fitting[0]}" if fitting else " to a text file with its WordNet ids, one a line")
+            f"init.label_space"
+            + (f"={fitting[0]}" if len(fitting) == 1 else " to a text file with its WordNet ids, one a line")
         )
     return map_labels(source.synsets, synsets)
 

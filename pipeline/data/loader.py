@@ -111,6 +111,13 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
     return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
 
 
+def seekable_batches(config: Config, reader: EncodedReader, samples: np.ndarray, ranks: Ranks) -> Iterator[Batch]:
+    """This rank's part of `samples` (ids of a reader that can seek), as `validation_batches` gives that of a split."""
+    mine, size = samples[ranks.rank :: ranks.count], config.evaluate.micro_batch
+    batches = [mine[i : i + size] for i in range(0, len(mine), size)]
+    return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
+
+
 class _Streamed(IterableDataset[Any]):
     """(micro-batch, the data of its images): what one process reads for the workers of a rank."""
 

@@ -159,9 +159,18 @@ class HorNet(nn.Module):
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool, LayerNorm, head: (B, C, H, W) -> (B, num_classes), or (B, C) with `pre_logits`.
 
-        With `global_pool=""` the spatial dimensions stay, as the last two.
+        With `global_pool=""` the spatial dimensions stay, as the last two. In eval mode all of it is in the dtype of
+        the norm's parameters, whatever autocast says: logits rounded to bf16 are equal where the classes are not.
         """
         x = x.permute(0, 2, 3, 1)  # (B, H, W, C)
+        if self.training:
+            return self._head(x, pre_logits)
+        with no_autocast(x.device.type):
+            weight = getattr(self.norm, "weight", None)  # Identity has none
+            return self._head(x if weight is None else x.to(weight.dtype), pre_logits)
+
+    def _head(self, x: Tensor, pre_logits: bool) -> Tensor:
+        """(B, H, W, C) -> as `forward_head`."""
         if self.global_pool == "avg":
             x = x.mean((1, 2))  # (B, C)
         x = F.dropout(self.norm(x), self.drop_rate, self.training)

@@ -1,15 +1,19 @@
-"""Checkpoints without a training: an engine of two tensors, what a run says of itself, and damage."""
+"""Checkpoints without a training: an engine of two tensors, what a run says of itself, a whole one, and damage."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
-from pipeline.checkpoints.files import Meta
+from pipeline.checkpoints.files import META_FILE, Meta, record
 from pipeline.config.load import Config
+from pipeline.models.build import build_model
+from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
 
 SYNSETS = ["n02084071", "n02121620", "n02958343"]
@@ -47,3 +51,19 @@ def flip_a_bit(file: Path) -> None:
 
 def cut(file: Path) -> None:
     os.truncate(file, file.stat().st_size - 1)
+
+
+def write_checkpoint(run: Path, config: Config, synsets: Sequence[str], step: int = 1) -> HorNet:
+    """A checkpoint of a run that never was, with EMA and raw weights that differ; returns the net with the EMA's."""
+    torch.manual_seed(0)
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    nets = {}
+    for name in ("model", "ema"):
+        nets[name] = build_model(config.model, len(synsets), config.data.resolution).eval()
+        torch.nn.init.normal_(nets[name].head.weight, std=1.0)  # logits that are apart
+        save_file(nets[name].state_dict(), folder / f"{name}.safetensors")
+    files = {f"{name}.safetensors": record(folder / f"{name}.safetensors") for name in nets}
+    meta = meta_at(step, config, synsets=list(synsets), num_classes=len(synsets), files=files)
+    (folder / META_FILE).write_text(meta.model_dump_json())
+    return nets["ema"]

@@ -1,0 +1,249 @@
+"""A checkpoint measured, top to bottom: opened and checked, every image once over all ranks, one folder of results."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from tqdm import tqdm
+
+from pipeline.checkpoints.files import CheckpointError, Meta, locate, read_meta
+from pipeline.checkpoints.state import read_tensors
+from pipeline.config.load import Config
+from pipeline.data.views import Batch
+from pipeline.evaluation.accuracy import logits_of
+from pipeline.evaluation.ranks import join, start_here
+from pipeline.evaluation.result import ResultFolder, of_pair, run_of, spread
+from pipeline.evaluation.scores import score
+from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
+from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
+from pipeline.evaluation.wordnet import find_wordnet, read_nouns
+from pipeline.models.build import build_model
+from pipeline.models.hornet import HorNet
+from pipeline.ops.global_filter import resize_global_filters
+from pipeline.ranks.collectives import Ranks, gather
+
+_WARP_FROM = 384  # pixels: as published, the whole image is resized to the square from there on
+_CROP_RATIO = 0.875
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for. real: see `open_set`; out: where `evaluations/` goes, None: the run folder."""
+
+    checkpoint: Path
+    data: str | None = None
+    weights: str | None = None
+    resolution: int | None = None
+    real: str | None = None
+    name: str | None = None
+    out: Path | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """All of it, checked: what `asked` means."""
+
+    path: Path
+    meta: Meta
+    config: Config
+    weights: str  # "ema" or "raw"
+    scored: EvaluationSet
+    selection: Selection
+    run: Path
+    name: str
+
+    @property
+    def file(self) -> Path:
+        return self.path / ("ema.safetensors" if self.weights == "ema" else "model.safetensors")
+
+
+def open_asked(asked: Asked) -> Opened:
+    """Raises CheckpointError, ManifestError, DataError, ConfigError, and pydantic's for a resolution that cannot be."""
+    path = locate(asked.checkpoint)
+    if path.is_file():
+        raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
+    meta = read_meta(path)
+    config = Config.model_validate(_configured(meta.config, asked))
+    weights = asked.weights or ("ema" if "ema.safetensors" in meta.files else "raw")
+    scored = open_set(config, asked.data, asked.real)
+    run = asked.out.expanduser() if asked.out else run_of(path)
+    real = "-real" if asked.real is not None else ""
+    name = asked.name or f"step-{meta.step:08d}-{weights}-{scored.name}{real}".replace(" ", "-")
+    opened = Opened(path, meta, config, weights, scored, select(meta.synsets, scored), run, name)
+    if opened.file.name not in meta.files:
+        raise CheckpointError(f"{path} has no {opened.file.name}: leave --weights out")
+    return opened
+
+
+def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
+    tree = {**tree, "data": dict(tree["data"])}
+    if asked.data is not None:
+        streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
+        tree["data"] |= {**streamed, "path": asked.data}
+    if asked.resolution is not None:
+        if asked.resolution % 32:
+            raise CheckpointError(f"--resolution {asked.resolution}: HorNet takes multiples of 32")
+        tree["data"] |= {"resolution": asked.resolution, "resolution_by_epoch": None}
+        warp = asked.resolution >= _WARP_FROM
+        protocol = {"resize": "warp" if warp else "crop", "crop_ratio": 1.0 if warp else _CROP_RATIO}
+        tree["evaluate"] = {**tree["evaluate"], **protocol}
+    return tree
+
+
+def load_model(opened: Opened) -> HorNet:
+    """The net with the weights asked for, on the CPU, in eval mode; global filters resized to the resolution."""
+    model = build_model(opened.config.model, opened.meta.num_classes, opened.config.data.resolution)
+    model.load_state_dict(resize_global_filters(read_tensors(opened.file), model))
+    return model.eval()
+
+
+def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) -> int:
+    """Measure, write the result folder, print a table; returns the exit code. See `open_asked` for what is raised.
+
+    ranks_here: processes to start on this host, where no launcher has started them; check: only look whether it can be.
+    """
+    opened = open_asked(asked)
+    if check:
+        return 0
+    if ranks_here > 1 and "RANK" not in os.environ:
+        return start_here(_arguments(asked), ranks_here)
+    ranks, device = join({key: None if value is None else str(value) for key, value in vars(asked).items()})
+    with ExitStack() as stack:
+        folder = stack.enter_context(ResultFolder(opened.run, opened.name)) if ranks.rank == 0 else None
+        parts, seconds = measure(opened, ranks, device)
+        told = gather((parts, seconds)) if ranks.count > 1 else [(parts, seconds)]
+        if folder is None:
+            return 0
+        images = Images.of([part for each, _ in told for part in each])
+        expected = opened.scored.size if opened.scored.labels is None else int((opened.scored.labels[:, 0] >= 0).sum())
+        if len(np.unique(images.sample)) != expected or len(images.sample) != expected:
+            raise CheckpointError(
+                f"{len(images.sample):,} images were scored of the {expected:,} of {opened.scored.path}, which has "
+                f"changed meanwhile: evaluate again"
+            )
+        content = _content(opened, images, ranks, max(each for _, each in told), device)
+        _write(folder, opened, images, content)
+    _print(opened, content, folder.final)
+    return 0
+
+
+@torch.inference_mode()
+def measure(opened: Opened, ranks: Ranks, device: torch.device) -> tuple[list[tuple[np.ndarray, ...]], float]:
+    """(sample ids and `Scored` of each of this rank's batches, seconds they took)."""
+    model, scored = load_model(opened).to(device), opened.scored
+    bf16 = opened.config.train.bf16_on(device.type)
+    parts: list[tuple[np.ndarray, ...]] = []
+    mine = len(range(ranks.rank, scored.size, ranks.count))
+    progress = tqdm(total=mine, unit="image", desc="evaluate", disable=ranks.rank > 0)
+    started = time.monotonic()
+    with progress:
+        for batch in _labelled(scored.batches(ranks), scored.labels):
+            progress.update(len(batch.samples))
+            keep = (batch.labels if batch.labels.ndim == 1 else batch.labels[:, 0]) >= 0
+            logits = opened.selection(logits_of(model, batch, device, bf16))[keep.to(device)]
+            found = score(logits, batch.labels[keep].to(device))
+            parts.append((batch.samples[keep].numpy(), *(value.numpy() for value in found)))
+    return parts, time.monotonic() - started
+
+
+def _labelled(batches: Iterator[Batch], labels: np.ndarray | None) -> Iterator[Batch]:
+    for batch in batches:
+        yield batch if labels is None else batch._replace(labels=torch.from_numpy(labels[batch.samples.numpy()]))
+
+
+def _content(opened: Opened, images: Images, ranks: Ranks, seconds: float, device: torch.device) -> dict[str, Any]:
+    """evaluation.json, but for what comes with pictures."""
+    meta, config, scored = opened.meta, opened.config, opened.scored
+    found = results(images, scored.labels is not None)
+    nouns = read_nouns(wordnet) if (wordnet := find_wordnet()) is not None else None
+    return {
+        "name": opened.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "checkpoint": {
+            "path": str(opened.path),
+            "run": run_of(opened.path).name,
+            "step": meta.step,
+            "samples_seen": meta.samples_seen,
+            "weights": opened.weights,
+            "model": meta.model_name,
+            "num_classes": meta.num_classes,
+            "dataset_id": meta.dataset_id,
+        },
+        "data": {
+            "path": scored.path,
+            "name": scored.name,
+            "dataset_id": scored.dataset_id,
+            "labels": "single" if scored.labels is None else "real",
+            "images": len(images.sample),
+            "left_out": scored.size - len(images.sample),
+            "classes": len(scored.synsets),
+            "unmatched": opened.selection.unmatched,
+        },
+        "protocol": {
+            "resolution": config.data.resolution,
+            "resize": config.evaluate.resize,
+            "crop_ratio": config.evaluate.crop_ratio,
+            "interpolation": "bicubic",
+            "precision": "bf16" if config.train.bf16_on(device.type) else "fp32",
+        },
+        "results": {
+            **found,
+            "ranks": ranks.count,
+            "seconds": seconds,
+            "images_per_second": scored.size / seconds,
+        },
+        "reliability": reliability(images),
+        "confusion": confusion(images, scored.synsets, nouns),
+    }
+
+
+def _write(folder: ResultFolder, opened: Opened, images: Images, content: dict[str, Any]) -> None:
+    scored = opened.scored
+    content["worst_pairs"] = [
+        {**entry, "pictures": folder.pictures(scored, images, of_pair(images, label, other))}
+        for label, other, entry in worst_pairs(images, scored.synsets)
+    ]
+    content["samples"] = folder.pictures(scored, images, spread(images))
+    folder.write(content, per_class(images, scored.synsets))
+
+
+def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
+    console, found, scored = Console(), content["results"], opened.scored
+    table = Table(title=Text(f"{opened.path} ({opened.weights}) on {scored.path}"))
+    for column in ("top-1 %", "top-5 %", "loss", "images"):
+        table.add_column(column, justify="right")
+    loss = "" if found["loss"] is None else f"{found['loss']:.4f}"
+    table.add_row(f"{found['top1_percent']:.2f}", f"{found['top5_percent']:.2f}", loss, f"{found['images']:.0f}")
+    console.print(table)
+    left = scored.size - found["images"]
+    lines = [
+        f"tied top-1 {found['tied_top1_percent']:.2f} %, ECE {found['ece']:.4f}, among {len(scored.synsets):,} "
+        f"classes, {found['images_per_second']:,.0f} images/s on {found['ranks']} rank{'s' * (found['ranks'] > 1)}",
+        *([f"{left:,} images without a label in ReaL are left out"] if left else []),
+    ]
+    if unmatched := opened.selection.unmatched:
+        names = ", ".join(f"{wnid} ({name_of(wnid)})" for wnid in unmatched[:5])
+        more = f" and {len(unmatched) - 5:,} more" if len(unmatched) > 5 else ""
+        lines.append(f"the head lacks {names}{more}: their images count as wrong")
+    if content["confusion"] is None:
+        lines.append("no confusion by groups: that takes WordNet (`apt-get install wordnet-base`)")
+    for line in [*lines, str(written)]:
+        console.print(Text(line), soft_wrap=True)
+
+
+def _arguments(asked: Asked) -> list[str]:
+    """The command line of a rank."""
+    options = {key: value for key, value in vars(asked).items() if key != "checkpoint" and value is not None}
+    return ["evaluate", str(asked.checkpoint), *(f"--{key}={value}" for key, value in options.items())]
