@@ -82,6 +82,8 @@ def test_counts_of_the_releases():
         "hornet-22k": 10_459,
         "imagenet-12k": 11_821,
         "imagenet-1k": 1_000,
+        "imagenet-a": 200,
+        "imagenet-r": 200,
     }
     assert set(label_space("winter21-p")) < set(label_space("fall11-p")) < set(label_space("fall11"))
 
