@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -117,7 +117,7 @@ class CheckpointWriter:
             temporary.mkdir()
             records = {}
             for name in list(content):
-                _save_file(content.pop(name), temporary / name)
+                save_tensors(content.pop(name), temporary / name)
                 records[name] = files.record(temporary / name)
             text = meta.model_copy(update={"files": records}).model_dump_json(indent=1)
             (temporary / META_FILE).write_text(text, encoding="utf-8")
@@ -169,10 +169,13 @@ class CheckpointWriter:
             _warn(f"warning: older checkpoints in {self.folder} could not be removed: {error}")
 
 
-def _save_file(tensors: Tensors, path: Path) -> None:
+def save_tensors(tensors: Tensors, path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file. Raises OSError where the system refuses; safetensors tells it in words only."""
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # as the umask says; safetensors (0.8) lets nobody but its owner read a file
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, None if metadata is None else dict(metadata))
+        path.chmod(mode)
     except SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:

@@ -54,6 +54,8 @@ def test_round_trip(tmp_path: Path) -> None:
     for name, record in meta.files.items():
         content = (path / name).read_bytes()
         assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+    (tmp_path / "plain").touch()  # who may read a checkpoint is the umask's business
+    assert {file.stat().st_mode for file in path.iterdir()} == {(tmp_path / "plain").stat().st_mode}
     states = {"model": read_tensors(path / "model.safetensors"), **read_optimizer(path)}
     assert sorted(states) == ["ema", "exp_avg", "exp_avg_sq", "model"]
     for state, tensors in states.items():
@@ -74,7 +76,7 @@ def test_training_goes_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """A slow disk holds up the write, not `save`; the next `save` waits before it gathers: memory holds one state."""
     gate = threading.Event()
 
-    def slow(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    def slow(tensors: dict[str, torch.Tensor], path: Path, metadata: None) -> None:
         assert gate.wait(PATIENCE_SECONDS)
         save_file(tensors, path)
 
