@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pipeline.ops import kernels, recompute
 from pipeline.ops.fourier import FourierBasis
 from pipeline.ops.gnconv import GnConv
-from pipeline.ops.layers import NORM_EPS, layer_norm, linear, norm_of, scaled
+from pipeline.ops.layers import NORM_EPS, is_plain, layer_norm, linear, linear_of, norm_of, scaled
 
 Saving = Literal["none", "selective", "selective_mlp"]
 
@@ -112,13 +112,13 @@ class Block(nn.Module):
 
     def _mlp(self, x: Tensor, keep: Keep, saving: Saving) -> tuple[Tensor, Tensor]:
         norm, dtype = norm_of(self.norm2), x.dtype
+        if _infers() or not is_plain(self.pwconv1):
+            h = linear_of(self.pwconv1, layer_norm(recompute.take_rows(x, keep.rows), norm))
+            f = linear_of(self.pwconv2, F.gelu(h))
+            return x, f if self.gamma2 is None else f * (self.gamma2 * keep.factor).to(dtype)
         first = (self.pwconv1.weight.to(dtype), self.pwconv1.bias.to(dtype))
         weight: Tensor = self.pwconv2.weight
         bias: Tensor = self.pwconv2.bias
-        if _infers():
-            h = linear(layer_norm(recompute.take_rows(x, keep.rows), norm), *first)
-            f = linear(F.gelu(h), weight, bias)
-            return x, f if self.gamma2 is None else f * (self.gamma2 * keep.factor).to(dtype)
         if self.gamma2 is None:
             second = (weight.to(dtype), bias.to(dtype))
         else:

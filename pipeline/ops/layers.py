@@ -8,7 +8,7 @@ in bf16 keeps half the bytes of one in fp32, and costs a third more error (tests
 from __future__ import annotations
 
 import contextlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +55,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if eager or products.by_onednn(x):
             return _Linear.apply(x, weight, bias)
     return products.linear(x, weight, bias)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer's weight is a tensor like others. Of one that was quantized, by torchao or by
+    `quantize_dynamic`, it is not: the module alone knows how to multiply by it.
+    """
+    return type(getattr(module, "weight", None)) in (Tensor, nn.Parameter)
+
+
+def linear_of(module: nn.Module, x: Tensor) -> Tensor:
+    """`module`, a linear layer of plain weights or quantized ones, in the dtype of `x`: for inference."""
+    if is_plain(module):
+        return linear(x, cast(Tensor, module.weight), cast("Tensor | None", module.bias))
+    return module(x).to(x.dtype)
 
 
 def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
