@@ -63,6 +63,35 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         yield file
 
 
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a new folder beside `path`, made with its parents; when the block ends well it is renamed to `path`, in
+    place of what was there. When the block raises, the folder is removed and `path` is as it was. Raises OSError.
+    """
+    path = Path(path)
+    mark = f"{TEMP_MARK}{os.getpid()}-{os.urandom(4).hex()}"
+    temp, before = path.with_name(f".{path.name}{mark}"), path.with_name(f".{path.name}{mark}-before")
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        for file in temp.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+        if path.exists():
+            os.rename(path, before)
+            try:
+                os.rename(temp, path)
+            except OSError:
+                os.rename(before, path)
+                raise
+            shutil.rmtree(before, ignore_errors=True)
+        else:
+            os.rename(temp, path)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
 def user_path(text: str) -> str:
     """A path as a user gives it, also in quotes: ~ and ~name at its beginning are home folders. The type of every
     option that takes a path.

@@ -25,6 +25,7 @@ _COMMANDS = {
         "pipeline.evaluation.command",
         "a checkpoint measured: accuracy, calibration, confusion; on test sets as they are published",
     ),
+    "export": ("pipeline.export.command", "a model handed over: for timm, ONNX, torch.export, with a model card"),
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
@@ -41,6 +42,7 @@ examples
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   before the money: python -m pipeline plan CONFIG --gpu h200 --gpus 64
   accuracy:         python -m pipeline evaluate runs/demo-finetune
+  hand it over:     python -m pipeline export runs/demo-finetune --to timm
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   stop a run:       python -m pipeline stop runs/demo-pretrain

@@ -18,24 +18,18 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
-from pipeline.checkpoints.files import CheckpointError, Meta, locate, read_meta
-from pipeline.checkpoints.state import read_tensors
+from pipeline.checkpoints.files import CheckpointError
+from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, restore
 from pipeline.config.load import Config
 from pipeline.data.views import Batch
 from pipeline.evaluation.accuracy import logits_of
 from pipeline.evaluation.ranks import join, start_here
-from pipeline.evaluation.result import ResultFolder, of_pair, run_of, spread
+from pipeline.evaluation.result import ResultFolder, of_pair, spread
 from pipeline.evaluation.scores import score
 from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
 from pipeline.evaluation.wordnet import find_wordnet, read_nouns
-from pipeline.models.build import build_model
-from pipeline.models.hornet import HorNet
-from pipeline.ops.global_filter import resize_global_filters
 from pipeline.ranks.collectives import Ranks, gather
-
-_WARP_FROM = 384  # pixels: as published, the whole image is resized to the square from there on
-_CROP_RATIO = 0.875
 
 
 @dataclass(frozen=True)
@@ -55,36 +49,24 @@ class Asked:
 class Opened:
     """All of it, checked: what `asked` means."""
 
-    path: Path
-    meta: Meta
+    weights: Weights
     config: Config
-    weights: str  # "ema" or "raw"
     scored: EvaluationSet
     selection: Selection
     run: Path
     name: str
 
-    @property
-    def file(self) -> Path:
-        return self.path / ("ema.safetensors" if self.weights == "ema" else "model.safetensors")
-
 
 def open_asked(asked: Asked) -> Opened:
     """Raises CheckpointError, ManifestError, DataError, ConfigError, and pydantic's for a resolution that cannot be."""
-    path = locate(asked.checkpoint)
-    if path.is_file():
-        raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
-    meta = read_meta(path)
+    weights = find_weights(asked.checkpoint, asked.weights)
+    meta = weights.meta
     config = Config.model_validate(_configured(meta.config, asked))
-    weights = asked.weights or ("ema" if "ema.safetensors" in meta.files else "raw")
     scored = open_set(config, asked.data, asked.real)
-    run = asked.out.expanduser() if asked.out else run_of(path)
+    run = asked.out.expanduser() if asked.out else weights.run
     real = "-real" if asked.real is not None else ""
-    name = asked.name or f"step-{meta.step:08d}-{weights}-{scored.name}{real}".replace(" ", "-")
-    opened = Opened(path, meta, config, weights, scored, select(meta.synsets, scored), run, name)
-    if opened.file.name not in meta.files:
-        raise CheckpointError(f"{path} has no {opened.file.name}: leave --weights out")
-    return opened
+    name = asked.name or f"step-{meta.step:08d}-{weights.which}-{scored.name}{real}".replace(" ", "-")
+    return Opened(weights, config, scored, select(meta.synsets, scored), run, name)
 
 
 def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
@@ -92,21 +74,7 @@ def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
     if asked.data is not None:
         streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
         tree["data"] |= {**streamed, "path": asked.data}
-    if asked.resolution is not None:
-        if asked.resolution % 32:
-            raise CheckpointError(f"--resolution {asked.resolution}: HorNet takes multiples of 32")
-        tree["data"] |= {"resolution": asked.resolution, "resolution_by_epoch": None}
-        warp = asked.resolution >= _WARP_FROM
-        protocol = {"resize": "warp" if warp else "crop", "crop_ratio": 1.0 if warp else _CROP_RATIO}
-        tree["evaluate"] = {**tree["evaluate"], **protocol}
-    return tree
-
-
-def load_model(opened: Opened) -> HorNet:
-    """The net with the weights asked for, on the CPU, in eval mode; global filters resized to the resolution."""
-    model = build_model(opened.config.model, opened.meta.num_classes, opened.config.data.resolution)
-    model.load_state_dict(resize_global_filters(read_tensors(opened.file), model))
-    return model.eval()
+    return tree if asked.resolution is None else at_resolution(tree, asked.resolution)
 
 
 def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) -> int:
@@ -142,7 +110,7 @@ def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) 
 @torch.inference_mode()
 def measure(opened: Opened, ranks: Ranks, device: torch.device) -> tuple[list[tuple[np.ndarray, ...]], float]:
     """(sample ids and `Scored` of each of this rank's batches, seconds they took)."""
-    model, scored = load_model(opened).to(device), opened.scored
+    model, scored = restore(opened.weights, opened.config).to(device), opened.scored
     bf16 = opened.config.train.bf16_on(device.type)
     parts: list[tuple[np.ndarray, ...]] = []
     mine = len(range(ranks.rank, scored.size, ranks.count))
@@ -165,18 +133,19 @@ def _labelled(batches: Iterator[Batch], labels: np.ndarray | None) -> Iterator[B
 
 def _content(opened: Opened, images: Images, ranks: Ranks, seconds: float, device: torch.device) -> dict[str, Any]:
     """evaluation.json, but for what comes with pictures."""
-    meta, config, scored = opened.meta, opened.config, opened.scored
+    weights, config, scored = opened.weights, opened.config, opened.scored
+    meta = weights.meta
     found = results(images, scored.labels is not None)
     nouns = read_nouns(wordnet) if (wordnet := find_wordnet()) is not None else None
     return {
         "name": opened.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "checkpoint": {
-            "path": str(opened.path),
-            "run": run_of(opened.path).name,
+            "path": str(weights.path),
+            "run": weights.run.name,
             "step": meta.step,
             "samples_seen": meta.samples_seen,
-            "weights": opened.weights,
+            "weights": weights.which,
             "model": meta.model_name,
             "num_classes": meta.num_classes,
             "dataset_id": meta.dataset_id,
@@ -221,7 +190,7 @@ def _write(folder: ResultFolder, opened: Opened, images: Images, content: dict[s
 
 def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
     console, found, scored = Console(), content["results"], opened.scored
-    table = Table(title=Text(f"{opened.path} ({opened.weights}) on {scored.path}"))
+    table = Table(title=Text(f"{opened.weights.path} ({opened.weights.which}) on {scored.path}"))
     for column in ("top-1 %", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     loss = "" if found["loss"] is None else f"{found['loss']:.4f}"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from data_prep.storage import atomic_folder
 from pipeline.checkpoints.files import CheckpointError
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.shards import DataError
@@ -30,12 +29,6 @@ _SIDE = 160  # pixels, the longer side of a picture
 _NAME = re.compile(r"[\w.+@-]+", re.ASCII)
 
 
-def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint folder; that of a copy is the folder it lies in."""
-    folder = checkpoint.absolute().parent
-    return folder.parent if folder.name == "checkpoints" else folder
-
-
 class ResultFolder:
     """`evaluations/NAME` of a run, being written; made at once: a full or foreign disk is met before the work."""
 
@@ -44,26 +37,20 @@ class ResultFolder:
         if not _NAME.fullmatch(name) or name.startswith("."):
             raise CheckpointError(f"{name!r} cannot be a folder's name: give --name of letters, digits, and . - _")
         self.final = run / EVALUATIONS / name
-        self.path = self.final.with_name(f".tmp-{name}-{os.getpid()}")
+        self._whole = atomic_folder(self.final)
+
+    def __enter__(self) -> Self:
         try:
-            (self.path / PICTURES).mkdir(parents=True)
+            self.path = self._whole.__enter__()
+            (self.path / PICTURES).mkdir()
         except OSError as error:
             raise CheckpointError(
                 f"{self.final} cannot be written: {error.strerror}: give another folder with --out"
             ) from None
-
-    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            before = self.final.with_name(f".tmp-before-{self.final.name}-{os.getpid()}")
-            if self.final.exists():
-                os.rename(self.final, before)
-            os.rename(self.path, self.final)
-            shutil.rmtree(before, ignore_errors=True)
-        else:
-            shutil.rmtree(self.path, ignore_errors=True)
+        self._whole.__exit__(kind, error, at)
 
     def write(self, content: dict[str, Any], classes: Sequence[dict[str, Any]]) -> None:
         """evaluation.json and per_class.csv."""

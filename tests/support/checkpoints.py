@@ -15,6 +15,7 @@ from pipeline.config.load import Config
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
+from tests.support.models import drawn_state
 
 SYNSETS = ["n02084071", "n02121620", "n02958343"]
 DATASET = "0" * 32
@@ -61,7 +62,9 @@ def write_checkpoint(run: Path, config: Config, synsets: Sequence[str], step: in
     nets = {}
     for name in ("model", "ema"):
         nets[name] = build_model(config.model, len(synsets), config.data.resolution).eval()
-        torch.nn.init.normal_(nets[name].head.weight, std=1.0)  # logits that are apart
+        nets[name].load_state_dict(drawn_state(nets[name]))
+        if name == "model":
+            torch.nn.init.normal_(nets[name].head.bias)
         save_file(nets[name].state_dict(), folder / f"{name}.safetensors")
     files = {f"{name}.safetensors": record(folder / f"{name}.safetensors") for name in nets}
     meta = meta_at(step, config, synsets=list(synsets), num_classes=len(synsets), files=files)

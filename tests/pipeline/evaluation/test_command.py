@@ -102,6 +102,10 @@ def test_ranks_and_launcher(datasets: Datasets, tmp_path: Path, monkeypatch: pyt
         assert content["confusion"] == alone["confusion"]
         assert [row["images"] for row in classes(run, other)] == [row["images"] for row in rows]
 
+    monkeypatch.setenv("HOSTFILE", "hosts")
+    refused = launch("evaluate", str(run))
+    assert (refused.returncode, refused.stderr) == (1, "error: evaluate runs on one host: leave HOSTFILE out\n")
+
     raw = run_module("pipeline", "evaluate", str(run), "--weights", "raw")
     assert raw.returncode == 0, raw.stderr
     assert result(run, name.replace("ema", "raw"))["results"]["loss"] != alone["results"]["loss"]

@@ -1,0 +1,149 @@
+"""An export, top to bottom: weights found, files written and compared with the net, a card, one folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+
+from data_prep.labels.spaces import lemma
+from data_prep.storage import atomic_folder
+from pipeline.checkpoints.files import record
+from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, restore
+from pipeline.config.load import Config
+from pipeline.export.card import model_card
+from pipeline.export.graph import ExportError, check_size, write_onnx, write_program
+from pipeline.export.hub import check_repository, preprocessing, push, write_safetensors, write_timm
+
+EXPORTS, FACTS_FILE, CLASSES_FILE, CARD_FILE = "exports", "export.json", "classes.csv", "README.md"
+FORMAT_VERSION = 1
+_TOOLS = ("torch", "timm", "onnx", "onnxscript", "onnxruntime", "safetensors")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command was asked for, by its options."""
+
+    checkpoint: Path
+    to: str
+    out: Path | None = None
+    weights: str | None = None
+    precision: str = "fp32"
+    resolution: int | None = None
+    dynamic_size: bool = False
+    license: str = "other"
+    push_to_hub: str | None = None
+
+
+def export(asked: Asked) -> int:
+    """Write the folder; prints where. Raises CheckpointError, ExportError."""
+    if asked.push_to_hub is not None:
+        check_repository(asked.push_to_hub)
+    weights = find_weights(asked.checkpoint, asked.weights)
+    tree = weights.meta.config
+    config = Config.model_validate(tree if asked.resolution is None else at_resolution(tree, asked.resolution))
+    folder = _folder(asked, weights)
+    if asked.dynamic_size and asked.to in ("timm", "safetensors"):
+        raise ExportError(f"--dynamic-size is for graphs; {asked.to} has none: leave it out")
+    model = restore(weights, config)
+    side = config.data.resolution
+    check_size(model, asked.dynamic_size, side)
+    console = Console()
+    facts = _facts(asked, weights, config)
+    try:
+        with atomic_folder(folder) as temporary, console.status(f"writing {asked.to}, and comparing it with the net"):
+            facts["largest_difference"] = _write(asked, weights, config, model, temporary, _in_header(facts))
+            (temporary / CLASSES_FILE).write_text(_classes(weights.meta.synsets), encoding="utf-8")
+            (temporary / CARD_FILE).write_text(model_card(facts, weights, config, asked.license), encoding="utf-8")
+            facts["files"] = {file.name: record(file).model_dump() for file in sorted(temporary.iterdir())}
+            (temporary / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written: {error.strerror or error}: give another --out") from None
+    if (difference := facts["largest_difference"]) is not None:
+        console.print(f"its logits differ from the net's by {difference:.1e} at most")
+    console.print(Text(str(folder)), soft_wrap=True)
+    if asked.push_to_hub is not None:
+        console.print(Text(push(asked.push_to_hub, folder)), soft_wrap=True)
+    return 0
+
+
+def _folder(asked: Asked, weights: Weights) -> Path:
+    if asked.out is None:
+        half = "-fp16" if asked.precision == "fp16" else ""
+        return weights.run / EXPORTS / f"step-{weights.meta.step:08d}-{weights.which}-{asked.to}{half}"
+    folder = asked.out.expanduser()
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS_FILE).exists()):
+        raise ExportError(f"--out {folder} holds something else than an export: name a new folder")
+    return folder
+
+
+def _write(
+    asked: Asked, weights: Weights, config: Config, model: Any, folder: Path, header: dict[str, str]
+) -> float | None:
+    """The files of the kind; how far their logits are from the net's, None where they are its weights as such."""
+    side, precision = config.data.resolution, asked.precision
+    if asked.to == "timm":
+        return write_timm(model, precision, config, weights.meta.synsets, folder, header)
+    if asked.to == "safetensors":
+        write_safetensors(model, precision, folder, header)
+        return None
+    if asked.to == "onnx":
+        return write_onnx(model, precision, side, asked.dynamic_size, folder / "model.onnx", header)
+    return write_program(model, precision, side, asked.dynamic_size, folder / "model.pt2")
+
+
+def _facts(asked: Asked, weights: Weights, config: Config) -> dict[str, Any]:
+    meta, images = weights.meta, preprocessing(config)
+    return {
+        "format_version": FORMAT_VERSION,
+        "kind": asked.to,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": meta.model_name,
+        "num_classes": meta.num_classes,
+        "precision": asked.precision,
+        "input": "batch x 3 x height x width, float32, normalised",
+        "size": "any multiples of 32" if asked.dynamic_size else f"{config.data.resolution} x {config.data.resolution}",
+        "preprocessing": {**images, "input_size": list(images["input_size"])},
+        "checkpoint": {
+            "run": weights.run.name,
+            "step": meta.step,
+            "weights": weights.which,
+            "samples_seen": meta.samples_seen,
+            "dataset_id": meta.dataset_id,
+            "sha256": meta.files[weights.file.name].sha256,
+        },
+        "versions": {name: found for name in _TOOLS if (found := _version(name))},
+    }
+
+
+def _in_header(facts: dict[str, Any]) -> dict[str, str]:
+    """For formats whose metadata are texts."""
+    told = {key: facts[key] for key in ("model", "precision", "input", "size")}
+    told |= {"preprocessing": json.dumps(facts["preprocessing"]), "checkpoint": json.dumps(facts["checkpoint"])}
+    return {key: str(value) for key, value in told.items()}
+
+
+def _classes(synsets: list[str]) -> str:
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["class", "wnid", "words"])
+    writer.writerows((number, wnid, lemma(wnid)) for number, wnid in enumerate(synsets))
+    return table.getvalue()
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return str(torch.__version__)
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
