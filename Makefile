@@ -16,6 +16,8 @@ SOURCE ?=
 ONLY ?=
 FORMAT ?= $(shell $(BIN)/python -c 'import ffcv' 2>/dev/null && echo both || echo webdataset)
 PORT ?= 5000
+# REVIEW=page: `make review` writes its page, and starts no MLflow
+REVIEW ?=
 export HOSTFILE RANKS
 # The cheap part of `make doctor`, on this host; with HOSTFILE= launch/deepspeed.sh does that
 LOOK = [ -n "$$HOSTFILE" ] || [ "$${DOCTOR:-1}" = 0 ] || $(BIN)/python -m pipeline doctor --fast --quiet --launching
@@ -25,6 +27,9 @@ DEMO_RANKS = places=$$($(BIN)/python -m launch.places demo) || exit; eval "$$pla
 # What a variable cannot be is said before anything is made
 ifneq ($(filter-out icons clipart,$(ONLY)),)
 $(error ONLY=$(ONLY): it can be icons or clipart)
+endif
+ifneq ($(filter-out page,$(REVIEW)),)
+$(error REVIEW=$(REVIEW): it can be page, or left out)
 endif
 ifneq ($(and $(filter command,$(origin VENV)),$(filter-out .venv,$(VENV))),)
 $(error VENV=$(VENV) is for the scripts in launch/: make has .venv)
@@ -44,7 +49,7 @@ endif
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
-	@echo '  variables: CONFIG= HOSTFILE= RANKS= ARGS="key=value ..." SOURCE= ONLY=icons|clipart RUN= PORT='
+	@echo '  variables: CONFIG= HOSTFILE= RANKS= ARGS="key=value ..." SOURCE= ONLY=icons|clipart RUN= PORT= REVIEW=page'
 
 setup: $(STAMP) ## .venv with the pinned packages, and FFCV where its libraries are (others call it)
 
@@ -105,8 +110,8 @@ evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its v
 stop: $(STAMP) ## RUN=runs/NAME, on whatever hosts it runs: a checkpoint, then exit code 75
 	@$(BIN)/python -m pipeline stop $(if $(filter file,$(origin RUN)),runs/demo-pretrain,"$(RUN)")
 
-review: $(STAMP) ## MLflow on runs/, or on RUN=runs/NAME alone, at PORT=5000 of this host: prints the pages to open
-	@$(BIN)/python -m pipeline review $(if $(filter file,$(origin RUN)),,"$(RUN)") --port "$(PORT)"
+review: $(STAMP) ## runs/ compared, or RUN=runs/NAME: a page, and MLflow at PORT=5000 beside it (REVIEW=page: the page alone)
+	@$(BIN)/python -m pipeline review $(if $(filter file,$(origin RUN)),,"$(RUN)") $(if $(filter page,$(REVIEW)),,--mlflow) --port "$(PORT)"
 
 test: $(STAMP) ## the test suite
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -27,7 +27,7 @@ _COMMANDS = {
     ),
     "export": ("pipeline.export.command", "a model handed over: for timm, ONNX, torch.export, with a model card"),
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
-    "review": ("pipeline.records.command", "MLflow on the runs of a folder, and the pages that show them"),
+    "review": ("pipeline.review.command", "runs compared: here, as one page for a browser, and in MLflow"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
     "doctor": (
         "pipeline.doctor.command",
@@ -45,6 +45,7 @@ examples
   hand it over:     python -m pipeline export runs/demo-finetune --to timm
   loader speed:     python -m pipeline bench-data CONFIG --need 2000
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
+  compare runs:     python -m pipeline review
   stop a run:       python -m pipeline stop runs/demo-pretrain
 `python -m pipeline COMMAND --help` has the options of each.
 exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""

@@ -22,3 +22,8 @@ def experiment_address(base: str, experiment_id: str) -> str:
 def run_address(base: str, experiment_id: str, run_id: str) -> str:
     """The page of one run: its curves, parameters and artifacts."""
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def direct_run_address(base: str, run_id: str) -> str:
+    """The page of one run whose experiment is not known: MLflow's page finds it and goes there."""
+    return f"{base.rstrip('/')}/#/runs/{run_id}"

@@ -35,8 +35,7 @@ class Sender:
             self._thread.start()
 
     def put_down(self) -> None:
-        """There is something to send."""
-        self.start()
+        """There is something to send, once it has begun."""
         with self._turn:
             self._put_down = True
             self._turn.notify_all()

@@ -80,6 +80,7 @@ class Tracker:
         self._log.append(json.dumps(record))
         say(line, sys.stdout)
         self._new.extend(_metrics(record))
+        self._sender.start()
         self._sender.put_down()
 
     def log_system(self, step: int, nodes: Mapping[str, Mapping[str, float]]) -> None:

@@ -143,6 +143,8 @@ class Run:
             )
             where = f"{device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
             print_plan(command, config, manifest, self.steps, ranks.count, self.engine.parameters, where, origin)
+            if last is not None:
+                self.tracker.event(self.first_step, f"RESUMED from {last.name} on {ranks.count} ranks")
         self.nodes = record.Nodes(ranks, watchdog.hosts, config.run_dir, stack)
         self.bad_samples = BadSampleLedger(
             config.run_dir / BAD_SAMPLES, ranks.rank, self.first_step, self.first_step // self.order.steps_per_epoch

@@ -1,4 +1,4 @@
-"""`python -m pipeline review`: the real server, the addresses that it prints, and what is refused before it starts."""
+"""`python -m pipeline review --mlflow`: the real server, its addresses, and what is refused before it starts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.config.load import load
 from pipeline.ranks.ports import any_free_port
-from pipeline.records.review_address import experiment_address, review_base, run_address
+from pipeline.records.review_address import direct_run_address, experiment_address, review_base, run_address
 from pipeline.records.tracking import Tracker
 from tests.support.browser import needs_browser, shown
 from tests.support.processes import PATIENCE_SECONDS, is_over, wait_for
@@ -68,7 +68,7 @@ class Review(NamedTuple):
 def begin(*arguments: str) -> Review:
     """Start the command, and wait until it has printed an address."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "pipeline", "review", *arguments],
+        [sys.executable, "-m", "pipeline", "review", "--mlflow", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -111,8 +111,8 @@ def test_the_address_shows_the_run(review: Review, tracked: Tracked) -> None:
 def test_the_address_of_a_run_shows_it(review: Review, tracked: Tracked) -> None:
     (address,) = review.pages
     base, _, rest = address.partition("/#/experiments/")
-    page = shown(run_address(base, rest.partition("/")[0], tracked.run_id), NAME)
-    assert "loss 2.5" in page
+    for page in (run_address(base, rest.partition("/")[0], tracked.run_id), direct_run_address(base, tracked.run_id)):
+        assert "loss 2.5" in shown(page, NAME)
 
 
 @needs_browser
@@ -150,7 +150,7 @@ def test_a_server_that_ends_is_told_of(tracked: Tracked, tmp_path: Path, while_i
         else "import sys; sys.exit(3)\n"
     )
     done = run_module(
-        *("pipeline", "review", str(tracked.root), "--port", str(any_free_port())), PYTHONPATH=str(tmp_path)
+        *("pipeline", "review", "--mlflow", str(tracked.root), "--port", str(any_free_port())), PYTHONPATH=str(tmp_path)
     )
     said = "did not start, code 3" if while_it_starts else "ended by itself, with code 3"
     assert done.returncode == 1
@@ -159,25 +159,30 @@ def test_a_server_that_ends_is_told_of(tracked: Tracked, tmp_path: Path, while_i
 
 
 def refused(*arguments: str) -> str:
-    done = run_module("pipeline", "review", *arguments)
+    done = run_module("pipeline", "review", "--mlflow", *arguments)
     assert (done.returncode, done.stdout) == (1, "")
     (line,) = done.stderr.splitlines()
     return line.removeprefix("error: ")
 
 
 def test_what_there_is_to_review(tracked: Tracked, tmp_path: Path) -> None:
-    assert refused(str(tmp_path)) == f"{tmp_path} has no mlflow.db: no run yet, `make pretrain` first"
+    assert refused(str(tmp_path)).startswith(f"{tmp_path} has no run: `make pretrain` first")
     assert f"there is no folder {tmp_path}/none" in refused(str(tmp_path / "none"))
+    copied = tmp_path / NAME
+    shutil.copytree(tracked.run_dir, copied)
     (tmp_path / "mlflow.db").write_bytes(b"not a database")
     assert "not an MLflow database that can be read" in refused(str(tmp_path))
     (tmp_path / "mlflow.db").unlink()
-    copied = tmp_path / NAME
-    shutil.copytree(tracked.run_dir, copied)
     gone = f"sqlite:///{tmp_path}/elsewhere/mlflow.db"
     (copied / "mlflow_run.json").write_text(json.dumps({"uri": gone, "run_id": "x"}))
     assert "elsewhere/mlflow.db, which its numbers went to, is not" in refused(str(copied))
     (copied / "mlflow_run.json").write_text(json.dumps({"uri": "http://tracker:5000", "run_id": "x"}))
-    assert "is tracked by http://tracker:5000" in refused(str(copied))
+    for path in (copied, tmp_path):
+        done = run_module("pipeline", "review", "--mlflow", str(path))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.endswith("and in MLflow:\n  http://tracker:5000/#/runs/x\n")
+    with_two = refused(str(tmp_path), str(tracked.root))
+    assert "these runs are in 2 places of MLflow" in with_two
     (copied / "mlflow_run.json").write_text(json.dumps({"uri": gone, "run_id": "x"}))
     shutil.copy(tracked.root / "mlflow.db", tmp_path)
     assert "has no run x: was it deleted?" in refused(str(copied))
@@ -201,11 +206,14 @@ def test_addresses() -> None:
 
 def test_make_hands_on_what_it_is_told() -> None:
     for words, command in (
-        ([], "-m pipeline review  --port 5000"),
-        (["PORT=5001"], "-m pipeline review  --port 5001"),
-        (["RUN=runs/a"], "-m pipeline review runs/a --port 5000"),
+        ([], "-m pipeline review  --mlflow --port 5000"),
+        (["PORT=5001"], "-m pipeline review  --mlflow --port 5001"),
+        (["REVIEW=page"], "-m pipeline review   --port 5000"),
+        (["RUN=runs/a"], "-m pipeline review runs/a --mlflow --port 5000"),
     ):
-        environment = {name: value for name, value in os.environ.items() if name not in ("RUN", "PORT", "MAKEFLAGS")}
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("RUN", "PORT", "REVIEW", "MAKEFLAGS")
+        }
         done = subprocess.run(
             ["make", "-n", "review", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )

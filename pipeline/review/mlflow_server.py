@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import signal
 import sqlite3
@@ -17,17 +16,13 @@ from typing import NamedTuple
 
 import psutil
 
-from pipeline.ranks.ports import require_free
-from pipeline.records.address import database_file
-from pipeline.records.review_address import experiment_address, review_base, run_address
+from pipeline.records.review_address import direct_run_address, experiment_address, review_base, run_address
+from pipeline.review.mlflow_pages import database_of, known_run
+from pipeline.review.run import ReviewError, find_runs
 
 _START_SECONDS = 600.0  # it takes ten; a database of an older MLflow is converted first
 _END_SECONDS = 10.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class ReviewError(ValueError):
-    """There is nothing to review, or no server to do it with."""
 
 
 class Experiment(NamedTuple):
@@ -39,75 +34,84 @@ class Experiment(NamedTuple):
     newest: str
 
 
-class Database(NamedTuple):
-    """An MLflow database, and the run that was asked for, if it was one."""
-
-    path: Path
-    run_id: str | None
-
-
-def review(path: Path, port: int) -> None:
-    """Serve the runs of the folder `path`, or show one run's folder, on a port of this host, until SIGINT or SIGTERM.
-
-    Raises ReviewError and PortError; nothing is started then.
+class Server(NamedTuple):
+    """What shows the runs: `address` is its first page, `pages` are all, as they are told; `database`: None where it
+    runs elsewhere.
     """
-    database = find_database(path)
-    pages = list(_pages(database, review_base(port)))
-    require_free("PORT", port, "127.0.0.1")
-    print(f"MLflow starts on {database.path} (ten seconds or more)", flush=True)
+
+    database: Path | None
+    address: str
+    pages: list[str]
+
+
+def find_server(paths: list[Path], port: int) -> Server:
+    """MLflow's server for folders of runs, or run folders, of one database. Nothing is started. Raises ReviewError."""
+    found: dict[Path, list[str]] = {}
+    elsewhere: list[str] = []
+    for path in paths:
+        if (path / "mlflow.db").is_file():
+            found.setdefault((path / "mlflow.db").resolve(), [])
+    for path in find_runs([path for path in paths if not (path / "mlflow.db").is_file()]):
+        known = known_run(path)
+        if known is None:
+            raise ReviewError(
+                f"{path} has no mlflow.db, and no run that MLflow knows: leave out --mlflow (REVIEW=page)"
+            )
+        if known.uri.startswith(("http://", "https://")):
+            elsewhere.append(direct_run_address(known.uri, known.run_id))
+            continue
+        database = database_of(path, known)
+        if database is None:
+            raise ReviewError(
+                f"{path} is there, and {known.uri}, which its numbers went to, is not a file that is here"
+            )
+        found.setdefault(database.resolve(), []).append(known.run_id)
+    if len(found) + bool(elsewhere) > 1:
+        raise ReviewError(
+            f"these runs are in {len(found) + bool(elsewhere)} places of MLflow: review them apart, or without --mlflow"
+        )
+    for database, run_ids in found.items():
+        pages = list(_pages(database, run_ids, review_base(port)))
+        return Server(database, pages[0][0], [told for _, told in pages])
+    return Server(None, elsewhere[0], elsewhere)
+
+
+def serve(server: Server, port: int) -> None:
+    """Start it on a port of this host, say what to open, and return on SIGINT or SIGTERM, when it has ended.
+
+    One that runs elsewhere is only told of. Raises ReviewError.
+    """
+    if server.database is None:
+        print("and in MLflow:", *server.pages, sep="\n  ", flush=True)
+        return
+    print(f"MLflow starts on {server.database} (ten seconds or more)", flush=True)
     try:
-        with _server(database.path, port) as server:
-            _wait_until_it_answers(server, port)
-            print("open in a browser (Ctrl-C here ends it):", *pages, sep="\n  ", flush=True)
-            server.wait()
+        with _server(server.database, port) as process:
+            _wait_until_it_answers(process, port)
+            print("and in MLflow (Ctrl-C here ends it):", *server.pages, sep="\n  ", flush=True)
+            process.wait()
     except KeyboardInterrupt:
         print("MLflow has ended", flush=True)
         return
-    raise ReviewError(f"MLflow's server ended by itself, with code {server.returncode}")
+    raise ReviewError(f"MLflow's server ended by itself, with code {process.returncode}")
 
 
-def find_database(path: Path) -> Database:
-    """The database of a folder of runs, or of a run's folder. Raises ReviewError."""
-    if (path / "mlflow.db").is_file():
-        return Database(path / "mlflow.db", None)
-    known = _known_run(path)
-    if known is None:
-        if path.is_dir() or path == Path("runs"):
-            raise ReviewError(f"{path} has no mlflow.db: no run yet, `make pretrain` first")
-        raise ReviewError(f"there is no folder {path}: name a folder of runs, or a run's")
-    uri, run_id = known
-    if not uri.startswith("sqlite:"):
-        raise ReviewError(f"{path} is tracked by {uri}, not by a file here: open that in a browser")
-    file, beside = database_file(uri), path.resolve().parent / "mlflow.db"  # the folder may have been moved with it
-    for found in filter(None, (file, beside)):
-        if found.is_file():
-            return Database(found, run_id)
-    raise ReviewError(f"{path} is there, and {file}, which its numbers went to, is not")
-
-
-def _known_run(path: Path) -> tuple[str, str] | None:
-    """Where MLflow is, and its run, of a run's folder."""
-    try:
-        known = json.loads((path / "mlflow_run.json").read_text())
-        return known["uri"], known["run_id"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _pages(database: Database, base: str) -> Iterator[str]:
-    """The address of each experiment that has runs, the newest first; of the run that was asked for, alone."""
-    experiments, experiment_of = _read(database.path)
+def _pages(database: Path, run_ids: list[str], base: str) -> Iterator[tuple[str, str]]:
+    """Address and words of each experiment that has runs, the newest first; of the runs that were asked for, alone."""
+    experiments, experiment_of = _read(database)
     if not experiments:
-        raise ReviewError(f"{database.path} has no run yet: `make pretrain` first")
-    if database.run_id is None:
+        raise ReviewError(f"{database} has no run yet: `make pretrain` first")
+    if not run_ids:
         width = max(len(experiment.name) for experiment in experiments)
         for each in experiments:
             count = f"{each.runs} run{'s' if each.runs > 1 else ''}, newest {each.newest}"
-            yield f"{each.name:{width}}  {experiment_address(base, each.id)}  ({count})"
-        return
-    if database.run_id not in experiment_of:
-        raise ReviewError(f"{database.path} has no run {database.run_id}: was it deleted?")
-    yield run_address(base, experiment_of[database.run_id], database.run_id)
+            address = experiment_address(base, each.id)
+            yield address, f"{each.name:{width}}  {address}  ({count})"
+    for run_id in run_ids:
+        if run_id not in experiment_of:
+            raise ReviewError(f"{database} has no run {run_id}: was it deleted?")
+        address = run_address(base, experiment_of[run_id], run_id)
+        yield address, address
 
 
 def _read(path: Path) -> tuple[list[Experiment], dict[str, str]]:

@@ -1,0 +1,201 @@
+"""Where everything came from: archives, data sets, runs, checkpoints, evaluations, exports, and what joins them."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.review.evaluations import Evaluation
+from pipeline.review.run import Run, read_mapping
+
+_LEDGER_ROWS = 100_000_000
+_REASONS = 8
+_EXPORTS = 20
+
+
+class Node(NamedTuple):
+    """A box: `details` are lines of (what, value), shown on a click; `level`: its column, the archives' is 0."""
+
+    id: str
+    kind: str
+    title: str
+    about: str
+    details: list[tuple[str, str]]
+    level: int
+
+
+class Lineage:
+    """The drawing of a set of runs: `nodes`, and `edges` from one id to another."""
+
+    def __init__(self, runs: list[Run], evaluations: list[Evaluation]) -> None:
+        self._nodes: dict[str, Node] = {}
+        self.edges: dict[tuple[str, str], None] = {}
+        self._runs = {f"run:{i}": run for i, run in enumerate(runs)}
+        for key, run in self._runs.items():
+            data = self._data_set(run)
+            details = [("stage", run.stage), ("state", run.state), ("folder", str(run.path)), ("step", f"{run.step:,}")]
+            details += [("checkpoint", _checkpoint_line(checkpoint)) for checkpoint in reversed(run.checkpoints)]
+            self._add(key, run.stage, run.name, f"{run.config.get('model.name', '')} · step {run.step:,}", details)
+            if data is not None:
+                self._join(data, key)
+            if run.checkpoints:
+                self._checkpoint(key, str(run.checkpoints[-1]["name"]))
+        for key, run in self._runs.items():
+            if (origin := self._origin(run)) is not None:
+                self._join(origin, key)
+            for path in _exports(run.path):
+                node = f"export:{path}"
+                details = [("folder", str(path)), *((name, f"{size / 1e6:,.1f} MB") for name, size in _files(path))]
+                self._add(node, "export", path.name, run.name, details)
+                self._join(self._newest(key), node)
+        self._evaluations(evaluations)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Every box with its column: one right of the last that leads to it."""
+        level = dict.fromkeys(self._nodes, 0)
+        for _ in level:  # at most as many rounds as there are boxes; a circle, which cannot be, would end too
+            moved = False
+            for origin, target in self.edges:
+                if level[target] <= level[origin] < len(level):
+                    level[target], moved = level[origin] + 1, True
+            if not moved:
+                break
+        return [node._replace(level=level[node.id]) for node in self._nodes.values()]
+
+    def _add(self, key: str, kind: str, title: str, about: str, details: list[tuple[str, str]]) -> None:
+        self._nodes.setdefault(key, Node(key, kind, title, about, details, 0))
+
+    def _join(self, origin: str, target: str) -> None:
+        if origin != target:
+            self.edges[origin, target] = None
+
+    def _data_set(self, run: Run) -> str | None:
+        manifest = run.manifest
+        identity, path = str(manifest.get("dataset_id", ""))[:80], run.config.get("data.path", "")
+        if not identity:
+            return None
+        key = f"data:{identity}"
+        if key in self._nodes:
+            return key
+        synsets, splits = manifest.get("synsets"), manifest.get("splits")
+        classes = len(synsets) if isinstance(synsets, list) else 0
+        details = [("dataset_id", identity), ("path", path), ("classes", f"{classes:,}")]
+        images = 0
+        for name, split in splits.items() if isinstance(splits, dict) else ():
+            if isinstance(split, dict) and isinstance(split.get("samples"), int):
+                details.append((f"{name} images", f"{split['samples']:,}"))
+                images += split["samples"]
+        details += _ledger(Path(path), identity)
+        self._add(
+            key, "data set", str(manifest.get("name", ""))[:80], f"{images:,} images, {classes:,} classes", details
+        )
+        said = manifest.get("settings")
+        settings = said if isinstance(said, dict) else {}
+        for what in ("source", "val_source"):
+            source = settings.get(what)
+            if isinstance(source, dict) and source.get("file"):
+                archive = f"archive:{source['file']}:{source.get('fingerprint', '')}"
+                lines = [(str(name), str(value)[:200]) for name, value in list(source.items())[:10]]
+                self._add(archive, "archive", str(source["file"])[:80], "validation" if "val" in what else "", lines)
+                self._join(archive, key)
+        return key
+
+    def _checkpoint(self, run_key: str, name: str) -> str:
+        """The box of a checkpoint of a run that is reviewed."""
+        run, key = self._runs[run_key], f"{run_key}:{name}"
+        known = next((each for each in run.checkpoints if each["name"] == name), None)
+        details = [("folder", str(run.path / "checkpoints" / name))]
+        if known is not None:
+            details += [("step", f"{known['step']:,}" if isinstance(known["step"], int) else "")]
+            details += [("GB", f"{known['gigabytes']:.3g}"), ("link", known["link"] or "")]
+            details += [(str(metric), f"{value}") for metric, value in known["metrics"].items()]
+        self._add(key, "checkpoint", name, run.name, [line for line in details if line[1]])
+        self._join(run_key, key)
+        return key
+
+    def _newest(self, run_key: str) -> str:
+        checkpoints = self._runs[run_key].checkpoints
+        return self._checkpoint(run_key, str(checkpoints[-1]["name"])) if checkpoints else run_key
+
+    def _origin(self, run: Run) -> str | None:
+        """What a run's weights came from: a checkpoint of a run here, else a box of its own."""
+        text = run.config.get("init.checkpoint", "null")
+        if text in ("null", ""):
+            return None
+        path = Path(os.path.abspath(text))
+        inside = [part for part in path.parts if part.startswith("step-")]
+        for key, other in self._runs.items():
+            if other is run:
+                continue
+            folder = other.path.resolve()
+            moved = path.name == folder.name or (
+                path.parent.name == "checkpoints" and path.parents[1].name == folder.name
+            )
+            if path.resolve().is_relative_to(folder) or moved:
+                return self._checkpoint(key, inside[-1]) if inside else self._newest(key)
+        self._add(f"weights:{text}", "weights", path.name[:80], "from elsewhere", [("init.checkpoint", text)])
+        return f"weights:{text}"
+
+    def _evaluations(self, evaluations: list[Evaluation]) -> None:
+        by_name = {run.name: key for key, run in self._runs.items()}
+        for evaluation in evaluations:
+            key = by_name.get(evaluation.run)
+            if key is None:
+                continue
+            results, data = evaluation.content["results"], evaluation.content["data"]
+            step = evaluation.content["checkpoint"].get("step")
+            names = [str(each["name"]) for each in self._runs[key].checkpoints if each["step"] == step]
+            origin = self._checkpoint(key, names[0]) if names else self._newest(key)
+            top1 = results.get("top1_percent")
+            about = f"top-1 {top1:.2f} %" if isinstance(top1, float | int) else ""
+            details = [(name, str(value)) for name, value in {**data, **results}.items() if value is not None]
+            node = f"evaluation:{key}:{evaluation.name}"
+            self._add(node, "evaluation", evaluation.name, about, details)
+            self._join(origin, node)
+
+
+def _checkpoint_line(checkpoint: dict[str, Any]) -> str:
+    link = f" ({checkpoint['link']})" if checkpoint["link"] else ""
+    return f"{checkpoint['name']}{link}, {checkpoint['gigabytes']:.3g} GB"
+
+
+def _ledger(folder: Path, identity: str) -> list[tuple[str, str]]:
+    """How many images the data set's ledger has of each fate, where it is still there and of this data set."""
+    if read_mapping(folder / "dataset.json").get("dataset_id") != identity:
+        return []
+    try:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(folder / "ledger.parquet")
+        if file.metadata.num_rows > _LEDGER_ROWS:
+            return []
+        actions: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        for batch in file.iter_batches(batch_size=1_000_000, columns=["action", "reason"]):
+            for counter, column in ((actions, batch.column(0)), (reasons, batch.column(1))):
+                for each in column.value_counts().to_pylist():
+                    counter[str(each["values"])] += each["counts"]
+    except (OSError, ValueError, KeyError):
+        return []
+    lines = [(f"ledger: {action}", f"{count:,}") for action, count in actions.most_common()]
+    known = [(reason, count) for reason, count in reasons.most_common(_REASONS + 1) if reason not in ("", "None")]
+    return lines + [(f"of these, {reason}"[:80], f"{count:,}") for reason, count in known[:_REASONS]]
+
+
+def _exports(run_path: Path) -> list[Path]:
+    try:
+        found = sorted(path for path in (run_path / "exports").iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+    return found[:_EXPORTS]
+
+
+def _files(path: Path) -> list[tuple[str, int]]:
+    try:
+        files = [path] if path.is_file() else sorted(each for each in path.iterdir() if each.is_file())
+        return [(each.name, each.stat().st_size) for each in files[:20]]
+    except OSError:
+        return []

@@ -1,0 +1,39 @@
+// The runs, and which of them the charts show.
+
+const shown = new Set();
+
+function runLabel(run, i, input) {
+  const swatch = el("span", { class: "swatch", style: { "border-top-color": colourOf(i), "border-top-style": dashOf(i) === "solid" ? "solid" : dashOf(i) === "dot" ? "dotted" : "dashed" } });
+  return el(input ? "label" : "span", { class: "run", title: run.name }, input, swatch, el("span", {}, run.name));
+}
+
+function faultsOf(run) {
+  const names = { bad_samples: "bad images", skipped_steps: "skipped", rewinds: "rewinds", checkpoints_failed: "unsaved" };
+  const told = Object.entries(names).map(([key, name]) => [run.last[key], name]);
+  told.push([run.timeline.events.filter((event) => event[2] === "not-finite").length, "not finite"]);
+  if (run.damaged) told.push([run.damaged, "lines unread"]);
+  return told.filter(([count]) => count > 0).map(([count, name]) => `${number(count, 0)} ${name}`).join(", ");
+}
+
+function showRuns(runs) {
+  runs.forEach((_, i) => shown.add(i));
+  const heads = [["run"], ["stage"], ["model"], ["state"], ["step", 1], ["loss", 1], ["top-1 %", 1], ["best", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["faults"], ["MLflow"]];
+  const rows = runs.map((run, i) => {
+    const input = el("input", { type: "checkbox", checked: true, "aria-label": `show ${run.name}`, onchange: (event) => {
+      if (event.target.checked) shown.add(i); else shown.delete(i);
+      refresh();
+    } });
+    const spent = run.timeline.spent;
+    const faults = faultsOf(run);
+    return [
+      runLabel(run, i, input), run.stage, run.model, run.state,
+      run.steps_of_all ? `${number(run.step, 0)} of ${number(run.steps_of_all, 0)}` : number(run.step, 0),
+      number(run.last.loss, 4), number(run.last.top1, 2), number(run.best_top1, 2), number(run.images_per_second, 0), percent(run.data_share),
+      duration(spent.training + spent.data + spent.evaluation + spent.other),
+      faults ? { text: faults, class: "bad wrap" } : "none",
+      run.mlflow ? el("a", { href: run.mlflow, rel: "noreferrer" }, "open") : "–",
+    ];
+  });
+  const made = table(heads.map(([text, number]) => ({ text, number })), rows, { class: "first-stays" });
+  section("runs", "Runs", el("div", { class: "card" }, scroll("the runs", made, "tall")));
+}

@@ -1,0 +1,41 @@
+"""Runs read one by one, compared in the terminal, and written as a page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from pipeline.review.evaluations import read_evaluations
+from pipeline.review.page import Page
+from pipeline.review.run import read_run
+from pipeline.review.terminal import print_comparison
+
+
+def write_review(paths: list[Path], page_path: Path, port: int, mlflow: str | None) -> int:
+    """Print the comparison of the runs in `paths`, and write their page; returns its bytes. `mlflow`: where MLflow
+    shows them, if it will. Raises OSError where the page cannot be written.
+    """
+    page, runs, evaluations = Page(len(paths)), [], []
+    total = sum(_bytes(path / "log.jsonl") for path in paths)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=_is_quick(total), leave=False) as bar:
+        for path in paths:
+            run, log = read_run(path, port, bar.update)
+            page.add(run, log)
+            del log
+            runs.append(run)
+            evaluations += read_evaluations(path, run.name)
+    print_comparison(runs)
+    return page.write(page_path, runs, evaluations, mlflow)
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _is_quick(total: int) -> bool:
+    return total < 20_000_000 or not sys.stderr.isatty()
