@@ -183,6 +183,9 @@ def test_asked_to_stop(pretrained: Path, datasets: Datasets, root: Path) -> None
     assert [line["loss"] for line in log_of(root, "asked")] == [line["loss"] for line in log_of(root, NAME)]
     (run,) = client.search_runs(["1"], "attributes.run_name = 'asked'")
     assert (run.info.status, run.data.tags["restarts"]) == ("FINISHED", "1")
+    told = [line.partition("  step ")[2] for line in (root / "asked" / "events.txt").read_text().splitlines()]
+    assert told[0].startswith(f"{stopped}  stopped (SIGUSR1) with ")
+    assert told[1:] == [f"{stopped}  RESUMED from step-{stopped:08d} on 2 ranks"]
 
 
 def test_a_rank_that_hangs_ends_the_run(datasets: Datasets, root: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from data_prep.storage import Folder, refuse_unwritable
 from pipeline.ranks.ports import PortError, read_port, require_free
 from pipeline.records.review_address import REVIEW_PORT
 
@@ -72,7 +73,7 @@ def _count(text: str) -> int:
 
 
 def command(options: argparse.Namespace) -> int:
-    """The command with its options parsed; returns the exit code. Raises ReviewError, PortError, OSError."""
+    """The command with its options parsed; returns the exit code. Raises ReviewError, PortError, StorageError."""
     from pipeline.review.mlflow_server import find_server, serve
     from pipeline.review.run import find_runs
     from pipeline.review.write import write_review
@@ -89,6 +90,7 @@ def command(options: argparse.Namespace) -> int:
     paths = paths[-options.newest :]
     beside = asked[0].parent if asked[0] in paths else asked[0]
     page = options.html or beside / PAGE_NAME
+    refuse_unwritable(Folder(str(page.absolute().parent)), "name another place with --html FILE")
     write_review(paths, page, options.port, server.address if server else None)
     print(f"open in a browser: {page.resolve().as_uri()}", flush=True)
     if server is not None:

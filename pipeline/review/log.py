@@ -15,6 +15,8 @@ import numpy as np
 _LINE_BYTES = 100_000  # one of ours has 400
 _LINES = 5_000_000
 _KEYS = 60
+_ROWS = 10_000
+_NUMBERS = (float, int)  # a bool is none
 _NO_CURVE = ("time", "step", "samples_seen", "epoch")  # what a curve is drawn over
 
 
@@ -52,33 +54,73 @@ class Log(NamedTuple):
 
 def read_log(path: Path, advance: Callable[[int], object] = lambda read: None) -> Log:
     """Read a log that may be of any length, damaged, half written or missing; `advance` is told of bytes read."""
-    steps, times, damaged = array("q"), array("d"), 0
-    found: dict[str, tuple[array[int], array[float]]] = {}
+    parts = _Parts()
     try:
         with open(path, "rb") as file:
-            while (line := file.readline(_LINE_BYTES)) and len(steps) < _LINES:
+            while (line := file.readline(_LINE_BYTES)) and len(parts.steps) < _LINES:
                 advance(len(line))
-                record = _record(line)
-                if record is None:
-                    damaged += 1
+                if not parts.take(line):
                     while line and not line.endswith(b"\n"):  # the rest of one that is too long
                         line = file.readline(_LINE_BYTES)
-                    continue
-                row = len(steps)
-                steps.append(int(record["step"]))
-                times.append(float(record["time"]))
-                for key, value in record.items():
-                    if type(value) not in (float, int) or (key not in found and len(found) >= _KEYS):
-                        continue
-                    if type(value) is int and abs(value) > 2**53:
-                        continue
-                    rows, values = found.setdefault(key, (array("q"), array("d")))
-                    rows.append(row)
-                    values.append(value)
     except OSError:
         pass
-    columns = {key: Column(np.array(rows), np.array(values)) for key, (rows, values) in found.items()}
-    return Log(np.array(steps, dtype=np.int64), np.array(times, dtype=np.float64), columns, damaged)
+    return parts.log()
+
+
+class _Parts:
+    """A log while it is read. Lines of the same keys are put away as rows, and become numbers many at a time: there may
+    be millions of them.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.times, self.damaged = array("q"), array("d"), 0
+        self._lines: dict[tuple[str, ...], tuple[list[int], list[tuple[Any, ...]]]] = {}
+        self._columns: dict[str, list[Column]] = {}
+
+    def take(self, line: bytes) -> bool:
+        """Whether it is a line of a log."""
+        record = _record(line)
+        if record is None:
+            self.damaged += 1
+            return False
+        rows, values = self._lines.setdefault(tuple(record), ([], []))
+        rows.append(len(self.steps))
+        values.append(tuple(record.values()))
+        self.steps.append(int(record["step"]))
+        self.times.append(float(record["time"]))
+        if len(rows) >= _ROWS or len(self._lines) > _KEYS:
+            self._put_away()
+        return True
+
+    def _put_away(self) -> None:
+        for keys, (rows, values) in self._lines.items():
+            lines = np.array(rows, dtype=np.int32)
+            for key, column in zip(keys, zip(*values, strict=True), strict=True):
+                if key in self._columns or len(self._columns) < _KEYS:
+                    is_number = np.array([type(value) in _NUMBERS for value in column])
+                    numbers = np.array([_float(value) for value, good in zip(column, is_number, strict=True) if good])
+                    if len(numbers):
+                        self._columns.setdefault(key, []).append(Column(lines[is_number], numbers))
+        self._lines.clear()
+
+    def log(self) -> Log:
+        """All that was taken."""
+        self._put_away()
+        columns = {key: _joined(parts) for key, parts in self._columns.items()}
+        return Log(np.array(self.steps, dtype=np.int64), np.array(self.times, dtype=np.float64), columns, self.damaged)
+
+
+def _joined(parts: list[Column]) -> Column:
+    rows = np.concatenate([part.rows for part in parts])
+    order = np.argsort(rows, kind="stable")
+    return Column(rows[order], np.concatenate([part.values for part in parts])[order])
+
+
+def _float(value: float | int) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # JSON has integers of any length
+        return math.inf
 
 
 def _record(line: bytes) -> dict[str, Any] | None:

@@ -32,11 +32,11 @@ function chart(title, describe, { zooms = false, height, note } = {}) {
     const button = (text, label, act) => el("button", { type: "button", class: "plain", title: label, "aria-label": `${label}: ${title}`, onclick: act }, text);
     buttons.push(button("+", "zoom in", () => zoom(made, 0.5)), button("−", "zoom out", () => zoom(made, 2)), button("reset", "show all", () => zoom(made, null)));
   }
-  const head = el("div", { class: "head" }, el("h3", {}, title), buttons);
+  const head = el("div", { class: "head" }, el("h3", {}, title), zooms && reading, buttons);
   made.node = el("figure", {
     class: "card chart", tabindex: zooms ? 0 : undefined, onkeydown: zooms && ((event) => key(made, event)),
     "aria-label": zooms ? `${title}. Arrow keys read values, plus and minus zoom, 0 shows all.` : title,
-  }, head, note && el("p", { class: "note" }, note), plot, zooms && reading);
+  }, head, note && el("p", { class: "note" }, note), plot);
   charts.push(made);
   seen.observe(made.node);
   return made;
@@ -118,7 +118,7 @@ function key(each, event) {
   while (along && y[point] === null && point + Math.sign(along) in x) point += Math.sign(along);
   each.at = { curve, point };
   const { name, read } = each.plot.data[curve].meta;
-  each.reading.value = `${name}: ${read(point)}`;
+  each.reading.value = each.reading.title = `${name}: ${read(point)}`;
   try { Plotly.Fx.hover(each.plot, [{ curveNumber: curve, pointNumber: point }]); } catch { /* out of the part that is shown */ }
 }
 

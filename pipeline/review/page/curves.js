@@ -85,7 +85,7 @@ function showCurves(runs) {
       layout: {
         hovermode: shown.size <= 6 ? "x unified" : "closest", uirevision: view.x,
         xaxis: { title: { text: AXES[view.x] }, exponentformat: "SI", hoverformat: view.x === "hours" ? ".3~f" : ",.0f", nticks: 7 },
-        yaxis: { type: view.log ? "log" : "linear", exponentformat: "power", nticks: 6, hoverformat: ".7~g" },
+        yaxis: { type: view.log ? "log" : "linear", exponentformat: metric === "lr" || view.log ? "power" : "SI", nticks: 6, hoverformat: ".7~g" },
       },
     }), { zooms: true }));
     grid.replaceChildren(...made.map((each) => each.node));

@@ -66,9 +66,9 @@ function choices(title, type, options, chosen, changed) {
 }
 
 // What a script element holds: base64 of gzip.
-async function unpack(id) {
+async function unpacked(id) {
   const packed = byId(id).textContent;
   byId(id).remove();
   const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(packed) : Uint8Array.from(atob(packed), (letter) => letter.charCodeAt(0));
-  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip")));
 }

@@ -72,7 +72,10 @@ function showEvaluation(place, evaluations, chosen, pictures) {
   const pairs = evaluation.pairs.length > 0 && el("div", { class: "card", id: "pairs" }, el("h3", {}, "Worst pairs"), evaluation.pairs.map((pair) => el("div", { class: "pair" },
     el("div", {}, el("div", {}, el("b", {}, pair.name ?? pair.wnid), " taken for ", el("b", { class: "bad" }, pair.predicted_name ?? pair.predicted_wnid)), el("div", { class: "note" }, `${number(pair.images, 0)} images, ${number(pair.share_percent, 1)} % of the class`)),
     el("div", { class: "pictures" }, pair.pictures.map((picture) => pictureOf(chosen, picture, pictures, 0))))));
-  const samples = evaluation.samples.length > 0 && el("div", { class: "card", id: "samples" }, el("h3", { style: { "margin-bottom": ".8rem" } }, "Sample predictions"), el("div", { class: "pictures" }, evaluation.samples.map((picture) => pictureOf(chosen, picture, pictures, 3))));
+  const first = innerWidth < 700 ? 8 : 14, drawn = evaluation.samples.map((picture) => pictureOf(chosen, picture, pictures, 3));
+  drawn.slice(first).forEach((each) => { each.hidden = true; });
+  const more = drawn.length > first && el("button", { type: "button", class: "plain", onclick: () => { drawn.forEach((each) => { each.hidden = false; }); more.remove(); } }, `all ${drawn.length}`);
+  const samples = drawn.length > 0 && el("div", { class: "card", id: "samples" }, el("div", { class: "controls" }, el("h3", {}, "Sample predictions"), more), el("div", { class: "pictures" }, drawn));
   place.replaceChildren(...[card, el("div", { class: "grid" }, made.map((each) => each.node)), evaluation.classes.length > 0 && classTable(evaluation), pairs, samples].filter(Boolean));
   return made;
 }

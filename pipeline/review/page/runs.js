@@ -7,6 +7,8 @@ function runLabel(run, i, input) {
   return el(input ? "label" : "span", { class: "run", title: run.name }, input, swatch, el("span", {}, run.name));
 }
 
+const twoLines = (first, second) => el("span", {}, first, el("span", { class: "second" }, second));
+
 function faultsOf(run) {
   const names = { bad_samples: "bad images", skipped_steps: "skipped", rewinds: "rewinds", checkpoints_failed: "unsaved" };
   const told = Object.entries(names).map(([key, name]) => [run.last[key], name]);
@@ -17,7 +19,7 @@ function faultsOf(run) {
 
 function showRuns(runs) {
   runs.forEach((_, i) => shown.add(i));
-  const heads = [["run"], ["stage"], ["model"], ["state"], ["step", 1], ["loss", 1], ["top-1 %", 1], ["best", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["faults"], ["MLflow"]];
+  const heads = [["run"], ["stage"], ["state"], ["loss", 1], ["top-1 %", 1], ["best", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["faults"], ["MLflow"]];
   const rows = runs.map((run, i) => {
     const input = el("input", { type: "checkbox", checked: true, "aria-label": `show ${run.name}`, onchange: (event) => {
       if (event.target.checked) shown.add(i); else shown.delete(i);
@@ -26,12 +28,12 @@ function showRuns(runs) {
     const spent = run.timeline.spent;
     const faults = faultsOf(run);
     return [
-      runLabel(run, i, input), run.stage, run.model, run.state,
-      run.steps_of_all ? `${number(run.step, 0)} of ${number(run.steps_of_all, 0)}` : number(run.step, 0),
+      runLabel(run, i, input), twoLines(run.stage, run.model),
+      twoLines(run.state, `step ${number(run.step, 0)}${run.steps_of_all && run.steps_of_all !== run.step ? ` of ${number(run.steps_of_all, 0)}` : ""}`),
       number(run.last.loss, 4), number(run.last.top1, 2), number(run.best_top1, 2), number(run.images_per_second, 0), percent(run.data_share),
       duration(spent.training + spent.data + spent.evaluation + spent.other),
       faults ? { text: faults, class: "bad wrap" } : "none",
-      run.mlflow ? el("a", { href: run.mlflow, rel: "noreferrer" }, "open") : "–",
+      run.mlflow ? el("a", { href: run.mlflow, rel: "noreferrer", title: run.mlflow.startsWith("http://127.0.0.1:") ? "where `make review` starts MLflow" : run.mlflow }, "open") : "–",
     ];
   });
   const made = table(heads.map(([text, number]) => ({ text, number })), rows, { class: "first-stays" });

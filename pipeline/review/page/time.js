@@ -65,7 +65,7 @@ function showTime(runs) {
   const more = runs.reduce((sum, run) => sum + run.timeline.left_out, 0);
   const list = events.length
     ? scroll("events", table([{ text: "run" }, { text: "when" }, { text: "step", number: true }, { text: "what" }, { text: "in its words" }],
-      events.map(([time, run, step, kind, text]) => [run, date(time), step, kind, { text, class: "wrap" }])), "tall")
+      events.map(([time, run, step, kind, text]) => [run, { text: date(time), class: "when" }, step, { text: kind, class: "when" }, { text, class: "text" }])), "tall")
     : el("p", { class: "note" }, "Nothing but steps: no step was left out, nothing was stopped or resumed.");
   section("time", "Time", bars.node, line.node,
     el("div", { class: "card", id: "events" }, el("h3", {}, "What happened"), list, more > 0 && el("p", { class: "note" }, `${number(more, 0)} older events are in events.txt of the runs alone.`)));
