@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.labels.spaces import KNOWN_SPACES, LabelError, label_space
+from data_prep.manifest import SYNSET_PATTERN
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, locate, read_meta
 from pipeline.config.load import Config
@@ -26,6 +28,7 @@ _FREE_KEYS = re.compile(
 )
 # Keys that configurations of before did not have, as what they were taken for.
 _FORMER = {"data.reader": "indexed", "data.stream_shuffle_samples": 1000}
+TIMM_CONFIG, TIMM_WEIGHTS = "config.json", ("model.safetensors", "pytorch_model.bin")
 _LABEL_WORDS = ("checkpoint", "none", "published-22k")
 
 
@@ -98,7 +101,8 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
 class Source:
     """Weights to start from: where they are, of which model (None: unknown), over which classes (None: no head wanted).
 
-    `which`: "ema" or "model", for a file that has both. `is_ours`: this code wrote it.
+    `which`: "ema" or "model", for a file that has both. `is_ours`: this code wrote it. `by_size`: the file does not say
+    its classes, and the number of its head's rows has to.
     """
 
     weights: Path
@@ -106,18 +110,18 @@ class Source:
     synsets: list[str] | None
     which: str = "model"
     is_ours: bool = False
+    by_size: bool = False
 
 
 def find_source(init: Init) -> Source:
     """What `init.checkpoint` names, checked to exist. Raises CheckpointError, for `init.label_space` too."""
     assert init.checkpoint is not None
+    if (exported := _exported(init)) is not None:
+        return exported
     path = locate(init.checkpoint)
     if path.is_file() and not (path.parent / META_FILE).exists():
         if init.label_space == "checkpoint":
-            raise CheckpointError(
-                f"{path} does not say which classes its head has: set init.label_space to published-22k, imagenet-1k, "
-                f"another known name, a text file with a WordNet id a line, or none (a fresh head)"
-            )
+            return Source(path, None, None, init.weights, by_size=True)
         return Source(path, None, _label_space(init.label_space), init.weights)
     meta = read_meta(path.parent if path.is_file() else path)
     synsets = meta.synsets if init.label_space == "checkpoint" else _label_space(init.label_space)
@@ -130,6 +134,31 @@ def find_source(init: Init) -> Source:
     if fault := files.file_fault(weights, meta.files[weights.name], hashes=False):
         raise CheckpointError(f"checkpoint {path} is damaged: {fault}; set init.checkpoint to another one")
     return Source(weights, meta.model_name, synsets, init.weights, is_ours=True)
+
+
+def _exported(init: Init) -> Source | None:
+    """Of a folder that timm reads (our exports, those of the Hugging Face Hub), or None where it is none.
+
+    Raises CheckpointError.
+    """
+    folder = init.checkpoint
+    assert folder is not None
+    if not (folder / TIMM_CONFIG).is_file():
+        return None
+    try:
+        config = json.loads((folder / TIMM_CONFIG).read_text(encoding="utf-8"))
+        name = str(config["architecture"])
+    except (ValueError, KeyError, TypeError, OSError):
+        raise CheckpointError(f"{folder / TIMM_CONFIG} is none of timm's: it names no architecture") from None
+    weights = next((folder / each for each in TIMM_WEIGHTS if (folder / each).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} has a {TIMM_CONFIG}, and none of {', '.join(TIMM_WEIGHTS)}: fetch it again")
+    if init.label_space != "checkpoint":
+        return Source(weights, name, _label_space(init.label_space), init.weights)
+    labels = config.get("label_names") or config.get("pretrained_cfg", {}).get("label_names") or []
+    if labels and all(isinstance(each, str) and SYNSET_PATTERN.fullmatch(each) for each in labels):
+        return Source(weights, name, list(labels), init.weights)
+    return Source(weights, name, None, init.weights, by_size=True)
 
 
 def _label_space(name: str) -> list[str] | None:

@@ -150,7 +150,8 @@ class Init(Section):
     """Where the weights come from before the first step."""
 
     checkpoint: LocalPath | None = Field(
-        description="a run folder, one of its checkpoints, or a weight file; null: random"
+        description="a run folder, one of its checkpoints, a weight file, a folder that timm reads, or of MLflow "
+        "models:/NAME@best, models:/NAME/3, runs:/ID; null: random"
     )
     weights: Literal["ema", "model"] = Field(
         default="ema",
@@ -158,9 +159,9 @@ class Init(Section):
     )
     label_space: LocalText = Field(
         default="checkpoint",
-        description="classes of the loaded head; checkpoint: as our checkpoints say; none: keep the fresh head; else "
-        "published-22k, another name that `python -m data_prep labels` knows, a data set, or a text file with a "
-        "WordNet id a line",
+        description="classes of the loaded head; checkpoint: as it says, or a file by the number of its rows; none: "
+        "keep the fresh head; else published-22k, another name that `python -m data_prep labels` knows, a data set, or "
+        "a text file with a WordNet id a line",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,6 +31,9 @@ from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
 from pipeline.evaluation.wordnet import find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
+from pipeline.records.family import read_id
+from pipeline.records.figures import draw_evaluation
+from pipeline.records.stage import Stage, log_stage
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) 
         content = _content(opened, images, ranks, max(each for _, each in told), device)
         _write(folder, opened, images, content)
     _print(opened, content, folder.final)
+    _track(opened, content, folder.final)
     return 0
 
 
@@ -210,6 +215,22 @@ def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
         lines.append("no confusion by groups: that takes WordNet (`apt-get install wordnet-base`)")
     for line in [*lines, str(written)]:
         console.print(Text(line), soft_wrap=True)
+
+
+def _track(opened: Opened, content: dict[str, Any], folder: Path) -> None:
+    """Into MLflow, beside the run that the weights are of."""
+    numbers = {name: value for name, value in content["results"].items() if isinstance(value, int | float)}
+    told = {**content["data"], **content["protocol"], "weights": opened.weights.which}
+    params = {name: str(value) for name, value in told.items() if not isinstance(value, list)}
+    tags = {"checkpoint": str(opened.weights.path), "dataset": opened.scored.name}
+    if opened.scored.dataset_id is not None:
+        tags["dataset_id"] = opened.scored.dataset_id
+    run, name, step = opened.weights.run, f"evaluate {opened.name}", opened.weights.meta.step
+    if not read_id(run):
+        return
+    with tempfile.TemporaryDirectory() as pictures:
+        files = [*sorted(filter(Path.is_file, folder.iterdir())), *draw_evaluation(content, Path(pictures))]
+        log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files))
 
 
 def _arguments(asked: Asked) -> list[str]:

@@ -13,6 +13,7 @@ examples
   any image size:         python -m pipeline export runs/NAME --to onnx --dynamic-size     (7x7 models)
   filters for 384 px:     python -m pipeline export runs/NAME --to onnx --resolution 384
   half the size:          python -m pipeline export runs/NAME --to onnx --precision fp16
+  into MLflow's registry: python -m pipeline export runs/NAME --to timm --register hornet-l-in22k
   to the Hugging Face Hub: python -m pipeline export runs/NAME --to timm --push-to-hub USER/MODEL
 Written to RUN/exports/ unless --out says where: all of it, once it gives the net's own logits again, or nothing.
 exit codes: 0 done, 1 error, 2 usage."""
@@ -34,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resolution", type=int, metavar="PIXELS", help="side of its images; default: the run's own")
     add("--dynamic-size", action="store_true", help="onnx, exported-program: any height and width of multiples of 32")
     add("--license", default="other", metavar="ID", help="of the weights, for the model card; default: other")
+    add(
+        "--register",
+        metavar="MODEL",
+        help="and make it a version of this model in MLflow: its newest, perhaps its best",
+    )
     add("--push-to-hub", metavar="USER/MODEL", help="and upload the folder to this repository of the Hugging Face Hub")
     add("--debug", action="store_true", help="tracebacks instead of one-line errors")
 

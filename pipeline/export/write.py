@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,8 @@ from pipeline.config.load import Config
 from pipeline.export.card import model_card
 from pipeline.export.graph import ExportError, check_size, write_onnx, write_program
 from pipeline.export.hub import check_repository, preprocessing, push, write_safetensors, write_timm
+from pipeline.records.family import ID_FILE, read_id
+from pipeline.records.stage import Stage, log_stage, register
 
 EXPORTS, FACTS_FILE, CLASSES_FILE, CARD_FILE = "exports", "export.json", "classes.csv", "README.md"
 FORMAT_VERSION = 1
@@ -41,6 +44,7 @@ class Asked:
     resolution: int | None = None
     dynamic_size: bool = False
     license: str = "other"
+    register: str | None = None
     push_to_hub: str | None = None
 
 
@@ -49,6 +53,8 @@ def export(asked: Asked) -> int:
     if asked.push_to_hub is not None:
         check_repository(asked.push_to_hub)
     weights = find_weights(asked.checkpoint, asked.weights)
+    if asked.register is not None:
+        _check_name(asked.register, weights)
     tree = weights.meta.config
     config = Config.model_validate(tree if asked.resolution is None else at_resolution(tree, asked.resolution))
     folder = _folder(asked, weights)
@@ -71,9 +77,42 @@ def export(asked: Asked) -> int:
     if (difference := facts["largest_difference"]) is not None:
         console.print(f"its logits differ from the net's by {difference:.1e} at most")
     console.print(Text(str(folder)), soft_wrap=True)
+    _track(asked, weights, facts, folder, console)
     if asked.push_to_hub is not None:
         console.print(Text(push(asked.push_to_hub, folder)), soft_wrap=True)
     return 0
+
+
+def _check_name(name: str, weights: Weights) -> None:
+    if not re.fullmatch(r"[\w.+ -]+", name) or name.strip() != name:
+        raise ExportError(f"--register {name}: give a model's name of letters, digits, and . - _ alone")
+    if not read_id(weights.run):
+        raise ExportError(
+            f"--register: {weights.run} has no run in MLflow ({ID_FILE}): give the folder of a run that MLflow has"
+        )
+
+
+def _track(asked: Asked, weights: Weights, facts: dict[str, Any], folder: Path, console: Console) -> None:
+    """Into MLflow, beside the run that the weights are of; the files themselves where it is registered."""
+    name, meta = f"export {folder.name}", weights.meta
+    params = {key: str(facts[key]) for key in ("kind", "model", "num_classes", "precision", "size")}
+    tags = {"checkpoint": str(weights.path), "export": str(folder), "dataset_id": meta.dataset_id}
+    files = [] if asked.register else [folder / each for each in (CARD_FILE, FACTS_FILE, CLASSES_FILE)]
+    whole = folder if asked.register else None
+    run_id = log_stage(weights.run, Stage("export", name, meta.step, {}, params, tags, files, whole))
+    if asked.register is None:
+        return
+    top1 = meta.metrics.get("top1" if weights.which == "ema" or "top1_model" not in meta.metrics else "top1_model")
+    try:
+        if run_id is None:
+            raise ExportError("MLflow did not take it")
+        address = register(weights.run, run_id, asked.register, {**params, **tags}, top1)
+    except Exception as error:  # mlflow's, SQLAlchemy's and requests'
+        reason = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"{folder} is written, and was not registered ({reason}): the same command tries again"
+        ) from None
+    console.print(Text(f"{address}, as init.checkpoint or for mlflow.artifacts"), soft_wrap=True)
 
 
 def _folder(asked: Asked, weights: Weights) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures of a run for people: a sheet of training images as the model sees them; loss, accuracy and schedule."""
+"""Pictures for people: training images as the model sees them; loss, accuracy and schedule; an evaluation's figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torchvision.utils import make_grid
 from data_prep.storage import atomic_write
 
 SHEET, CURVES = "training_images.jpg", "curves.png"
+RELIABILITY, CONFUSION = "reliability.png", "confusion.png"
 _SHOWN_IMAGES, _ROW = 32, 8
 _LEAST_SIDE, _MOST_SIDE = 96, 192
 _ACCURACIES = {"top1": "top-1", "top1_model": "top-1 of raw weights", "top5": "top-5"}
@@ -55,10 +56,44 @@ def draw_curves(lines: Iterable[str], name: str, path: Path) -> None:
         each.set_xlabel("step")
         each.grid(alpha=0.3)
     figure.suptitle(name)
+    _save(figure, path)
+
+
+def draw_evaluation(content: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Write an evaluation.json's calibration, and its confusion where it has one; returns the files. Raises OSError."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    bins = [each for each in content["reliability"] if each["images"]]
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
+    width = 0.9 * (bins[0]["high"] - bins[0]["low"]) if bins else 0.1
+    axes.bar([each["confidence"] for each in bins], [each["accuracy"] for each in bins], width=width, alpha=0.7)
+    axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    axes.set_title(f"calibration, ECE {content['results']['ece']:.3f}")
+    drawn = [_save(figure, folder / RELIABILITY)]
+    if (confusion := content["confusion"]) is None:
+        return drawn
+    names = [group["name"] for group in confusion["groups"]]
+    shares = torch.tensor(confusion["matrix"], dtype=torch.float64)
+    shares = 100 * shares / shares.sum(1, keepdim=True).clamp(min=1)
+    side = max(4.0, 1.8 + 0.32 * len(names))
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="taken for", ylabel="images of")
+    figure.colorbar(shown, ax=axes, label="% of the row", shrink=0.7)
+    return [*drawn, _save(figure, folder / CONFUSION)]
+
+
+def _save(figure: Any, path: Path) -> Path:
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     with atomic_write(path) as file:
         file.write(written.getvalue())
+    return path
 
 
 def _plot(axes: Any, records: list[Mapping[str, float]], named: Mapping[str, str]) -> None:

@@ -20,6 +20,7 @@ from pipeline.data.beton_file import beton_path
 from pipeline.data.opened import check_remote, open_manifest, open_reader, parts_of, training_order
 from pipeline.data.order import validation_samples
 from pipeline.records.address import probe
+from pipeline.training.initial import fetch, local_init
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
 _PLAIN_RAND_AUGMENT = re.compile(r"rand(-[mn]\d+|-(p|mstd)\d+(\.\d+)?|-inc[01])*")
@@ -94,7 +95,8 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         check_remote(config.data, manifest)
     last, _ = newest_of_run(config, manifest.dataset_id, resume, hashes=False)
     if last is None and config.init.checkpoint is not None:
-        source = find_source(config.init)
+        fetch(config)
+        source = find_source(local_init(config))
         check_model(source, config.model.name)
         if not source.is_ours:
             importlib.import_module("pipeline.checkpoints.transfer").check_fit(config, source, manifest.synsets)

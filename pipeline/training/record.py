@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data_prep.labels.spaces import lemma
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from data_prep.storage import atomic_write
 from pipeline.config.load import Config
@@ -21,8 +22,12 @@ from pipeline.records.family import ID_FILE, Lineage
 from pipeline.records.figures import CURVES, SHEET, draw_curves, draw_sheet
 from pipeline.records.system import SystemSampler
 from pipeline.records.tracking import Tracker
+from pipeline.training.initial import local_init
 
 CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
+
+UNMATCHED = "unmatched_classes.tsv"
+_FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE)
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -61,7 +66,7 @@ def begin(
         file.write(config.to_yaml().encode())
     manifest.save(config.run_dir)
     tags = {"stage": command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
-    lineage = Lineage(command, manifest, str(config.data.path), _run_of(config.init.checkpoint), tuple(hosts))
+    lineage = Lineage(command, manifest, str(config.data.path), _run_of(local_init(config).checkpoint), tuple(hosts))
     tracker = stack.enter_context(Tracker(config, tags, first_step, lineage))
     ledger = LogFile(config.run_dir / GUARD_FILE)
     ledger.cut(lambda line: json.loads(line)["step"] <= first_step)
@@ -88,9 +93,15 @@ def with_sheet(micro_batches: MicroBatches, run_dir: Path, tracker: Tracker) -> 
         yield images, targets
 
 
+def write_unmatched(run_dir: Path, wnids: Sequence[str]) -> None:
+    """Every class whose head row was not in the weights that a run starts from, with its words."""
+    with atomic_write(run_dir / UNMATCHED) as file:
+        file.write("".join(f"{wnid}\t{lemma(wnid)}\n" for wnid in wnids).encode())
+
+
 def files(run_dir: Path) -> list[Path]:
     """What MLflow gets of a run folder at its end."""
-    return [run_dir / name for name in (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE, CURVES)]
+    return [run_dir / name for name in (*_FILES, UNMATCHED, CURVES)]
 
 
 def end(

@@ -13,7 +13,7 @@ import torch
 
 from data_prep.foreign.index import ensure_indexed
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
-from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind
+from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind, step_folders
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
 from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config
@@ -41,6 +41,7 @@ from pipeline.training import engine, record
 from pipeline.training.diagnose import diagnose, incident, incident_line
 from pipeline.training.feed import Feed, placing, run_batches, run_manifest
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
+from pipeline.training.initial import fetch, local_init
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.training.validation import Validation
 
@@ -72,6 +73,9 @@ def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
                     with watchdog.busy("indexing the tars"):  # once, and for hours where there are many
                         for each in config.data.sets:
                             ensure_indexed(each.path)
+                if not step_folders(config.run_dir / CHECKPOINTS):
+                    with watchdog.busy("fetching the weights to start from"):
+                        fetch(config)
             barrier()
             code = Run(command, config, ranks, device, resume, stack, watchdog).train()
         except RuntimeError as error:
@@ -111,14 +115,15 @@ class Run:
         self.twin = build_model(config.model, manifest.num_classes, config.data.resolution)  # full weights, to look at
         # Rank 0 chooses: on a network file system, hosts may for a while see different listings.
         last, meta = from_rank_0(self._newest(resume) if ranks.rank == 0 else None)
-        origin = "random weights"
+        origin, unmatched = "random weights", None
         if last is not None:
             model.load_state_dict(read_tensors(last / "model.safetensors"))
             origin = f"resumed from {last}"
         elif config.init.checkpoint is not None:
-            source = find_source(config.init)
+            source = find_source(local_init(config))
             check_model(source, config.model.name)
-            origin = load_into(model, source, manifest.synsets)
+            fitted = load_into(model, source, manifest.synsets)
+            origin, unmatched = fitted.report, fitted.unmatched
         if config.model.compile:
             model.compile_blocks()
         self.first_step = meta.step if meta else 0
@@ -141,6 +146,8 @@ class Run:
             self.tracker, self.ledger = record.begin(
                 command, config, manifest, self.first_step, origin, watchdog.hosts, stack
             )
+            if unmatched is not None:
+                record.write_unmatched(config.run_dir, unmatched)
             where = f"{device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
             print_plan(command, config, manifest, self.steps, ranks.count, self.engine.parameters, where, origin)
             if last is not None:

@@ -73,7 +73,7 @@ def test_head_follows_wordnet_ids(config: Config, saved: Path) -> None:
     target = ["n07739125", "n02958343", "n02084071"]
     model = build_model(config.model, 3, 96)
     fresh = model.head.weight[0].detach().clone()
-    report = load_into(model, source, target)
+    report = load_into(model, source, target).report
     assert "2 of 3 classes" in report
     assert "1 fresh: n07739125 (apple)" in report
     given = read_tensors(saved / "model.safetensors")
@@ -93,12 +93,21 @@ def test_published_file(config: Config, tmp_path: Path) -> None:
     torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
     init = config.init.model_copy(update={"checkpoint": tmp_path / "published.pth", "label_space": "published-22k"})
     target = build_model(config.model, 1000, 64)
-    assert "1000 of 1000" in load_into(target, choice.find_source(init), imagenet_1k_synsets())
+    assert "1000 of 1000" in load_into(target, choice.find_source(init), imagenet_1k_synsets()).report
     space = published_hornet_22k_synsets()
     assert [space[int(row)] for row in target.head.weight[:, 0]] == imagenet_1k_synsets()
     unsaid = init.model_copy(update={"label_space": "checkpoint"})
-    with pytest.raises(CheckpointError, match=r"published\.pth does not say which classes its head has"):
-        choice.find_source(unsaid)
+    for rows in target.parameters():
+        torch.nn.init.zeros_(rows)
+    found = load_into(target, choice.find_source(unsaid), imagenet_1k_synsets())
+    assert "1000 of 1000 classes from the source by WordNet id (hornet-22k, by its size)" in found.report
+    assert [space[int(row)] for row in target.head.weight[:, 0]] == imagenet_1k_synsets()
+    odd = build_model(config.model, 777, 64)
+    torch.save({"model": odd.state_dict()}, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"odd\.pth does not say which classes its head has, and has 777 of them"):
+        load_into(target, choice.find_source(unsaid.model_copy(update={"checkpoint": tmp_path / "odd.pth"})), SYNSETS)
+    with pytest.raises(CheckpointError, match="head of 10459 classes, its label space 21841"):  # as its name has it
+        load_into(target, choice.find_source(init.model_copy(update={"label_space": "fall11"})), SYNSETS)
     wrong = init.model_copy(update={"label_space": "imagenet-1k"})
     with pytest.raises(CheckpointError, match="head of 10459 classes, its label space 1000"):
         load_into(target, choice.find_source(wrong), imagenet_1k_synsets())

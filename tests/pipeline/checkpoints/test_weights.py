@@ -81,7 +81,7 @@ def test_forms_of_files(config: Config, weights: Tensors, tmp_path: Path, form: 
     content, words = GOOD[form](weights)
     torch.save(content, tmp_path / "theirs.pth")
     model = fresh(config)
-    report = load_into(model, Source(tmp_path / "theirs.pth", None, SYNSETS, "ema"), SYNSETS)
+    report = load_into(model, Source(tmp_path / "theirs.pth", None, SYNSETS, "ema"), SYNSETS).report
     assert words in report
     assert "3 of 3 classes" in report
     for name, value in model.state_dict().items():

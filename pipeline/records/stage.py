@@ -1,0 +1,118 @@
+"""A stage that is over when it is told of: an evaluation or an export, under the parent of the run that it is of."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data_prep.credentials import without_credentials
+from pipeline.ranks.log_file import say
+from pipeline.records.family import KEY_TAG, PARENT_TAG, end_parent, is_active, made_once, read_id
+from pipeline.records.mlflow_run import package
+from pipeline.records.provenance import provenance
+
+BEST, NEWEST = "best", "newest"  # aliases of a registered model; MLflow (3.17) keeps `latest` for itself
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is told: under `name`, as a `stage`, at `step`; `files` and the content of `folder` become artifacts."""
+
+    stage: str
+    name: str
+    step: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    files: Sequence[Path] = ()
+    folder: Path | None = None
+
+
+def log_stage(run_dir: Path, stage: Stage) -> str | None:
+    """Add the stage to the experiment that the run folder belongs to; its MLflow run's id.
+
+    One of the same name takes the place of the former, but where `folder` is sent. None, with a warning, where MLflow
+    does not take it, and in silence where the run folder has no MLflow run.
+    """
+    if not (known := _known(run_dir)):
+        return None
+    try:
+        return _log(known, stage)
+    except Exception as error:  # mlflow's, SQLAlchemy's and requests'; what was measured or written is on disk
+        _warn(known, error)
+        return None
+
+
+def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], score: float | None) -> str:
+    """Make the artifacts of an export a version of the registered model `name`; returns its address.
+
+    It becomes the `newest`, and the `best` where its score is at least that of the one before. Raises MLflow's errors.
+    """
+    known = _known(run_dir)
+    mlflow, client = package(), _client(known)
+    if not [model for model in client.search_registered_models(f"name = '{name}'") if model.name == name]:
+        client.create_registered_model(name)
+    source = f"{client.get_run(run_id).info.artifact_uri}/model"
+    told = {key: without_credentials(value) for key, value in tags.items()}
+    if score is not None:
+        told["score"] = f"{score:.6g}"
+    version = str(client.create_model_version(name, source, run_id, tags=told).version)
+    client.set_registered_model_alias(name, NEWEST, version)
+    try:
+        best = client.get_model_version_by_alias(name, BEST).tags.get("score")
+    except mlflow.MlflowException:
+        best = None
+    if best is None or (score is not None and score >= float(best)):
+        client.set_registered_model_alias(name, BEST, version)
+    return f"models:/{name}/{version}"
+
+
+def _log(known: Mapping[str, Any], stage: Stage) -> str:
+    entities, client = package().entities, _client(known)
+    run = client.get_run(known["run_id"])
+    experiment, parent = run.info.experiment_id, run.data.tags.get(PARENT_TAG, known["run_id"])
+    if not is_active(client, parent):
+        parent = known["run_id"]
+    key = f"{parent}-{stage.stage}-{stage.name}"
+    if stage.folder is not None:  # versions of a model go on to stand on the former's
+        key += f"-{uuid.uuid4().hex}"
+    for former in client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'"):
+        client.delete_run(former.info.run_id)
+    tags = {PARENT_TAG: parent, "stage": stage.stage, **provenance([]), **stage.tags}
+    run_id = str(made_once(client, experiment, key, stage.name, tags).info.run_id)
+    stamp = client.get_run(run_id).info.start_time
+    metrics = [entities.Metric(name, float(value), stamp, stage.step) for name, value in stage.metrics.items()]
+    params = [entities.Param(name, without_credentials(value)[:500]) for name, value in stage.params.items()]
+    client.log_batch(run_id, metrics=metrics, params=params)
+    for path in filter(Path.exists, stage.files):
+        client.log_artifact(run_id, str(path))
+    if stage.folder is not None:
+        client.log_artifacts(run_id, str(stage.folder), "model")
+    client.set_terminated(run_id, "FINISHED")
+    for name, value in stage.metrics.items():
+        client.log_metric(parent, f"{stage.stage}_{name}", float(value), step=stage.step)
+    if parent != known["run_id"]:
+        end_parent(client, experiment, parent, "FINISHED")
+    return run_id
+
+
+def _known(run_dir: Path) -> dict[str, Any]:
+    known = read_id(run_dir)
+    return known if known.get("uri") and known.get("run_id") else {}
+
+
+def _client(known: Mapping[str, Any]) -> Any:
+    """Of the run's MLflow; its password, which is written nowhere, is MLFLOW_TRACKING_URI's where that is the same."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    uri = uri if uri and without_credentials(uri) == known["uri"] else known["uri"]
+    return package().MlflowClient(uri, uri)  # without the second, models go to the environment's (MLflow 3.17)
+
+
+def _warn(known: Mapping[str, Any], error: Exception) -> None:
+    reason = without_credentials(" ".join(str(error).split()))[:300] or type(error).__name__
+    say(f"warning: MLflow at {known['uri']} did not take it ({reason})", sys.stderr)
