@@ -47,7 +47,9 @@ class Lineage:
                 self._join(origin, key)
             for path in _exports(run.path):
                 node = f"export:{path}"
-                details = [("folder", str(path)), *((name, f"{size / 1e6:,.1f} MB") for name, size in _files(path))]
+                facts = [(key, str(value)[:200]) for key, value in read_mapping(path / "export.json").items()]
+                details = [("folder", str(path)), *(fact for fact in facts[:20] if not fact[1].startswith(("{", "[")))]
+                details += [(name, f"{size / 1e6:,.1f} MB") for name, size in _files(path)]
                 self._add(node, "export", path.name, run.name, details)
                 self._join(self._newest(key), node)
         self._evaluations(evaluations)

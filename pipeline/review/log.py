@@ -97,8 +97,7 @@ class _Parts:
             lines = np.array(rows, dtype=np.int32)
             for key, column in zip(keys, zip(*values, strict=True), strict=True):
                 if key in self._columns or len(self._columns) < _KEYS:
-                    is_number = np.array([type(value) in _NUMBERS for value in column])
-                    numbers = np.array([_float(value) for value, good in zip(column, is_number, strict=True) if good])
+                    is_number, numbers = _numbers(column)
                     if len(numbers):
                         self._columns.setdefault(key, []).append(Column(lines[is_number], numbers))
         self._lines.clear()
@@ -108,6 +107,14 @@ class _Parts:
         self._put_away()
         columns = {key: _joined(parts) for key, parts in self._columns.items()}
         return Log(np.array(self.steps, dtype=np.int64), np.array(self.times, dtype=np.float64), columns, self.damaged)
+
+
+def _numbers(column: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Which of the values are numbers, and these as float64."""
+    if set(map(type, column)) == {float}:
+        return np.ones(len(column), dtype=bool), np.array(column)
+    is_number = np.array([type(value) in _NUMBERS for value in column])
+    return is_number, np.array([_float(value) for value, good in zip(column, is_number, strict=True) if good])
 
 
 def _joined(parts: list[Column]) -> Column:

@@ -127,7 +127,7 @@ def _log(
         }
         lines.append(record)
         if step % every == 0 or step == done:
-            clock += 60.0
+            clock += 10.0
             top1 = 100 * (0.845 - 0.75 * math.exp(-4.5 * share) - 0.004 * (seed % 5)) + 0.1 * noise[step - 1, 2]
             scores = {"top1": _round(top1), "top5": _round(min(top1 + 12, 99)), "top1_model": _round(top1 - 0.8)}
             lines.append(

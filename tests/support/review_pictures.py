@@ -20,7 +20,7 @@ PICTURES = {
     "phone-light.png": (390, 1700, False, "header"),
     "phone-dark.png": (390, 1700, True, "#evaluations"),
 }
-_COLOURS = 128  # of a palette: a fifth of the bytes, and nobody sees it
+_COLOURS = 256  # of a palette: a quarter of the bytes, and nobody sees it
 
 
 def take(page: Page, address: str, name: str) -> bytes:

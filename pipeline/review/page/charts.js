@@ -11,6 +11,8 @@ const dashOf = (i) => DASHES[Math.floor(i / COLOURS.length) % DASHES.length];
 // Plotly reads some markup in texts, and %{...} in templates.
 const plain = (text) => String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const cut = (text, length) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+// Runs differ in how their names end, as often as in how they begin.
+const middle = (text, length) => (text.length > length ? `${text.slice(0, Math.ceil(length / 2) - 1)}…${text.slice(-Math.floor(length / 2))}` : text);
 
 const seen = new IntersectionObserver((entries) => {
   for (const entry of entries) {
@@ -34,7 +36,7 @@ function chart(title, describe, { zooms = false, height, note } = {}) {
   }
   const head = el("div", { class: "head" }, el("h3", {}, title), zooms && reading, buttons);
   made.node = el("figure", {
-    class: "card chart", tabindex: zooms ? 0 : undefined, onkeydown: zooms && ((event) => key(made, event)),
+    class: "card chart", tabindex: zooms ? 0 : undefined, onkeydown: zooms && ((event) => onKey(made, event)),
     "aria-label": zooms ? `${title}. Arrow keys read values, plus and minus zoom, 0 shows all.` : title,
   }, head, note && el("p", { class: "note" }, note), plot);
   charts.push(made);
@@ -101,7 +103,7 @@ function zoom(each, factor) {
 }
 
 // Left and right go from value to value, up and down from run to run; what is read stands under the chart.
-function key(each, event) {
+function onKey(each, event) {
   const act = { "+": () => zoom(each, 0.5), "=": () => zoom(each, 0.5), "-": () => zoom(each, 2), 0: () => zoom(each, null), Escape: () => { Plotly.Fx.unhover(each.plot); each.reading.value = ""; } }[event.key];
   const [along, across] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1], Home: [-Infinity, 0], End: [Infinity, 0] }[event.key] ?? [0, 0];
   if (event.target !== each.node || event.ctrlKey || event.metaKey || event.altKey || (!act && !along && !across)) return;

@@ -51,11 +51,11 @@ function traces(runs, metric) {
     const x = along(run, curve.at), y = curve.values.map(finite), line = { color: colourOf(i), dash: dashOf(i), width: 1.6 };
     const read = (point) => `${view.x === "hours" ? `${number(x[point], 3)} h` : `${view.x} ${number(x[point], 0)}`}, ${metric} ${short(curve.values[point])}`;
     const marks = x.length < 40 ? "lines+markers" : "lines";
-    const name = plain(cut(run.name, 40)), hover = { hovertemplate: "%{y:.7~g}" + (few ? "" : "<br>%{x}") };
+    const name = plain(middle(run.name, 40)), hover = { hovertemplate: "%{y:.7~g}" + (few ? "" : "<br>%{x}") };
     data.push({ type: "scatter", mode: marks, x, y, name, line, marker: { size: 5 }, opacity: view.smoothing ? 0.22 : 1, meta: { name: run.name, read }, ...hover });
     if (view.smoothing && x.length > 2) {
       const [places, values] = smooth(run, curve);
-      data.at(-1).hoverinfo = "skip";
+      Object.assign(data.at(-1), { hoverinfo: "skip", hovertemplate: undefined });
       data.push({ type: "scatter", mode: "lines", x: along(run, places), y: values, name, line: { ...line, width: 2.2 }, ...hover });
     }
     const bad = curve.values.map((value, place) => place).filter((place) => typeof curve.values[place] === "string");
@@ -80,14 +80,14 @@ function showCurves(runs) {
   let made = [];
   const arrange = () => {
     remove(made);
-    made = view.metrics.map((metric) => chart(LABELS[metric] ?? metric, () => ({
-      data: traces(runs, metric),
-      layout: {
+    made = view.metrics.map((metric) => {
+      const large = runs.some((run) => run.curves[metric]?.values.some((value) => value >= 1000));
+      return chart(LABELS[metric] ?? metric, () => ({ data: traces(runs, metric), layout: {
         hovermode: shown.size <= 6 ? "x unified" : "closest", uirevision: view.x,
-        xaxis: { title: { text: AXES[view.x] }, exponentformat: "SI", hoverformat: view.x === "hours" ? ".3~f" : ",.0f", nticks: 7 },
-        yaxis: { type: view.log ? "log" : "linear", exponentformat: metric === "lr" || view.log ? "power" : "SI", nticks: 6, hoverformat: ".7~g" },
-      },
-    }), { zooms: true }));
+        xaxis: { title: { text: AXES[view.x] }, exponentformat: view.x === "hours" ? "none" : "SI", hoverformat: view.x === "hours" ? ".3~f" : ",.0f", nticks: 7 },
+        yaxis: { type: view.log ? "log" : "linear", exponentformat: large && !view.log ? "SI" : "power", nticks: 6, hoverformat: ".7~g" },
+      } }), { zooms: true });
+    });
     grid.replaceChildren(...made.map((each) => each.node));
   };
   const reset = () => made.forEach((each) => { each.zoomed = false; });
@@ -102,7 +102,7 @@ function showCurves(runs) {
     choices("x", "radio", Object.keys(AXES).map((x) => [x, x]), ["step"], ([x]) => { view.x = x; reset(); refresh(made); }),
     choices("y", "radio", [["linear", "linear"], ["log", "log"]], ["linear"], ([y]) => { view.log = y === "log"; refresh(made); }),
     el("label", {}, el("span", { class: "muted" }, "smoothing"), range, said));
-  const picks = el("div", { class: "controls" }, choices("", "checkbox", metrics.map((metric) => [metric, LABELS[metric] ?? metric]), view.metrics, (chosen) => {
+  const picks = el("div", { class: "controls picks scroll" }, choices("", "checkbox", metrics.map((metric) => [metric, LABELS[metric] ?? metric]), view.metrics, (chosen) => {
     view.metrics = metrics.filter((metric) => chosen.includes(metric));
     arrange();
   }));

@@ -1,7 +1,7 @@
 // What `evaluate` measured: scores, calibration, classes, worst pairs, pictures.
 
-function pictureOf(number_, picture, pictures, rows) {
-  const uri = pictures[`${number_}/${picture.file}`];
+function pictureOf(which, picture, pictures, rows) {
+  const uri = pictures[`${which}/${picture.file}`];
   const right = picture.correct === true;
   const frame = el("div", { class: "frame" }, uri ? el("img", { src: uri, alt: picture.name ?? "", loading: "lazy" }) : "not in this page");
   if (!rows) return el("figure", { class: "picture", title: picture.predictions?.map((each) => `${each.name} ${percent(each.probability)}`).join("\n") }, frame);
@@ -67,7 +67,6 @@ function showEvaluation(place, evaluations, chosen, pictures) {
         colorscale: dark.matches ? [[0, "#1a1e24"], [0.02, "#22344f"], [1, "#7fb0ff"]] : [[0, "#ffffff"], [0.02, "#dfeafb"], [1, "#1f5fd0"]], zmin: 0, zmax: 100, xgap: 1, ygap: 1, showscale: false }],
       layout: { xaxis: { ...ticks, tickangle: -45, title: { text: "predicted" } }, yaxis: { ...ticks, autorange: "reversed", title: { text: "class" } } },
     }), { height: Math.min(Math.max(290, 140 + count * 22), 720) }));
-    if (count > 8) made.at(-1).node.style.gridColumn = "1 / -1";
   }
   const pairs = evaluation.pairs.length > 0 && el("div", { class: "card", id: "pairs" }, el("h3", {}, "Worst pairs"), evaluation.pairs.map((pair) => el("div", { class: "pair" },
     el("div", {}, el("div", {}, el("b", {}, pair.name ?? pair.wnid), " taken for ", el("b", { class: "bad" }, pair.predicted_name ?? pair.predicted_wnid)), el("div", { class: "note" }, `${number(pair.images, 0)} images, ${number(pair.share_percent, 1)} % of the class`)),

@@ -19,7 +19,7 @@ function faultsOf(run) {
 
 function showRuns(runs) {
   runs.forEach((_, i) => shown.add(i));
-  const heads = [["run"], ["stage"], ["state"], ["loss", 1], ["top-1 %", 1], ["best", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["faults"], ["MLflow"]];
+  const heads = [["run"], ["top-1 %", 1], ["best", 1], ["loss", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["stage"], ["state"], ["faults"], ["MLflow"]];
   const rows = runs.map((run, i) => {
     const input = el("input", { type: "checkbox", checked: true, "aria-label": `show ${run.name}`, onchange: (event) => {
       if (event.target.checked) shown.add(i); else shown.delete(i);
@@ -28,14 +28,19 @@ function showRuns(runs) {
     const spent = run.timeline.spent;
     const faults = faultsOf(run);
     return [
-      runLabel(run, i, input), twoLines(run.stage, run.model),
+      runLabel(run, i, input), number(run.last.top1, 2), number(run.best_top1, 2), number(run.last.loss, 4),
+      number(run.images_per_second, 0), percent(run.data_share), duration(spent.training + spent.data + spent.evaluation + spent.other),
+      twoLines(run.stage, run.model),
       twoLines(run.state, `step ${number(run.step, 0)}${run.steps_of_all && run.steps_of_all !== run.step ? ` of ${number(run.steps_of_all, 0)}` : ""}`),
-      number(run.last.loss, 4), number(run.last.top1, 2), number(run.best_top1, 2), number(run.images_per_second, 0), percent(run.data_share),
-      duration(spent.training + spent.data + spent.evaluation + spent.other),
       faults ? { text: faults, class: "bad wrap" } : "none",
       run.mlflow ? el("a", { href: run.mlflow, rel: "noreferrer", title: run.mlflow.startsWith("http://127.0.0.1:") ? "where `make review` starts MLflow" : run.mlflow }, "open") : "–",
     ];
   });
   const made = table(heads.map(([text, number]) => ({ text, number })), rows, { class: "first-stays" });
-  section("runs", "Runs", el("div", { class: "card" }, scroll("the runs", made, "tall")));
+  const all = (checked) => el("button", { type: "button", class: "plain", onclick: () => {
+    made.querySelectorAll("input").forEach((input, i) => { input.checked = checked; if (checked) shown.add(i); else shown.delete(i); });
+    refresh();
+  } }, checked ? "all" : "none");
+  const boxes = runs.length > 3 && el("div", { class: "controls", style: { margin: ".6rem 0 0" } }, el("span", { class: "muted" }, "show"), all(true), all(false));
+  section("runs", "Runs", el("div", { class: "card" }, scroll("the runs", made, "tall"), boxes));
 }

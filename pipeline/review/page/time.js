@@ -3,7 +3,7 @@
 const PARTS = { training: ["training", "#3b7ddd"], data: ["waiting for data", "#e08214"], evaluation: ["evaluation", "#2ca46a"], other: ["checkpoints, start, other", "#8f6bd1"], stopped: ["stopped, or done again", "#9aa3ad"] };
 const KINDS = { skipped: ["step left out", "triangle-down", "#e08214"], rewind: ["rewind", "triangle-left", "#8f6bd1"], resumed: ["resumed", "triangle-right", "#2ca46a"], stopped: ["stopped", "square", "#7d8894"], "not-finite": ["not finite", "x", "#d2505c"], other: ["other", "circle", "#1fa5b8"] };
 
-function key_(entries) {
+function legend(entries) {
   return el("div", { class: "controls", style: { margin: "0 .25rem .3rem" } }, entries.map(([name, colour]) =>
     el("span", { style: { display: "inline-flex", gap: ".4rem", "align-items": "center" } }, el("span", { style: { width: ".75rem", height: ".75rem", background: colour, "border-radius": "3px" } }), name)));
 }
@@ -12,19 +12,21 @@ function showTime(runs) {
   const timed = runs.map((run, i) => [run, i]).filter(([run]) => run.lines || run.timeline.events.length);
   if (!timed.length) return;
   const drawn = () => timed.filter(([, i]) => shown.has(i)).reverse();
-  const label = ([run]) => plain(cut(run.name, innerWidth < 700 ? 16 : 28));
+  const label = ([run]) => plain(middle(run.name, innerWidth < 700 ? 16 : 28));
   const height = Math.max(150, 70 + 30 * timed.length);
   // Two runs may have the same name: places are numbers, and the names are written beside them.
   const names = () => ({ tickmode: "array", tickvals: drawn().map((_, place) => place), ticktext: drawn().map(label), range: [-0.7, drawn().length - 0.3], fixedrange: true, showgrid: false, zeroline: false });
 
+  const most = Math.max(...timed.map(([run]) => Object.values(run.timeline.spent).reduce((sum, part) => sum + part, 0)));
+  const [unit, seconds] = most > 5400 ? ["hours", 3600] : most > 90 ? ["minutes", 60] : ["seconds", 1];
   const bars = chart("Where the time went", () => ({
     data: Object.entries(PARTS).map(([part, [name, color]]) => ({
-      type: "bar", orientation: "h", name, marker: { color }, y: drawn().map((_, place) => place), x: drawn().map(([run]) => run.timeline.spent[part] / 3600),
+      type: "bar", orientation: "h", name, marker: { color }, y: drawn().map((_, place) => place), x: drawn().map(([run]) => run.timeline.spent[part] / seconds),
       customdata: drawn().map(([run]) => duration(run.timeline.spent[part])), hovertemplate: `${name}: %{customdata}<extra></extra>`,
     })),
-    layout: { barmode: "stack", bargap: 0.35, xaxis: { title: { text: "hours" }, fixedrange: true, nticks: 7 }, yaxis: names() },
+    layout: { barmode: "stack", bargap: 0.35, xaxis: { title: { text: unit }, fixedrange: true, nticks: 7 }, yaxis: names() },
   }), { height });
-  bars.plot.before(key_(Object.values(PARTS)));
+  bars.plot.before(legend(Object.values(PARTS)));
 
   const begins = timed.map(([run]) => run.timeline.running[0]?.[0]).filter(Boolean);
   const lengths = timed.map(([run]) => (run.timeline.running.at(-1)?.[1] ?? 0) - (run.timeline.running[0]?.[0] ?? 0));
@@ -51,7 +53,7 @@ function showTime(runs) {
     return { data, layout: { xaxis: since === "date" ? { type: "date", nticks: 6 } : { type: "linear", title: { text: "hours since the run began" }, nticks: 7 }, yaxis: names() } };
   }, { zooms: true, height });
   const kinds = Object.entries(KINDS).filter(([kind]) => timed.some(([run]) => run.timeline.events.some((event) => event[2] === kind)));
-  if (kinds.length) line.plot.before(key_(kinds.map(([, [name, , colour]]) => [name, colour])));
+  if (kinds.length) line.plot.before(legend(kinds.map(([, [name, , colour]]) => [name, colour])));
   line.plot.before(el("div", { class: "controls", style: { margin: ".2rem .25rem" } }, choices("time", "radio", [["date", "date"], ["hours", "hours since the start"]], [since], ([chosen]) => {
     since = chosen;
     line.zoomed = false;

@@ -129,6 +129,7 @@ def test_it_ends_with_all_that_it_started(tracked: Tracked, number: int) -> None
     port = any_free_port()
     review = begin(str(tracked.run_dir), "--port", str(port))
     assert review.pages == [run_address(review_base(port), "1", tracked.run_id)]
+    assert f"open in a browser: {(tracked.root / 'review.html').as_uri()}\n" in review.said
     started = psutil.Process(review.process.pid).children(recursive=True)
     assert len(started) > 1
     assert end(review, number) == 0

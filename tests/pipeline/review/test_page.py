@@ -91,6 +91,23 @@ def test_values_are_those_of_the_log(page: Page, chain: Reviewed, title: str, ke
             assert dict(zip(trace["x"], trace["y"], strict=True)) == logged(run, key)
 
 
+def test_the_terminal_says_the_same(page: Page, chain: Reviewed) -> None:
+    rows = page.value("[...document.querySelectorAll('#runs tbody tr')].map((row) => row.innerText)")
+    in_terminal = "".join(line for line in chain.said.splitlines() if "│" in line)
+    for run, row in zip(chain.runs, page_order(chain.runs, rows), strict=True):
+        (top1, *_), loss = list(logged(run, "top1").values())[-1:], list(logged(run, "loss").values())[-1]
+        for value in (f"{top1:.2f}", f"{loss:.4f}"):
+            assert value in in_terminal
+            assert value in row
+    assert "2 skipped, 1 not finite" in next(row for row in rows if "lr2e-3" in row)
+    assert "2 skipped" in in_terminal
+
+
+def page_order(runs: list[Path], rows: list[str]) -> list[str]:
+    """The row of each run: its name is the row's first word."""
+    return [next(row for row in rows if row.split()[0] == run.name) for run in runs]
+
+
 def test_a_loss_that_is_not_finite_is_a_mark(page: Page) -> None:
     (marks,) = [trace for trace in drawn(page, "training loss") if trace["mode"] == "markers"]
     assert (marks["name"], marks["x"], marks["text"]) == ("pretrain-l-gf-lr2e-3", [1000, 1001], ["loss is NaN"] * 2)
@@ -135,7 +152,12 @@ def test_controls(page: Page, chain: Reviewed) -> None:
     assert chain.runs[0].name not in {trace["name"] for trace in drawn(page, "training loss")}
     assert page.value(f"document.querySelector('#configuration').textContent.includes({run})")
     page.click("input[value=memory_gb] + span")
-    assert len(drawn(page, "memory (GB)")) >= len(chain.runs) - 1
+    assert page.value("charts.some((each) => each.title === 'memory (GB)')")
+    none, everything = "#runs .controls button:last-child", "#runs .controls button"
+    page.click(none)
+    assert page.value("charts.find((each) => each.title === 'training loss').describe().data") == []
+    page.click(everything)
+    assert {trace["name"] for trace in drawn(page, "memory (GB)")} == {each.name for each in chain.runs}
 
 
 def test_keyboard(page: Page, chain: Reviewed) -> None:

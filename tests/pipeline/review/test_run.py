@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.review.evaluations import picture_uri, read_evaluations
@@ -69,13 +71,13 @@ def test_thinning_keeps_what_stands_out() -> None:
 
 
 def test_the_hours_add_up(tmp_path: Path) -> None:
-    """Two stops of two hours each, ten evaluations of a minute, and a slow loader: nothing is counted twice."""
+    """Two stops of two hours each, ten evaluations of ten seconds, and a slow loader: nothing is counted twice."""
     run = make_run(tmp_path, "run", steps=3000, seed=3, faults=True)
     log = read_log(run / "log.jsonl")
     timeline = read_timeline(run, log, 4096.0)
     spent = timeline.spent
     assert spent.stopped == pytest.approx(4 * 3600, rel=0.01)
-    assert spent.evaluation == pytest.approx(600, abs=1)
+    assert spent.evaluation == pytest.approx(100, abs=1)
     assert spent.data > 30
     first = 4096 / log.columns["images_per_second"].values[0]
     assert sum(spent) == pytest.approx(log.times[-1] - log.times[0] + first, abs=0.01)
@@ -139,6 +141,32 @@ def test_lineage(tmp_path: Path) -> None:
     assert not [node for node in moved.nodes if node.kind == "weights"]
     alone = Lineage([run for run in runs if run.stage == "finetune"], [])
     assert [node.title for node in alone.nodes if node.kind == "weights"] == ["pretrain-l-gf"]
+
+
+def test_what_the_ledger_says(tmp_path: Path) -> None:
+    """Counts of the data set that the run was trained on; not those of another one that stands there now."""
+    run = make_run(tmp_path / "runs", "run", steps=20)
+    data = tmp_path / "data"
+    data.mkdir()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("path: data/in22k", f"path: {data}"))
+    manifest = json.loads((run / "dataset.json").read_text())
+    (data / "dataset.json").write_text(json.dumps(manifest))
+    rows = {"action": ["kept"] * 3 + ["rejected"], "reason": ["", "", "", "truncated"], "name": list("abcd")}
+    pq.write_table(pa.table(rows), data / "ledger.parquet")
+
+    def told() -> dict[str, str]:
+        (node,) = [node for node in Lineage([read_run(run)[0]], []).nodes if node.kind == "data set"]
+        return dict(node.details)
+
+    assert told()["ledger: kept"] == "3"
+    assert (told()["ledger: rejected"], told()["of these, truncated"]) == ("1", "1")
+    assert told()["dataset_id"] == manifest["dataset_id"]
+    (data / "ledger.parquet").write_bytes(b"PAR1 not a table")
+    assert "ledger: kept" not in told()
+    (data / "dataset.json").write_text(json.dumps(manifest | {"dataset_id": "another"}))
+    pq.write_table(pa.table(rows), data / "ledger.parquet")
+    assert "ledger: kept" not in told()
 
 
 def test_pictures_are_of_the_folder_and_small(tmp_path: Path) -> None:
