@@ -24,9 +24,11 @@ _BINS = 20
 
 
 class Evaluation(NamedTuple):
-    """One folder: `content` is for the page, without pictures; `pictures`: what stands there as a file, by its name."""
+    """One folder of the run at `run_path`: `content` is for the page, without pictures; `pictures`: what stands there
+    as a file, by its name.
+    """
 
-    run: str
+    run_path: Path
     name: str
     content: dict[str, Any]
     pictures: dict[str, Path]
@@ -43,12 +45,12 @@ def read_evaluations(run_path: Path, run_name: str) -> list[Evaluation]:
         said = read_mapping(folder / "evaluation.json")
         if isinstance(said.get("results"), dict):
             found.append((_text(said.get("created")), folder.name, folder, said))
-    return [_evaluation(run_name, folder, said) for _, _, folder, said in sorted(found, key=lambda each: each[:2])][
-        -_NAMES:
-    ]
+    return [
+        _evaluation(run_path, run_name, folder, said) for _, _, folder, said in sorted(found, key=lambda each: each[:2])
+    ][-_NAMES:]
 
 
-def _evaluation(run_name: str, folder: Path, said: dict[str, Any]) -> Evaluation:
+def _evaluation(run_path: Path, run_name: str, folder: Path, said: dict[str, Any]) -> Evaluation:
     pairs = [_pair(pair) for pair in _mappings(said.get("worst_pairs"), _PAIRS)]
     samples = [_picture(sample) for sample in _mappings(said.get("samples"), _SAMPLES)]
     rows, count = _classes(folder / "per_class.csv")
@@ -75,7 +77,7 @@ def _evaluation(run_name: str, folder: Path, said: dict[str, Any]) -> Evaluation
     for picture in _alternating(in_turn, samples):
         if (path := _inside(folder, picture["file"])) is not None:
             pictures[picture["file"]] = path
-    return Evaluation(run_name, folder.name, content, pictures)
+    return Evaluation(run_path, folder.name, content, pictures)
 
 
 def _alternating(*lists: list[Any]) -> Iterator[Any]:

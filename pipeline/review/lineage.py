@@ -142,9 +142,9 @@ class Lineage:
         return f"weights:{text}"
 
     def _evaluations(self, evaluations: list[Evaluation]) -> None:
-        by_name = {run.name: key for key, run in self._runs.items()}
+        of_path = {run.path: key for key, run in self._runs.items()}
         for evaluation in evaluations:
-            key = by_name.get(evaluation.run)
+            key = of_path.get(evaluation.run_path)
             if key is None:
                 continue
             results, data = evaluation.content["results"], evaluation.content["data"]

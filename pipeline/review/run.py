@@ -96,9 +96,15 @@ def _began(path: Path) -> float:
 
 
 def read_run(
-    path: Path, port: int = REVIEW_PORT, advance: Callable[[int], object] = lambda read: None
+    path: Path,
+    port: int = REVIEW_PORT,
+    advance: Callable[[int], object] = lambda read: None,
+    name: str | None = None,
 ) -> tuple[Run, Log]:
-    """Read a run's folder, and its log; `advance` is told of bytes as they are read. Never raises for what is in it."""
+    """Read a run's folder, and its log; never raises for what is in it.
+
+    `advance` is told of bytes as they are read; `name` is shown in place of the run's own.
+    """
     config = _flat(read_mapping(path / "config.yaml"))
     summary, manifest = read_mapping(path / "summary.json"), read_mapping(path / "dataset.json")
     batch = _number(config.get("train.global_batch"))
@@ -107,7 +113,7 @@ def read_run(
     stage = str(summary.get("stage") or ("finetune" if config.get("init.checkpoint", "null") != "null" else "pretrain"))
     run = Run(
         path=path,
-        name=str(config.get("name") or path.name)[:_VALUE_CHARS],
+        name=(name or config.get("name") or path.name)[:_VALUE_CHARS],
         stage=stage[:40],
         config=config,
         step=int(log.steps[-1]) if len(log.steps) else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
@@ -20,14 +21,21 @@ def write_review(paths: list[Path], page_path: Path, port: int, mlflow: str | No
     page, runs, evaluations = Page(len(paths)), [], []
     total = sum(_bytes(path / "log.jsonl") for path in paths)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=_is_quick(total), leave=False) as bar:
-        for path in paths:
-            run, log = read_run(path, port, bar.update)
+        for path, name in zip(paths, _names(paths), strict=True):
+            run, log = read_run(path, port, bar.update, name)
             page.add(run, log)
             del log
             runs.append(run)
             evaluations += read_evaluations(path, run.name)
     print_comparison(runs)
     return page.write(page_path, runs, evaluations, mlflow)
+
+
+def _names(paths: list[Path]) -> list[str | None]:
+    """Of folders of the same name those above them too; None: the run's own name."""
+    folders = [path.resolve() for path in paths]
+    often = Counter(folder.name for folder in folders)
+    return [f"{folder.parent.name}/{folder.name}" if often[folder.name] > 1 else None for folder in folders]
 
 
 def _bytes(path: Path) -> int:

@@ -219,3 +219,6 @@ def test_make_hands_on_what_it_is_told() -> None:
             ["make", "-n", "review", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
         )
         assert command in done.stdout.replace('"', "")
+    done = subprocess.run(["make", "review", "REVIEW=no"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "REVIEW=no: it can be page, or left out" in done.stderr

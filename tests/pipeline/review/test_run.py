@@ -215,6 +215,20 @@ def test_runs_that_somebody_else_keeps(tmp_path: Path) -> None:
     assert done.stderr.endswith("name another place with --html FILE\n")
 
 
+def test_runs_of_the_same_name(tmp_path: Path) -> None:
+    """They are told apart by the folders above them, and keep their own evaluations."""
+    roots = [tmp_path / "first", tmp_path / "second"]
+    for i, root in enumerate(roots):
+        make_evaluation(make_run(root, "run", steps=20, seed=i), f"evaluation-{i}", 20)
+    done = run_module("pipeline", "review", *(str(root / "run") for root in roots))
+    assert done.returncode == 0
+    assert {"first/run", "second/run"} <= set(done.stdout.replace("│", " ").split())
+    runs = [read_run(root / "run")[0] for root in roots]
+    lineage = Lineage(runs, [each for run in runs for each in read_evaluations(run.path, run.name)])
+    into = {target.rpartition(":")[2]: origin for origin, target in lineage.edges if "evaluation" in target}
+    assert into == {"evaluation-0": "run:0:step-00000020", "evaluation-1": "run:1:step-00000020"}
+
+
 def test_the_newest_runs(tmp_path: Path) -> None:
     for i in range(3):
         make_run(tmp_path, f"run-{i}", steps=20, seed=2 - i)  # the first is the newest
