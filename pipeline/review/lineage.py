@@ -12,6 +12,7 @@ from pipeline.review.run import Run, read_mapping
 
 _LEDGER_ROWS = 100_000_000
 _REASONS = 8
+_ALL_CHECKPOINTS = 8  # of so many runs; of more, those that something came of: a run lists its own
 _EXPORTS = 20
 
 
@@ -40,7 +41,7 @@ class Lineage:
             self._add(key, run.stage, run.name, f"{run.config.get('model.name', '')} · step {run.step:,}", details)
             if data is not None:
                 self._join(data, key)
-            if run.checkpoints:
+            if run.checkpoints and len(runs) <= _ALL_CHECKPOINTS:
                 self._checkpoint(key, str(run.checkpoints[-1]["name"]))
         for key, run in self._runs.items():
             if (origin := self._origin(run)) is not None:

@@ -56,7 +56,7 @@ function showLineage({ nodes, edges }) {
     }));
     drawing.dataset.chosen = chosen ?? "";
   }
-  section("lineage", "Lineage", el("div", { class: "card" }, el("p", { class: "note" }, "From the archive to what came of it. A box opens what is known of it: ledger counts, dataset_id, checkpoints."), scroll("lineage", drawing), details));
+  section("lineage", "Lineage", el("div", { class: "card" }, el("p", { class: "note" }, "From the archive to what came of it. A box opens what is known of it: ledger counts, dataset_id, checkpoints."), scroll("lineage", drawing, "high"), details));
   new ResizeObserver(() => connect(drawing.dataset.chosen || null)).observe(drawing);
   connect(null);
 }
