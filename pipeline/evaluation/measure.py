@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from pipeline.evaluation.result import ResultFolder, of_pair, spread
 from pipeline.evaluation.scores import score
 from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
-from pipeline.evaluation.wordnet import find_wordnet, read_nouns
+from pipeline.evaluation.wordnet import Noun, find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
 from pipeline.records.family import read_id
 from pipeline.records.figures import draw_evaluation
@@ -62,14 +63,15 @@ class Opened:
 
 
 def open_asked(asked: Asked) -> Opened:
-    """Raises CheckpointError, ManifestError, DataError, ConfigError, and pydantic's for a resolution that cannot be."""
+    """Raises CheckpointError, ManifestError, DataError, ConfigError and LabelError."""
     weights = find_weights(asked.checkpoint, asked.weights)
     meta = weights.meta
     config = Config.model_validate(_configured(meta.config, asked))
     scored = open_set(config, asked.data, asked.real)
     run = asked.out.expanduser() if asked.out else weights.run
     real = "-real" if asked.real is not None else ""
-    name = asked.name or f"step-{meta.step:08d}-{weights.which}-{scored.name}{real}".replace(" ", "-")
+    name = asked.name or re.sub(r"[^\w.+@-]+", "-", f"step-{meta.step:08d}-{weights.which}-{scored.name}{real}")
+    _nouns()
     return Opened(weights, config, scored, select(meta.synsets, scored), run, name)
 
 
@@ -79,6 +81,12 @@ def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
         streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
         tree["data"] |= {**streamed, "path": asked.data}
     return tree if asked.resolution is None else at_resolution(tree, asked.resolution)
+
+
+def _nouns() -> dict[str, Noun] | None:
+    """WordNet's, where it is installed; read once."""
+    path = find_wordnet()
+    return None if path is None else read_nouns(path)
 
 
 def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) -> int:
@@ -141,7 +149,7 @@ def _content(opened: Opened, images: Images, ranks: Ranks, seconds: float, devic
     weights, config, scored = opened.weights, opened.config, opened.scored
     meta = weights.meta
     found = results(images, scored.labels is not None)
-    nouns = read_nouns(wordnet) if (wordnet := find_wordnet()) is not None else None
+    nouns = _nouns()
     return {
         "name": opened.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

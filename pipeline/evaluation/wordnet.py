@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data_prep.labels.spaces import LabelError
+
 GROUPS = 24  # as many as a picture of the matrix can name
 
 
@@ -42,7 +44,7 @@ def find_wordnet() -> Path | None:
 
 @lru_cache
 def read_nouns(path: Path) -> dict[str, Noun]:
-    """All synsets of a `data.noun`, by WordNet id. Raises ValueError where it is none."""
+    """All synsets of a `data.noun`, by WordNet id. Raises LabelError where it is none."""
     nouns = {}
     for line in path.read_text(encoding="latin-1").splitlines():
         if not line[:8].isdecimal():
@@ -58,11 +60,13 @@ def read_nouns(path: Path) -> dict[str, Noun]:
             )
             parent = next(above, None)
         except (ValueError, IndexError):
-            raise ValueError(f"{path} is not WordNet's data.noun: {line[:40]!r}") from None
+            raise LabelError(
+                f"{path} is not WordNet's data.noun ({line[:40]!r}): apt-get install wordnet-base"
+            ) from None
         if kind == "n":
             nouns[f"n{offset}"] = Noun(words[0], parent and f"n{parent}")
     if "n00001740" not in nouns:
-        raise ValueError(f"{path} is not of WordNet 3.0, whose ids ImageNet has: n00001740 (entity) is not in it")
+        raise LabelError(f"{path} is not of WordNet 3.0, whose ids ImageNet has: n00001740 (entity) is not in it")
     return nouns
 
 

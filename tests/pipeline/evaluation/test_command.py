@@ -216,13 +216,26 @@ def test_a_22k_head_on_1k(datasets: Datasets, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_mistakes_are_one_line(
-    run_1k: Any, datasets: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_1k: Any,
+    datasets: Datasets,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, _, _ = run_1k
     draw({f"{tmp_path}/flat/ILSVRC2012_val_00000002.JPEG": IN_1K[0], f"{tmp_path}/odd/dogs/1.jpg": IN_1K[0]})
     draw({f"{tmp_path}/other/n00000001/1.jpg": IN_1K[0], f"{tmp_path}/damaged/{IN_1K[0]}/1.jpg": IN_1K[0]})
     (tmp_path / "damaged" / IN_1K[0] / "2.jpg").write_bytes(b"no image")
     (tmp_path / "file").write_text("")
+    (tmp_path / "wordnet").mkdir()
+    (tmp_path / "wordnet" / "data.noun").write_text("00001740 03\n")
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path / "wordnet"))
+    assert main(["evaluate", str(run)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "data.noun is not WordNet's" in said
+    assert said.count("\n") == 1
+    monkeypatch.delenv("WNSEARCHDIR")
     told = {
         ("--data", f"{tmp_path}/flat"): "without their labels",
         ("--data", f"{tmp_path}/odd"): "holds the folder dogs, which is no class",
