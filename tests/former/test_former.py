@@ -266,6 +266,7 @@ def test_what_a_run_leaves_has_the_same_form(read: tuple[Path, dict[str, str]]) 
         now, then = (json.loads((folder / file).read_text()) for folder in (run, before))
         assert now.pop("config", config) == config
         then.pop("config", None)
+        now.get("metrics", now).pop("tied_top1", None)  # which was not told
         assert form_of(now) == form_of(then), file
     assert (run / "checkpoints" / "latest").readlink() == (before / "checkpoints" / "latest").readlink()
 
