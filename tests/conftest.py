@@ -27,6 +27,7 @@ RANKS = [
         "pipeline/training/test_engine.py",
         "launch/test_slurm.py",
         "launch/test_launchers.py",
+        "pipeline/evaluation/test_command.py",
         "pipeline/ranks/test_watchdog.py",
         "pipeline/ranks/test_lifetime.py",
         "pipeline/doctor/test_hosts.py",

@@ -63,6 +63,12 @@ def at_resolution(tree: dict[str, Any], side: int) -> dict[str, Any]:
     return {**tree, "data": data, "evaluate": {**tree["evaluate"], **protocol}}
 
 
+def on_data(tree: dict[str, Any], path: str) -> dict[str, Any]:
+    """A configuration for the indexed set, or the folder of images, at `path`, whatever it read before."""
+    streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
+    return {**tree, "data": {**tree["data"], **streamed, "path": path}}
+
+
 def restore(weights: Weights, config: Config) -> HorNet:
     """The net on the CPU, in eval mode, for images of the configuration's resolution: its filters are resized to it."""
     model = build_model(config.model, weights.meta.num_classes, config.data.resolution)

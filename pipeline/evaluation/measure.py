@@ -21,7 +21,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from pipeline.checkpoints.files import CheckpointError
-from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, restore
+from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, on_data, restore
 from pipeline.config.load import Config
 from pipeline.data.views import Batch
 from pipeline.evaluation.accuracy import logits_of
@@ -76,10 +76,7 @@ def open_asked(asked: Asked) -> Opened:
 
 
 def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
-    tree = {**tree, "data": dict(tree["data"])}
-    if asked.data is not None:
-        streamed = {"stream_val": None, "stream_samples_per_epoch": None, "reader": "indexed", "stream_classes": None}
-        tree["data"] |= {**streamed, "path": asked.data}
+    tree = tree if asked.data is None else on_data(tree, asked.data)
     return tree if asked.resolution is None else at_resolution(tree, asked.resolution)
 
 

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="the folder to write; default: RUN/exports/STEP-WEIGHTS-KIND")
     add("--weights", choices=("ema", "raw"), help="default: the EMA where there is one")
     add("--precision", choices=("fp32", "fp16"), default="fp32", help="of all but the head, which stays float32")
+    add("--data", metavar="DIR", help="compare top-1 on its validation images too: a data set or a folder of images")
     add("--resolution", type=int, metavar="PIXELS", help="side of its images; default: the run's own")
     add("--dynamic-size", action="store_true", help="onnx, exported-program: any height and width of multiples of 32")
     add("--license", default="other", metavar="ID", help="of the weights, for the model card; default: other")

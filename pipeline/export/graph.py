@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.export.check import Check, Checked, ExportError, drawn
 from pipeline.models.hornet import HorNet
 
-TOLERANCE = {"fp32": 1e-4, "fp16": 1e-3}
 OPSET = 20  # what torch's exporter writes without converting
 _LARGEST = 64  # strides of 32 px: 2,048 px
-_BATCHES = (1, 3)
-_ANOTHER = (64, 96)  # height and width that nothing was traced with
-
-
-class ExportError(ValueError):
-    """What cannot be exported, or did not come out as it went in. The message says what to change."""
 
 
 class Exported(nn.Module):
@@ -57,20 +51,20 @@ def check_size(model: HorNet, dynamic: bool, side: int) -> None:
         )
 
 
-def write_program(model: HorNet, precision: str, side: int, dynamic: bool, file: Path) -> float:
-    """`file` (.pt2) as torch.export saves it; returns how far its logits are from the net's. Raises ExportError."""
-    whole = Exported(model, precision)
+def write_program(model: HorNet, check: Check, file: Path) -> Checked:
+    """`file` (.pt2) as torch.export saves it. Raises ExportError."""
+    whole = Exported(model, check.precision)
     with _quietly(), torch.no_grad():
-        program = torch.export.export(whole, (_images(2, side, side),), dynamic_shapes=_shapes(dynamic))
+        program = torch.export.export(
+            whole, (drawn(2, check.side, check.side),), dynamic_shapes=_shapes(check.any_size)
+        )
         torch.export.save(program, file)
         loaded = torch.export.load(file).module()
-        return _compared(model, loaded, precision, side, dynamic, file)
+        return check.compare(model, loaded, file.name)
 
 
-def write_onnx(
-    model: HorNet, precision: str, side: int, dynamic: bool, file: Path, metadata: Mapping[str, str]
-) -> float:
-    """`file` (.onnx), weights inside, any batch; returns as `write_program`. Raises ExportError."""
+def write_onnx(model: HorNet, check: Check, file: Path, metadata: Mapping[str, str]) -> Checked:
+    """`file` (.onnx), weights inside, any batch. Raises ExportError."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 (torch's exporter needs it)
@@ -78,13 +72,13 @@ def write_onnx(
         raise ExportError(
             f"--to onnx needs the package {error.name}: pip install 'hornet-pretraining[export]'"
         ) from None
-    whole = Exported(model, precision)
+    whole = Exported(model, check.precision)
     with _quietly(), torch.no_grad():
         program = torch.onnx.export(
             whole,
-            (_images(2, side, side),),
+            (drawn(2, check.side, check.side),),
             dynamo=True,
-            dynamic_shapes=_shapes(dynamic),
+            dynamic_shapes=_shapes(check.any_size),
             input_names=["image"],
             output_names=["logits"],
             opset_version=OPSET,
@@ -99,7 +93,7 @@ def write_onnx(
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(session.run(["logits"], {"image": images.numpy()})[0])
 
-    return _compared(model, run, precision, side, dynamic, file)
+    return check.compare(model, run, file.name)
 
 
 def _shapes(dynamic: bool) -> tuple[dict[int, Any]]:
@@ -107,32 +101,6 @@ def _shapes(dynamic: bool) -> tuple[dict[int, Any]]:
     if dynamic:
         free |= {axis: 32 * torch.export.Dim(name, min=1, max=_LARGEST) for axis, name in ((2, "rows"), (3, "columns"))}
     return (free,)
-
-
-def _images(batch: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, 3, height, width, generator=generator)
-
-
-def _compared(
-    model: HorNet, run: Callable[[Tensor], Tensor], precision: str, side: int, dynamic: bool, file: Path
-) -> float:
-    """The largest difference of a logit from the float32 net's; as a share of the largest logit where that is > 1."""
-    worst = 0.0
-    sizes = [(batch, side, side) for batch in _BATCHES] + ([(2, *_ANOTHER)] if dynamic else [])
-    for size in sizes:
-        images = _images(*size)
-        with torch.no_grad():
-            expected, found = model(images), run(images)
-        difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-        if not difference <= TOLERANCE[precision]:  # NaN too
-            what = "give --precision fp32" if precision == "fp16" else "nothing was written; is torch's version tried?"
-            raise ExportError(
-                f"{file.name} gives other logits than the net, by {difference:.1e} of the largest ({size[0]} images of "
-                f"{size[1]} x {size[2]}), {TOLERANCE[precision]:.0e} is allowed: {what}"
-            )
-        worst = max(worst, difference)
-    return worst
 
 
 @contextmanager

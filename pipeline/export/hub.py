@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._hub import save_config_for_hf
 
 from data_prep.labels.spaces import lemma
 from pipeline.checkpoints.state import save_tensors
 from pipeline.config.load import Config
-from pipeline.export.graph import TOLERANCE, ExportError, in_precision
+from pipeline.export.check import Check, Checked, ExportError
+from pipeline.export.graph import in_precision
 from pipeline.models.hornet import HorNet
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -40,23 +40,16 @@ def write_safetensors(model: HorNet, precision: str, folder: Path, facts: dict[s
 
 
 def write_timm(
-    model: HorNet, precision: str, config: Config, synsets: Sequence[str], folder: Path, facts: dict[str, str]
-) -> float:
+    model: HorNet, check: Check, config: Config, synsets: Sequence[str], folder: Path, facts: dict[str, str]
+) -> Checked:
     """What `timm.create_model("local-dir:FOLDER", pretrained=True)` and "hf-hub:" load, once this package's models are
-    imported; returns how far its logits are from the net's. Raises ExportError.
+    imported. Raises ExportError.
     """
-    write_safetensors(model, precision, folder, facts)
+    write_safetensors(model, check.precision, folder, facts)
     labels = {"label_names": list(synsets), "label_descriptions": {wnid: lemma(wnid) for wnid in synsets}}
     save_config_for_hf(model, str(folder / CONFIG_FILE), model_config=labels, data_config=preprocessing(config))
     loaded = timm.create_model(f"local-dir:{folder.absolute()}", pretrained=True).eval()
-    images = torch.randn(1, *preprocessing(config)["input_size"], generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, found = model(images), loaded(images)
-    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
-    if not difference <= TOLERANCE[precision]:
-        other = "give --precision fp32" if precision == "fp16" else "give --to safetensors"
-        raise ExportError(f"timm loads it to other logits than the net's, by {difference:.1e} of the largest: {other}")
-    return difference
+    return check.compare(model, loaded, "what timm loads")
 
 
 def check_repository(repository: str) -> None:

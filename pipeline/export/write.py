@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -19,11 +20,16 @@ from rich.text import Text
 from data_prep.labels.spaces import lemma
 from data_prep.storage import atomic_folder
 from pipeline.checkpoints.files import record
-from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, restore
+from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, on_data, restore
 from pipeline.config.load import Config
+from pipeline.data.augment import normalise
+from pipeline.evaluation.sets import EvaluationSet, open_set
 from pipeline.export.card import model_card
-from pipeline.export.graph import ExportError, check_size, write_onnx, write_program
+from pipeline.export.check import Check, Checked, ExportError
+from pipeline.export.graph import check_size, write_onnx, write_program
 from pipeline.export.hub import check_repository, preprocessing, push, write_safetensors, write_timm
+from pipeline.models.hornet import HorNet
+from pipeline.ranks.collectives import Ranks
 from pipeline.records.family import ID_FILE, read_id
 from pipeline.records.stage import Stage, log_stage, register
 
@@ -41,6 +47,7 @@ class Asked:
     out: Path | None = None
     weights: str | None = None
     precision: str = "fp32"
+    data: str | None = None
     resolution: int | None = None
     dynamic_size: bool = False
     license: str = "other"
@@ -56,7 +63,8 @@ def export(asked: Asked) -> int:
     if asked.register is not None:
         _check_name(asked.register, weights)
     tree = weights.meta.config
-    config = Config.model_validate(tree if asked.resolution is None else at_resolution(tree, asked.resolution))
+    tree = tree if asked.resolution is None else at_resolution(tree, asked.resolution)
+    config = Config.model_validate(tree if asked.data is None else on_data(tree, asked.data))
     folder = _folder(asked, weights)
     if asked.dynamic_size and asked.to in ("timm", "safetensors"):
         raise ExportError(f"--dynamic-size is for graphs; {asked.to} has none: leave it out")
@@ -65,17 +73,22 @@ def export(asked: Asked) -> int:
     check_size(model, asked.dynamic_size, side)
     console = Console()
     facts = _facts(asked, weights, config)
+    images = [] if asked.data is None else _images_of(open_set(config, asked.data, None))
     try:
         with atomic_folder(folder) as temporary, console.status(f"writing {asked.to}, and comparing it with the net"):
-            facts["largest_difference"] = _write(asked, weights, config, model, temporary, _in_header(facts))
+            checked = _write(asked, weights, config, model, temporary, _in_header(facts), images)
+            facts["checked"] = checked and checked._asdict()
             (temporary / CLASSES_FILE).write_text(_classes(weights.meta.synsets), encoding="utf-8")
             (temporary / CARD_FILE).write_text(model_card(facts, weights, config, asked.license), encoding="utf-8")
             facts["files"] = {file.name: record(file).model_dump() for file in sorted(temporary.iterdir())}
             (temporary / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ExportError(f"{folder} cannot be written: {error.strerror or error}: give another --out") from None
-    if (difference := facts["largest_difference"]) is not None:
-        console.print(f"its logits differ from the net's by {difference:.1e} at most")
+    if checked is not None:
+        seen = f"; of {checked.images:,} images {checked.same_top1:,} have the same top-1" if checked.images else ""
+        console.print(
+            Text(f"its logits differ from the net's by {checked.difference:.1e} at most{seen}"), soft_wrap=True
+        )
     console.print(Text(str(folder)), soft_wrap=True)
     _track(asked, weights, facts, folder, console)
     if asked.push_to_hub is not None:
@@ -125,19 +138,30 @@ def _folder(asked: Asked, weights: Weights) -> Path:
     return folder
 
 
+def _images_of(scored: EvaluationSet) -> Iterator[torch.Tensor]:
+    for batch in scored.batches(Ranks()):
+        yield normalise(batch.images)
+
+
 def _write(
-    asked: Asked, weights: Weights, config: Config, model: Any, folder: Path, header: dict[str, str]
-) -> float | None:
-    """The files of the kind; how far their logits are from the net's, None where they are its weights as such."""
-    side, precision = config.data.resolution, asked.precision
+    asked: Asked,
+    weights: Weights,
+    config: Config,
+    model: HorNet,
+    folder: Path,
+    header: dict[str, str],
+    images: Iterable[torch.Tensor],
+) -> Checked | None:
+    """The files of the kind, compared; None where they are the weights as such."""
+    check = Check(asked.precision, config.data.resolution, asked.dynamic_size, images)
     if asked.to == "timm":
-        return write_timm(model, precision, config, weights.meta.synsets, folder, header)
+        return write_timm(model, check, config, weights.meta.synsets, folder, header)
     if asked.to == "safetensors":
-        write_safetensors(model, precision, folder, header)
+        write_safetensors(model, asked.precision, folder, header)
         return None
     if asked.to == "onnx":
-        return write_onnx(model, precision, side, asked.dynamic_size, folder / "model.onnx", header)
-    return write_program(model, precision, side, asked.dynamic_size, folder / "model.pt2")
+        return write_onnx(model, check, folder / "model.onnx", header)
+    return write_program(model, check, folder / "model.pt2")
 
 
 def _facts(asked: Asked, weights: Weights, config: Config) -> dict[str, Any]:

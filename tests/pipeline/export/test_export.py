@@ -19,11 +19,12 @@ import torch
 from data_prep.manifest import Manifest, file_sha256
 from pipeline.__main__ import main
 from pipeline.config.load import load
-from pipeline.export import graph, write
-from pipeline.export.graph import ExportError, write_onnx
+from pipeline.export import write
+from pipeline.export.check import Check, ExportError
+from pipeline.export.graph import write_onnx
 from pipeline.models.hornet import HorNet
 from tests.support.checkpoints import DATASET, write_checkpoint
-from tests.support.datasets import SYNSETS_22K
+from tests.support.datasets import SYNSETS_22K, drawing
 from tests.support.models import drawn_state, model_of
 from tests.support.runs import ROOT
 
@@ -87,11 +88,16 @@ def test_timm_loads_it_in_a_fresh_environment(trained: Any, tmp_path: Path, prec
     assert (folder / "classes.csv").read_text().splitlines()[2] == '1,n02121620,"cat, true cat"'
 
 
-def test_onnx(trained: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx(trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, model = trained
-    assert main(["export", str(run), "--to", "onnx"]) == 0
+    for seed, wnid in enumerate(SYNSETS_22K * 3):
+        (tmp_path / wnid).mkdir(exist_ok=True)
+        (tmp_path / wnid / f"{seed}.jpg").write_bytes(drawing(wnid, seed))
+    assert main(["export", str(run), "--to", "onnx", "--data", str(tmp_path)]) == 0
     folder = run / "exports" / "step-00000001-ema-onnx"
-    assert capsys.readouterr().out.rstrip().endswith(str(folder))
+    said = capsys.readouterr().out
+    assert "of 12 images 12 have the same top-1" in said
+    assert said.rstrip().endswith(str(folder))
     assert sorted(path.name for path in folder.iterdir()) == ["README.md", "classes.csv", "export.json", "model.onnx"]
     told = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert told["size"] == "64 x 64"
@@ -121,7 +127,7 @@ def test_any_size_in_fp16(tmp_path: Path) -> None:
     model = model_of(gf=False)
     model.load_state_dict(drawn_state(model))
     file = tmp_path / "model.onnx"
-    assert write_onnx(model.eval(), "fp16", 64, True, file, {}) < 1e-3
+    assert write_onnx(model.eval(), Check("fp16", 64, any_size=True), file, {}).difference < 1e-3
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     images = torch.randn(1, 3, 32, 160)
     (found,) = session.run(None, {"image": images.numpy()})
@@ -136,10 +142,10 @@ def test_what_does_not_come_out_as_it_went_in_is_not_written(
     images = {"fp32": 1e-3, "fp16": float("nan")}
     for precision, off in images.items():
         with pytest.raises(ExportError, match=r"gives other logits than the net"):
-            graph._compared(model, lambda x, off=off: logits_of(model, x) + off, precision, 64, False, tmp_path / "f")
+            Check(precision, 64).compare(model, lambda x, off=off: logits_of(model, x) + off, "it")
 
     def cut_short(*options: Any) -> float:
-        Path(options[-1]).write_bytes(b"half of it")
+        options[-1].write_bytes(b"half of it")
         raise ExportError("model.pt2 gives other logits than the net")
 
     monkeypatch.setattr(write, "write_program", cut_short)
