@@ -34,7 +34,7 @@ endif
 ifneq ($(and $(filter command,$(origin VENV)),$(filter-out .venv,$(VENV))),)
 $(error VENV=$(VENV) is for the scripts in launch/: make has .venv)
 endif
-ifneq ($(filter pretrain finetune,$(MAKECMDGOALS)),)
+ifneq ($(filter pretrain adapt finetune,$(MAKECMDGOALS)),)
 ifneq ($(origin CONFIG),undefined)
 ifeq ($(strip $(CONFIG)),)
 $(error CONFIG is empty: name a file of configs/, or leave it out for the demo)
@@ -45,7 +45,7 @@ endif
 endif
 endif
 
-.PHONY: help setup places plan data doctor pretrain finetune evaluate stop review test chaos bench lint picture clean
+.PHONY: help setup places plan data doctor pretrain adapt finetune evaluate stop review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -102,6 +102,10 @@ finetune: $(STAMP)
 	@$(LOOK) "$(CONFIG)" $(ARGS)
 	@launch/deepspeed.sh finetune "$(CONFIG)" $(ARGS)
 endif
+
+adapt: $(STAMP) ## a pretrained net to a larger resolution: CONFIG=configs/adapt_hornet_l_gf_in22k_384.yaml
+	@$(LOOK) "$(or $(CONFIG),$(error adapt takes CONFIG=configs/adapt_... ))" $(ARGS)
+	@launch/deepspeed.sh adapt "$(CONFIG)" $(ARGS)
 
 RUN ?= runs/demo-finetune
 evaluate: $(STAMP) ## accuracy of RUN=runs/NAME (its newest checkpoint) on its validation images

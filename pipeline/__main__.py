@@ -20,6 +20,10 @@ _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
 _COMMANDS = {
     "pretrain": (_TRAINING, "train from random weights (under the deepspeed launcher, torchrun, or alone)"),
+    "adapt": (
+        _TRAINING,
+        "the same net and classes at a larger resolution, from init.checkpoint, step by step if asked",
+    ),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "evaluate": (
         "pipeline.evaluation.command",
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif rank == "0" or kind in _OF_ONE_RANK or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ and options.command in ("pretrain", "finetune", "evaluate"):
+        if "RANK" in os.environ and options.command in ("pretrain", "adapt", "finetune", "evaluate"):
             os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
 

@@ -250,6 +250,24 @@ def test_finetune_and_evaluate(pretrained: Path, datasets: Datasets, root: Path)
     assert by_hand["top1"] == pytest.approx(summary["top1"])
 
 
+def test_adapt(pretrained: Path, datasets: Datasets, root: Path) -> None:
+    """The same classes at a larger resolution, step by step; of other classes it is refused."""
+    adapted = [
+        *(f"init.checkpoint={pretrained}", "name=adapted", "data.resolution=64", "train.epochs=2"),
+        "data.resolution_by_epoch={0: 32, 1: 64}",
+    ]
+    done = run_module("pipeline", "adapt", *small_run(datasets, root, *adapted)[1:])
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 classes from the source by WordNet id" in re.sub(r"[│┃\s]+", " ", done.stdout)
+    assert weights(root / "adapted", step=12)["stages.2.0.gnconv.dwconv.complex_weight"].shape[1:3] == (4, 3)
+    assert (root / "adapted" / "unmatched_classes.tsv").read_text() == ""
+    others = small_run(datasets, root, f"init.checkpoint={pretrained}", "name=others", stage="finetune")[1:]
+    refused = run_module("pipeline", "adapt", *others)
+    assert refused.returncode == 1
+    assert "adapt keeps the classes, and 1 of 3 are not in" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
 def check_the_experiment(root: Path, pretrained: Path, finetuned: Path) -> None:
     """In MLflow both stages and their data stand under one parent, with what made them."""
     client = mlflow.MlflowClient(f"sqlite:///{root / 'mlflow.db'}")

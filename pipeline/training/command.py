@@ -1,4 +1,4 @@
-"""The commands `pretrain` and `finetune`: their options, the check before a launch, the run.
+"""The commands `pretrain`, `adapt` and `finetune`: their options, the check before a launch, the run.
 
 What takes seconds to import is imported where it is used: options and wrong keys need not wait for it.
 """
@@ -17,6 +17,7 @@ EPILOG = """\
 examples
   one process:      python -m pipeline pretrain configs/demo_pretrain.yaml
   all GPUs here:    launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
+  to 384 px:        launch/deepspeed.sh adapt configs/adapt_hornet_l_gf_in22k_384.yaml
   many hosts:       HOSTFILE=hostfile launch/deepspeed.sh pretrain configs/pretrain_hornet_l_in22k_384.yaml
   other values:     ... pretrain CONFIG train.micro_batch=16 data.format=ffcv name=my-run
 The same command continues an interrupted run. To stop one and lose nothing: `make stop RUN=...`.
@@ -24,7 +25,7 @@ exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of both."""
+    """The options of all."""
     add = parser.add_argument
     add("config", type=Path, metavar="CONFIG", help="a YAML file; see configs/")
     add("overrides", nargs="*", metavar="key=value", help="dotted overrides, values as in YAML")
@@ -60,10 +61,10 @@ def command(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
-    if options.command == "finetune" and config.init.checkpoint is None:
+    if options.command != "pretrain" and config.init.checkpoint is None:
         raise ConfigError(
-            f"{options.config}: finetune starts from weights, and init.checkpoint is null: set init.checkpoint to a "
-            f"run folder, a checkpoint or a weight file; training from random weights is `pretrain`"
+            f"{options.config}: {options.command} starts from weights, and init.checkpoint is null: set it to a run "
+            f"folder, a checkpoint, a weight file or a model of MLflow's; training from random weights is `pretrain`"
         )
     resume = options.resume == "auto"
     if options.check:

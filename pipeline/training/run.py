@@ -50,7 +50,7 @@ _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the
 
 
 def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
-    """Run `command` (pretrain or finetune) on the ranks that the launcher started, from the newest checkpoint if any.
+    """Run `command` (pretrain, adapt, finetune) on the ranks that the launcher started, from its newest checkpoint if any.
 
     Returns 0, or EXIT_REQUEUE where the run was asked to stop and the same command goes on with it. Raises ConfigError,
     ManifestError, DataError, CheckpointError, GuardError, RendezvousError or RunBusyError for what a user can mend,
@@ -124,6 +124,11 @@ class Run:
             check_model(source, config.model.name)
             fitted = load_into(model, source, manifest.synsets)
             origin, unmatched = fitted.report, fitted.unmatched
+            if command == "adapt" and unmatched:
+                raise CheckpointError(
+                    f"adapt keeps the classes, and {len(unmatched)} of {manifest.num_classes} are not in "
+                    f"{source.weights} ({', '.join(unmatched[:3])}): `finetune` trains rows of their own for them"
+                )
         if config.model.compile:
             model.compile_blocks()
         self.first_step = meta.step if meta else 0
