@@ -110,7 +110,7 @@ def _client(known: Mapping[str, Any]) -> Any:
     """Of the run's MLflow; its password, which is written nowhere, is MLFLOW_TRACKING_URI's where that is the same."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     uri = uri if uri and without_credentials(uri) == known["uri"] else known["uri"]
-    return package().MlflowClient(uri, uri)  # without the second, models go to the environment's (MLflow 3.17)
+    return package().MlflowClient(uri, uri)  # its models too, whatever MLFLOW_REGISTRY_URI says
 
 
 def _warn(known: Mapping[str, Any], error: Exception) -> None:
