@@ -79,6 +79,8 @@ build_ffcv() {
   $venv/bin/python -c 'import ffcv' || return 1
 }
 
+[ -e "${WNSEARCHDIR:-/usr/share/wordnet}/data.noun" ] || install_libraries "evaluation by WordNet's tree" wordnet-base \
+  || say "WordNet is left out: with wordnet-base (Debian's name) installed, evaluations join 22K classes by its tree"
 # Before pip: installing this project builds the decoder.
 have_jpeg_libraries || install_libraries "the JPEG decoder" "${jpeg_packages[@]}" || true
 # An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
