@@ -89,15 +89,19 @@ def _log(known: Mapping[str, Any], stage: Stage) -> str:
     metrics = [entities.Metric(name, float(value), stamp, stage.step) for name, value in stage.metrics.items()]
     params = [entities.Param(name, without_credentials(value)[:500]) for name, value in stage.params.items()]
     client.log_batch(run_id, metrics=metrics, params=params)
-    for path in filter(Path.exists, stage.files):
-        client.log_artifact(run_id, str(path))
-    if stage.folder is not None:
-        client.log_artifacts(run_id, str(stage.folder), "model")
+    try:
+        if stage.folder is not None:
+            client.log_artifacts(run_id, str(stage.folder), "model")
+    except Exception:
+        client.set_terminated(run_id, "FAILED")  # or its parent would never end
+        raise
     client.set_terminated(run_id, "FINISHED")
     for name, value in stage.metrics.items():
         client.log_metric(parent, f"{stage.stage}_{name}", float(value), step=stage.step)
     if parent != known["run_id"]:
         end_parent(client, experiment, parent, "FINISHED")
+    for path in filter(Path.exists, stage.files):  # last, as at the end of a run
+        client.log_artifact(run_id, str(path))
     return run_id
 
 

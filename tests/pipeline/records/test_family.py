@@ -14,6 +14,8 @@ from pipeline.config.load import Config, load
 from pipeline.records import mlflow_run
 from pipeline.records.family import ID_FILE, PARENT_TAG, Lineage
 from pipeline.records.mlflow_run import MlflowRun
+from pipeline.records.stage import Stage, log_stage
+from pipeline.records.tracking import Tracker
 from tests.support.datasets import Datasets
 
 
@@ -120,3 +122,26 @@ def test_a_parent_that_was_deleted(root: Path, datasets: Datasets) -> None:
     assert json.loads((root / "c-finetune" / ID_FILE).read_text())["parent_id"] == tune.parent_id
     broken = opened(configured(root, datasets, "c-other"), lineage(datasets, "finetune", config.run_dir))
     assert broken.parent_id not in (tune.parent_id, run.parent_id)
+
+
+def test_artifacts_that_have_no_place(root: Path, datasets: Datasets) -> None:
+    """Numbers, results and the ends of the run, of its data and of its parent are in MLflow all the same."""
+    (root / "mlartifacts").write_text("")
+    config, client = configured(root, datasets, "d-pretrain"), mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    with Tracker(config, {"stage": "pretrain"}, 0, lineage(datasets)) as tracker:
+        tracker.log(1, {"loss": 2.0}, "")
+        tracker.attach(config.run_dir / "dataset.json")
+        tracker.event(1, "something")
+        tracker.finish("FINISHED", [config.run_dir / "log.jsonl"], results={"top1": 50.0})
+    assert (
+        log_stage(config.run_dir, Stage("evaluate", "e", 1, {"top1": 40.0}, files=[config.run_dir / "log.jsonl"]))
+        is None
+    )
+    assert log_stage(config.run_dir, Stage("export", "x", 1, folder=config.run_dir)) is None
+    found = {run.info.run_name: run for run in client.search_runs(["1"])}
+    assert found.pop("x").info.status == "FAILED"
+    assert {name: run.info.status for name, run in found.items()} == dict.fromkeys(
+        ("d", "d-pretrain", "data: in22k", "e"), "FINISHED"
+    )
+    assert found["d-pretrain"].data.metrics == {"loss": 2.0}
+    assert found["d"].data.metrics == {"pretrain_top1": 50.0, "evaluate_top1": 40.0}
