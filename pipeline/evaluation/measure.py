@@ -32,9 +32,8 @@ from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
 from pipeline.evaluation.wordnet import Noun, find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
-from pipeline.records.family import read_id
 from pipeline.records.figures import draw_evaluation
-from pipeline.records.stage import Stage, log_stage
+from pipeline.records.stage import Stage, is_known, log_stage
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def _track(opened: Opened, content: dict[str, Any], folder: Path) -> None:
     if opened.scored.dataset_id is not None:
         tags["dataset_id"] = opened.scored.dataset_id
     run, name, step = opened.weights.run, f"evaluate {opened.name}", opened.weights.meta.step
-    if not read_id(run):
+    if not is_known(run):
         return
     with tempfile.TemporaryDirectory() as pictures:
         files = [*sorted(filter(Path.is_file, folder.iterdir())), *draw_evaluation(content, Path(pictures))]

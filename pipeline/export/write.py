@@ -30,8 +30,8 @@ from pipeline.export.graph import check_size, write_onnx, write_program
 from pipeline.export.hub import check_repository, preprocessing, push, write_safetensors, write_timm
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
-from pipeline.records.family import ID_FILE, read_id
-from pipeline.records.stage import Stage, log_stage, register
+from pipeline.records.family import ID_FILE
+from pipeline.records.stage import Stage, is_known, log_stage, register
 
 EXPORTS, FACTS_FILE, CLASSES_FILE, CARD_FILE = "exports", "export.json", "classes.csv", "README.md"
 FORMAT_VERSION = 1
@@ -99,7 +99,7 @@ def export(asked: Asked) -> int:
 def _check_name(name: str, weights: Weights) -> None:
     if not re.fullmatch(r"[\w.+ -]+", name) or name.strip() != name:
         raise ExportError(f"--register {name}: give a model's name of letters, digits, and . - _ alone")
-    if not read_id(weights.run):
+    if not is_known(weights.run):
         raise ExportError(
             f"--register: {weights.run} has no run in MLflow ({ID_FILE}): give the folder of a run that MLflow has"
         )

@@ -33,6 +33,11 @@ class Stage:
     folder: Path | None = None
 
 
+def is_known(run_dir: Path) -> bool:
+    """Whether the run folder has a run in MLflow; not where MLflow was never reached."""
+    return bool(_known(run_dir))
+
+
 def log_stage(run_dir: Path, stage: Stage) -> str | None:
     """Add the stage to the experiment that the run folder belongs to; its MLflow run's id.
 

@@ -20,10 +20,10 @@ class Known(NamedTuple):
 
 
 def known_run(path: Path) -> Known | None:
-    """Where the MLflow run of a run's folder is."""
+    """Where the MLflow run of a run's folder is; None where it has none, or MLflow was not reached yet."""
     try:
         known = json.loads((path / "mlflow_run.json").read_text())
-        return Known(str(known["uri"]), str(known["run_id"]))
+        return Known(str(known["uri"]), str(known["run_id"])) if known["run_id"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -163,12 +163,14 @@ def test_mistakes_are_one_line(
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    (run / "mlflow_run.json").write_text(json.dumps({"uri": "http://127.0.0.1:9", "run_id": None}))  # never reached
     told = {
         ("onnx", "--dynamic-size"): "--dynamic-size: the global filters of this model are of one image size",
         ("timm", "--dynamic-size"): "--dynamic-size is for graphs; timm has none",
         ("timm", "--out", f"{tmp_path}/other"): "holds something else than an export",
         ("timm", "--out", f"{tmp_path}/other/thesis.txt/x"): "cannot be written",
         ("timm", "--resolution", "50"): "HorNet takes multiples of 32",
+        ("timm", "--register", "model"): "has no run in MLflow",
         ("timm", "--push-to-hub", "a/b/c"): "--push-to-hub a/b/c: ",
         ("timm", "--push-to-hub", "a/b"): "needs a login",
     }

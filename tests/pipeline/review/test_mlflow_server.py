@@ -21,6 +21,7 @@ from pipeline.config.load import load
 from pipeline.ranks.ports import any_free_port
 from pipeline.records.review_address import direct_run_address, experiment_address, review_base, run_address
 from pipeline.records.tracking import Tracker
+from pipeline.review.mlflow_pages import page_of_run
 from tests.support.browser import needs_browser, shown
 from tests.support.processes import PATIENCE_SECONDS, is_over, wait_for
 from tests.support.runs import ROOT, run_module
@@ -182,6 +183,11 @@ def test_what_there_is_to_review(tracked: Tracked, tmp_path: Path) -> None:
         done = run_module("pipeline", "review", "--mlflow", str(path))
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.endswith("and in MLflow:\n  http://tracker:5000/#/runs/x\n")
+    # As it is written before the run is made, where MLflow was not reached until the end.
+    (copied / "mlflow_run.json").write_text(json.dumps({"uri": "http://tracker:5000", "run_id": None, "key": "x"}))
+    assert page_of_run(copied, 5000) is None
+    assert "has no mlflow.db, and no run that MLflow knows" in refused(str(copied))
+    (copied / "mlflow_run.json").write_text(json.dumps({"uri": "http://tracker:5000", "run_id": "x"}))
     with_two = refused(str(tmp_path), str(tracked.root))
     assert "these runs are in 2 places of MLflow" in with_two
     (copied / "mlflow_run.json").write_text(json.dumps({"uri": gone, "run_id": "x"}))
