@@ -205,9 +205,9 @@ def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
     loss = "" if found["loss"] is None else f"{found['loss']:.4f}"
     table.add_row(f"{found['top1_percent']:.2f}", f"{found['top5_percent']:.2f}", loss, f"{found['images']:.0f}")
     console.print(table)
-    left = scored.size - found["images"]
+    left, ece = scored.size - found["images"], "-" if found["ece"] is None else f"{found['ece']:.4f}"
     lines = [
-        f"tied top-1 {found['tied_top1_percent']:.2f} %, ECE {found['ece']:.4f}, among {len(scored.synsets):,} "
+        f"tied top-1 {found['tied_top1_percent']:.2f} %, ECE {ece}, among {len(scored.synsets):,} "
         f"classes, {found['images_per_second']:,.0f} images/s on {found['ranks']} rank{'s' * (found['ranks'] > 1)}",
         *([f"{left:,} images without a label in ReaL are left out"] if left else []),
     ]

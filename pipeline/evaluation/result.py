@@ -19,7 +19,7 @@ from pipeline.checkpoints.files import CheckpointError
 from pipeline.data.decode import DecodeError, decode_rgb
 from pipeline.data.shards import DataError
 from pipeline.evaluation.sets import EvaluationSet
-from pipeline.evaluation.summary import Images, name_of
+from pipeline.evaluation.summary import Images, finite, name_of
 
 EVALUATIONS, RESULT_FILE, CLASSES_FILE, PICTURES = "evaluations", "evaluation.json", "per_class.csv", "pictures"
 FORMAT_VERSION = 1
@@ -92,7 +92,7 @@ class ResultFolder:
             wnid = None
             name = ", ".join(name_of(scored.synsets[number]) for number in scored.labels[sample] if number >= 0)
         predictions = [
-            {"wnid": scored.synsets[number], "name": name_of(scored.synsets[number]), "probability": float(share)}
+            {"wnid": scored.synsets[number], "name": name_of(scored.synsets[number]), "probability": finite(share)}
             for number, share in zip(images.top[row], images.probability[row], strict=True)
         ]
         source = None if scored.sources is None else scored.sources[sample]

@@ -59,16 +59,17 @@ def name_of(wnid: str) -> str:
 
 def results(images: Images, real: bool) -> dict[str, float | None]:
     """`results` of evaluation.json, but for what the clock says."""
-    finite = images.loss[np.isfinite(images.loss)]  # of a class that the head lacks it is infinite
+    losses = images.loss[np.isfinite(images.loss)]  # of a class that the head lacks it is infinite
     ece = binary_calibration_error(
         torch.from_numpy(images.confidence.copy()), torch.from_numpy(images.correct.astype(np.int64)), n_bins=BINS
     )
     return {
         "top1_percent": _percent(images.place < 1),
         "top5_percent": _percent(images.place < 5),
-        "loss": None if real or not len(finite) else float(finite.mean(dtype=np.float64)),
+        "loss": None if real or not len(losses) else float(losses.mean(dtype=np.float64)),
         "tied_top1_percent": _percent(images.tied),
-        "ece": _number(float(ece)),
+        # One NaN, and torchmetrics (1.9) takes all confidences for logits, of which it makes the sigmoid.
+        "ece": float(ece) if np.isfinite(images.confidence).all() else None,
         "images": len(images.sample),
     }
 
@@ -82,7 +83,7 @@ def reliability(images: Images) -> list[dict[str, float | int | None]]:
         inside = of_bin == number
         confidence = accuracy = None
         if inside.any():
-            confidence = _number(float(images.confidence[inside].mean(dtype=np.float64)))
+            confidence = finite(float(images.confidence[inside].mean(dtype=np.float64)))
             accuracy = float(images.correct[inside].mean())
         low, high = float(edges[number]), float(edges[number + 1])
         bins.append(
@@ -180,5 +181,6 @@ def _percent(hits: np.ndarray) -> float:
     return 100 * int(hits.sum()) / len(hits)
 
 
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def finite(value: float) -> float | None:
+    """As JSON takes it; None for what is no number: a net whose weights are none has such logits."""
+    return float(value) if math.isfinite(value) else None

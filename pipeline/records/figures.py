@@ -65,12 +65,13 @@ def draw_evaluation(content: Mapping[str, Any], folder: Path) -> list[Path]:
 
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    bins = [each for each in content["reliability"] if each["images"]]
+    bins = [each for each in content["reliability"] if each["confidence"] is not None]
     axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
     width = 0.9 * (bins[0]["high"] - bins[0]["low"]) if bins else 0.1
     axes.bar([each["confidence"] for each in bins], [each["accuracy"] for each in bins], width=width, alpha=0.7)
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    axes.set_title(f"calibration, ECE {content['results']['ece']:.3f}")
+    ece = content["results"]["ece"]
+    axes.set_title("calibration" if ece is None else f"calibration, ECE {ece:.3f}")
     drawn = [_save(figure, folder / RELIABILITY)]
     if (confusion := content["confusion"]) is None:
         return drawn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from data_prep.labels.spaces import TEDDY_BEAR, label_space
@@ -18,6 +20,7 @@ from pipeline.__main__ import main
 from pipeline.config.load import Config, load
 from pipeline.data.augment import evaluation_transform, normalise
 from pipeline.data.decode import decode_rgb
+from pipeline.records.figures import draw_evaluation
 from tests.pipeline.evaluation.test_wordnet import write_nouns
 from tests.support.checkpoints import write_checkpoint
 from tests.support.datasets import SYNSETS_22K, Datasets, drawing
@@ -213,6 +216,22 @@ def test_a_22k_head_on_1k(datasets: Datasets, tmp_path: Path, capsys: pytest.Cap
         "0",
     )
     assert {each["wnid"] for picture in found["samples"] for each in picture["predictions"]} <= set(IN_1K)
+
+
+def test_a_net_that_gives_no_numbers(datasets: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured as any other: no image is a hit, and what has no number is null, also in the drawing for MLflow."""
+    run = tmp_path / "run"
+    write_checkpoint(run, configured(datasets.in22k), SYNSETS_22K)
+    for file in run.rglob("*.safetensors"):
+        weights = load_file(file)
+        weights["head.bias"].fill_(math.nan)
+        save_file(weights, file)
+    assert main(["evaluate", str(run), "--name", "nan"]) == 0
+    assert "ECE -, among" in capsys.readouterr().out
+    found = result(run, "nan")
+    assert (found["results"]["top1_percent"], found["results"]["loss"], found["results"]["ece"]) == (0, None, None)
+    assert {each["probability"] for picture in found["samples"] for each in picture["predictions"]} == {None}
+    assert all(file.stat().st_size for file in draw_evaluation(found, tmp_path))
 
 
 def test_mistakes_are_one_line(
