@@ -53,6 +53,12 @@ def database_file(uri: str) -> Path | None:
     return Path(urllib.parse.unquote(rest.removeprefix("/").partition("?")[0]))
 
 
+def missing_database(uri: str) -> Path | None:
+    """The file of an SQLite address that is not there: whoever only reads would have MLflow make an empty one."""
+    file = database_file(uri)
+    return file if file is not None and not file.exists() else None
+
+
 def check_address(config: Config) -> str:
     """`tracking_uri`, refused where no later try could reach it: an unknown scheme, a missing driver, no file.
 

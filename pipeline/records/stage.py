@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.credentials import without_credentials
 from pipeline.ranks.log_file import say
+from pipeline.records.address import missing_database
 from pipeline.records.family import KEY_TAG, PARENT_TAG, end_parent, is_active, made_once, read_id
 from pipeline.records.mlflow_run import package
 from pipeline.records.provenance import provenance
@@ -116,12 +117,19 @@ def _known(run_dir: Path) -> dict[str, Any]:
 
 
 def _client(known: Mapping[str, Any]) -> Any:
-    """Of the run's MLflow; its password, which is written nowhere, is MLFLOW_TRACKING_URI's where that is the same."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    uri = uri if uri and without_credentials(uri) == known["uri"] else known["uri"]
+    """Of the run's MLflow. Raises FileNotFoundError for a database that was removed, or moved with its runs."""
+    uri = _uri(known)
+    if (gone := missing_database(uri)) is not None:
+        raise FileNotFoundError(f"{gone} is not there any more")
     return package().MlflowClient(uri, uri)  # its models too, whatever MLFLOW_REGISTRY_URI says
 
 
+def _uri(known: Mapping[str, Any]) -> str:
+    """With its password, which is written nowhere: it is MLFLOW_TRACKING_URI's where that is the same address."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    return uri if uri and without_credentials(uri) == known["uri"] else str(known["uri"])
+
+
 def _warn(known: Mapping[str, Any], error: Exception) -> None:
-    reason = without_credentials(" ".join(str(error).split()))[:300] or type(error).__name__
+    reason = without_credentials(" ".join(str(error).split()), _uri(known))[:300] or type(error).__name__
     say(f"warning: MLflow at {known['uri']} did not take it ({reason})", sys.stderr)

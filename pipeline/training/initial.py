@@ -18,10 +18,10 @@ from pipeline.checkpoints.choice import TIMM_CONFIG
 from pipeline.checkpoints.files import CheckpointError
 from pipeline.config.load import Config
 from pipeline.config.sections import Init
-from pipeline.records.address import check_address
+from pipeline.records.address import check_address, missing_database
 from pipeline.records.family import ID_FILE
 
-FOLDER, _SOURCE_FILE = "init", "source.json"  # of the run folder
+FOLDER, SOURCE_FILE = "init", "source.json"  # of the run folder
 _MODEL = re.compile(r"models:/+(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
 _RUN = re.compile(r"runs:/+(?P<run>[0-9a-f]+)(?:/(?P<path>.+))?")
 
@@ -50,6 +50,10 @@ def fetch(config: Config) -> None:
             f"or runs:/RUN_ID/FOLDER"
         )
     uri = check_address(config)
+    if (gone := missing_database(uri)) is not None:
+        raise CheckpointError(
+            f"init.checkpoint {address}: {gone} is not there: set tracking.uri to where it was logged"
+        )
     try:
         found, files, path, run_id = address, address, "", run["run"] if run else None
         client = importlib.import_module("mlflow").MlflowClient(uri, uri)
@@ -62,14 +66,14 @@ def fetch(config: Config) -> None:
             files = client.get_model_version_download_uri(name, str(version.version))
         if run is not None and not run["path"]:
             path = client.get_run(run["run"]).data.tags.get("checkpoint", "")
-            if not Path(path).is_dir():
+            if not path or not Path(path).is_dir():  # Path("") is the folder that this process works in
                 what = f"its checkpoint {path} is not on this host" if path else "it has no checkpoint"
                 raise CheckpointError(f"init.checkpoint {address}: {what}; runs:/{run['run']}/model is an export of it")
         with atomic_folder(place) as folder:
             if not path:
                 _download(files, uri, folder)
             source = {"address": address, "found": found, "path": path}
-            (folder / _SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+            (folder / SOURCE_FILE).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
             # By which this run finds its parent in MLflow, as by the folder of a run.
             known = {"uri": without_credentials(uri), "run_id": run_id}
             (folder / ID_FILE).write_text(json.dumps(known), encoding="utf-8")
@@ -102,7 +106,7 @@ def _address(init: Init) -> str:
 
 def _source(place: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        known = json.loads((place / _SOURCE_FILE).read_text(encoding="utf-8"))
+        known = json.loads((place / SOURCE_FILE).read_text(encoding="utf-8"))
         if isinstance(known, dict):
             return known
     return {}

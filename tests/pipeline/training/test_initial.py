@@ -16,7 +16,8 @@ from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config, load
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
-from pipeline.records.family import Lineage
+from pipeline.records.family import ID_FILE, Lineage
+from pipeline.records.stage import Stage, log_stage
 from pipeline.records.tracking import Tracker
 from pipeline.training.initial import FOLDER, fetch, local_init
 from tests.support.checkpoints import write_checkpoint
@@ -116,4 +117,35 @@ def test_a_checkpoint_that_is_elsewhere(trained: tuple[Path, HorNet, str], regis
     config = configured(run.parent, "nobody", f"init.checkpoint=runs:/{run_id}")
     with pytest.raises(CheckpointError, match=r"is not on this host; runs:/.*/model is an export of it"):
         fetch(config)
+    registered.delete_tag(run_id, "checkpoint")
+    with pytest.raises(CheckpointError, match=r"it has no checkpoint; runs:/.*/model is an export of it"):
+        fetch(config)
     registered.set_tag(run_id, "checkpoint", str(run / "checkpoints" / STEP))
+
+
+def test_a_database_that_is_gone_is_not_made_again(
+    trained: tuple[Path, HorNet, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """MLflow's client would make an empty one in its place, which the next run would be in."""
+    config = configured(tmp_path, "nobody", "init.checkpoint=models:/hornet-demo@best")
+    with pytest.raises(CheckpointError, match=r"mlflow\.db is not there: set tracking\.uri"):
+        fetch(config)
+    (tmp_path / ID_FILE).write_text(json.dumps({"uri": f"sqlite:///{tmp_path}/mlflow.db", "run_id": "x"}))
+    assert log_stage(tmp_path, Stage("evaluate", "evaluate x", 1)) is None
+    assert "mlflow.db is not there any more" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [ID_FILE]
+
+
+def test_a_password_that_an_error_repeats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:s3cr3t-word@127.0.0.1:9")
+    (tmp_path / ID_FILE).write_text(json.dumps({"uri": "http://127.0.0.1:9", "run_id": "x"}))
+
+    def refuse(*_: object) -> None:
+        raise OSError("the login me, s3cr3t-word was refused")
+
+    monkeypatch.setattr("pipeline.records.stage._log", refuse)
+    assert log_stage(tmp_path, Stage("evaluate", "evaluate x", 1)) is None
+    said = capsys.readouterr().err
+    assert "me, *** was refused" in said
