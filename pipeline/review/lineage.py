@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.review.evaluations import Evaluation
 from pipeline.review.run import Run, read_mapping
+from pipeline.training.initial import FOLDER, SOURCE_FILE
 
 _LEDGER_ROWS = 100_000_000
 _REASONS = 8
 _ALL_CHECKPOINTS = 8  # of so many runs; of more, those that something came of: a run lists its own
 _EXPORTS = 20
+EXPORT_FILE = "export.json"
 
 
 class Node(NamedTuple):
@@ -44,15 +47,11 @@ class Lineage:
             if run.checkpoints and len(runs) <= _ALL_CHECKPOINTS:
                 self._checkpoint(key, str(run.checkpoints[-1]["name"]))
         for key, run in self._runs.items():
+            for path in _exports(run.path):
+                self._export(key, run, path)
+        for key, run in self._runs.items():
             if (origin := self._origin(run)) is not None:
                 self._join(origin, key)
-            for path in _exports(run.path):
-                node = f"export:{path}"
-                facts = [(key, str(value)[:200]) for key, value in read_mapping(path / "export.json").items()]
-                details = [("folder", str(path)), *(fact for fact in facts[:20] if not fact[1].startswith(("{", "[")))]
-                details += [(name, f"{size / 1e6:,.1f} MB") for name, size in _files(path)]
-                self._add(node, "export", path.name, run.name, details)
-                self._join(self._newest(key), node)
         self._evaluations(evaluations)
 
     @property
@@ -123,24 +122,55 @@ class Lineage:
         checkpoints = self._runs[run_key].checkpoints
         return self._checkpoint(run_key, str(checkpoints[-1]["name"])) if checkpoints else run_key
 
+    def _export(self, run_key: str, run: Run, path: Path) -> None:
+        facts = [(key, str(value)[:200]) for key, value in read_mapping(path / EXPORT_FILE).items()]
+        details = [("folder", str(path)), *(fact for fact in facts[:20] if not fact[1].startswith(("{", "[")))]
+        details += [(name, f"{size / 1e6:,.1f} MB") for name, size in _files(path)]
+        self._add(f"export:{path}", "export", path.name, run.name, details)
+        self._join(self._newest(run_key), f"export:{path}")
+
     def _origin(self, run: Run) -> str | None:
-        """What a run's weights came from: a checkpoint of a run here, else a box of its own."""
+        """What a run's weights came from: a checkpoint or an export of a run here, else a box of its own."""
         text = run.config.get("init.checkpoint", "null")
         if text in ("null", ""):
             return None
-        path = Path(os.path.abspath(text))
-        inside = [part for part in path.parts if part.startswith("step-")]
-        for key, other in self._runs.items():
-            if other is run:
-                continue
-            folder = other.path.resolve()
-            moved = path.name == folder.name or (
-                path.parent.name == "checkpoints" and path.parents[1].name == folder.name
-            )
-            if path.resolve().is_relative_to(folder) or moved:
-                return self._checkpoint(key, inside[-1]) if inside else self._newest(key)
-        self._add(f"weights:{text}", "weights", path.name[:80], "from elsewhere", [("init.checkpoint", text)])
+        fetched = run.path / FOLDER if text.startswith(("models:/", "runs:/")) else None
+        said = read_mapping(fetched / SOURCE_FILE).get("path") if fetched else text
+        others = {key: other for key, other in self._runs.items() if other is not run}
+        path = Path(os.path.abspath(said)) if isinstance(said, str) and said else None
+        if path is not None:
+            for below in (_below, _below_by_name):
+                for key, other in others.items():
+                    if (inside := below(path, other.path.resolve())) is not None:
+                        return self._inside(key, inside)
+        facts = read_mapping((path or fetched or Path()) / EXPORT_FILE)
+        checkpoint = facts.get("checkpoint")
+        of = checkpoint if isinstance(checkpoint, dict) else {}
+        for key, other in others.items():
+            if other.path.resolve().name == of.get("run"):
+                same = (each for each in _exports(other.path) if read_mapping(each / EXPORT_FILE) == facts)
+                if (export := next(same, None)) is not None:
+                    return f"export:{export}"
+                if isinstance(of.get("step"), int):
+                    return self._checkpoint(key, f"step-{of['step']:08d}")
+        self._add(f"weights:{text}", "weights", Path(text).name[:80], "from elsewhere", [("init.checkpoint", text)])
         return f"weights:{text}"
+
+    def _inside(self, run_key: str, inside: tuple[str, ...]) -> str:
+        """The box of what a run has there: the newest checkpoint for the run's folder itself."""
+        folder = self._runs[run_key].path
+        if (
+            len(inside) > 1
+            and inside[0] == "exports"
+            and (key := f"export:{folder / inside[0] / inside[1]}") in self._nodes
+        ):
+            return key
+        if len(inside) > 1 and inside[0] == "checkpoints":
+            with suppress(OSError):  # best, or latest
+                return self._checkpoint(run_key, (folder / inside[0] / inside[1]).readlink().name)
+            if inside[1].startswith("step-"):
+                return self._checkpoint(run_key, inside[1])
+        return self._newest(run_key)
 
     def _evaluations(self, evaluations: list[Evaluation]) -> None:
         of_path = {run.path: key for key, run in self._runs.items()}
@@ -158,6 +188,23 @@ class Lineage:
             node = f"evaluation:{key}:{evaluation.name}"
             self._add(node, "evaluation", evaluation.name, about, details)
             self._join(origin, node)
+
+
+def _below(path: Path, folder: Path) -> tuple[str, ...] | None:
+    """The names that lead from a run's folder to `path`; None where it is outside."""
+    for each in (path, path.resolve()):
+        if each.is_relative_to(folder):
+            return each.relative_to(folder).parts
+    return None
+
+
+def _below_by_name(path: Path, folder: Path) -> tuple[str, ...] | None:
+    """The same where the run was moved, by the name of its folder."""
+    for number, name in reversed(list(enumerate(path.parts, 1))):
+        inside = path.parts[number:]
+        if name == folder.name and inside[:1] in ((), ("checkpoints",), ("exports",)):
+            return inside
+    return None
 
 
 def _checkpoint_line(checkpoint: dict[str, Any]) -> str:

@@ -143,6 +143,45 @@ def test_lineage(tmp_path: Path) -> None:
     assert [node.title for node in alone.nodes if node.kind == "weights"] == ["pretrain-l-gf"]
 
 
+def test_lineage_of_what_a_run_starts_from(tmp_path: Path) -> None:
+    """Its own box for each way to name weights, not the newest checkpoint's for all."""
+    first = make_run(tmp_path / "step-by-step", "first", steps=100)
+    (first / "checkpoints" / "best").symlink_to("step-00000050")
+    export = first / "exports" / "step-00000100-ema-timm"
+    export.mkdir(parents=True)
+    facts = {"kind": "timm", "checkpoint": {"run": "first", "step": 50}}
+    (export / "export.json").write_text(json.dumps(facts))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "export.json").write_text(json.dumps(facts | {"kind": "safetensors"}))
+    expected = {
+        str(first): "step-00000100",
+        str(first / "checkpoints" / "step-00000050" / "ema.safetensors"): "step-00000050",
+        str(first / "checkpoints" / "best"): "step-00000050",
+        str(export): export.name,
+        f"/moved/first/exports/{export.name}": export.name,
+        str(tmp_path / "out"): "step-00000050",
+        "models:/hornet@best": export.name,
+        "runs:/0123": "step-00000050",
+        "models:/other@best": "other@best",
+    }
+    paths = [first]
+    for number, init in enumerate(expected):
+        paths.append(make_run(tmp_path, f"tune-{number}", steps=20, init=init))
+        if init in ("models:/hornet@best", "runs:/0123"):
+            (paths[-1] / "init").mkdir()
+            path = "" if init.startswith("models") else str(first / "checkpoints" / "step-00000050")
+            (paths[-1] / "init" / "source.json").write_text(json.dumps({"address": init, "path": path}))
+            if not path:
+                (paths[-1] / "init" / "export.json").write_text(json.dumps(facts))
+    lineage = Lineage([read_run(path)[0] for path in paths], [])
+    nodes = {node.id: node for node in lineage.nodes}
+    origins = {nodes[target].title: nodes[origin] for origin, target in lineage.edges}
+    by_run = {name: node for name, node in origins.items() if name.startswith("tune-")}
+    assert [by_run[f"tune-{number}"].title for number in range(len(expected))] == list(expected.values())
+    titles = [node.title for node in lineage.nodes if node.kind == "checkpoint" and node.about == "first"]
+    assert sorted(titles) == ["step-00000050", "step-00000100"]
+
+
 def test_what_the_ledger_says(tmp_path: Path) -> None:
     """Counts of the data set that the run was trained on; not those of another one that stands there now."""
     run = make_run(tmp_path / "runs", "run", steps=20)
