@@ -73,7 +73,7 @@ def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], sco
         best = client.get_model_version_by_alias(name, BEST).tags.get("score")
     except mlflow.MlflowException:
         best = None
-    if best is None or (score is not None and score >= float(best)):
+    if best is None or (score is not None and float(told["score"]) >= float(best)):  # both as they are written
         client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}/{version}"
 

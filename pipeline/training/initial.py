@@ -96,6 +96,7 @@ def _download(address: str, uri: str, folder: Path) -> None:
     if config.parent != folder:
         for file in config.parent.iterdir():
             file.rename(folder / file.name)
+        config.parent.rmdir()
 
 
 def _address(init: Init) -> str:
