@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
 from pipeline.evaluation.wordnet import Noun, find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
+from pipeline.ranks.log_file import say
 from pipeline.records.figures import draw_evaluation
 from pipeline.records.stage import Stage, is_known, log_stage
 
@@ -232,9 +234,15 @@ def _track(opened: Opened, content: dict[str, Any], folder: Path) -> None:
     run, name, step = opened.weights.run, f"evaluate {opened.name}", opened.weights.meta.step
     if not is_known(run):
         return
+    real = "-real" if opened.scored.labels is not None else ""
+    results = {f"{opened.scored.name}{real}_{key}": numbers[key] for key in ("top1_percent", "top5_percent")}
+    files = sorted(filter(Path.is_file, folder.iterdir()))
     with tempfile.TemporaryDirectory() as pictures:
-        files = [*sorted(filter(Path.is_file, folder.iterdir())), *draw_evaluation(content, Path(pictures))]
-        log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files))
+        try:
+            files += draw_evaluation(content, Path(pictures))
+        except OSError as error:  # a full disk: the result itself is written
+            say(f"warning: no pictures for MLflow: {error}", sys.stderr)
+        log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files, results=results))
 
 
 def _arguments(asked: Asked) -> list[str]:

@@ -30,7 +30,7 @@ from pipeline.export.graph import check_size, write_onnx, write_program
 from pipeline.export.hub import check_repository, preprocessing, push, write_safetensors, write_timm
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
-from pipeline.records.family import ID_FILE
+from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, is_known, log_stage, register
 
 EXPORTS, FACTS_FILE, CLASSES_FILE, CARD_FILE = "exports", "export.json", "classes.csv", "README.md"

@@ -19,8 +19,8 @@ from typing import Any
 from data_prep.credentials import without_credentials
 from data_prep.ledger import LEDGER_NAME, count_actions
 from data_prep.manifest import MANIFEST_NAME, Manifest, dataset_folder
+from pipeline.records.run_id import read_id
 
-ID_FILE = "mlflow_run.json"  # of a run folder: where MLflow is, and which run of it this is
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its pages show children under their parent
 KEY_TAG = "pipeline.key"
 DATA_PREP = "data_prep"
@@ -40,15 +40,6 @@ class Lineage:
     data: str = ""
     origin: Path | None = None
     hosts: tuple[str, ...] = ()
-
-
-def read_id(run_dir: Path) -> dict[str, Any]:
-    """What a run folder's ID_FILE says; nothing where it has none."""
-    with suppress(OSError, ValueError):
-        known = json.loads((run_dir / ID_FILE).read_text())
-        if isinstance(known, dict):
-            return known
-    return {}
 
 
 def made_once(

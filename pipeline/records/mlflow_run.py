@@ -18,7 +18,6 @@ from data_prep.storage import atomic_write
 from pipeline.config.load import Config
 from pipeline.records.address import check_address, database_file, make_database
 from pipeline.records.family import (
-    ID_FILE,
     KEY_TAG,
     PARENT_TAG,
     Lineage,
@@ -28,10 +27,10 @@ from pipeline.records.family import (
     log_data_prep,
     made_once,
     parent_of,
-    read_id,
 )
 from pipeline.records.provenance import provenance
 from pipeline.records.review_address import review_base, run_address
+from pipeline.records.run_id import ID_FILE, read_id
 
 if TYPE_CHECKING:
     import mlflow

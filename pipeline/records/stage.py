@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,16 +15,21 @@ from typing import Any
 from data_prep.credentials import without_credentials
 from pipeline.ranks.log_file import say
 from pipeline.records.address import missing_database
-from pipeline.records.family import KEY_TAG, PARENT_TAG, end_parent, is_active, made_once, read_id
+from pipeline.records.family import KEY_TAG, PARENT_TAG, end_parent, is_active, made_once
 from pipeline.records.mlflow_run import package
 from pipeline.records.provenance import provenance
+from pipeline.records.run_id import read_id
 
+_NO_KEY = re.compile(r"[^\w./ :-]")  # what MLflow takes in no name of a metric
 BEST, NEWEST = "best", "newest"  # aliases of a registered model; MLflow (3.17) keeps `latest` for itself
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What is told: under `name`, as a `stage`, at `step`; `files` and the content of `folder` become artifacts."""
+    """What is told: under `name`, as a `stage`, at `step`; `files` and the content of `folder` become artifacts.
+
+    `results` stand at the parent too, under the stage's name: by names that say on what they were measured.
+    """
 
     stage: str
     name: str
@@ -32,6 +39,7 @@ class Stage:
     tags: Mapping[str, str] = field(default_factory=dict)
     files: Sequence[Path] = ()
     folder: Path | None = None
+    results: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_known(run_dir: Path) -> bool:
@@ -70,10 +78,10 @@ def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], sco
     version = str(client.create_model_version(name, source, run_id, tags=told).version)
     client.set_registered_model_alias(name, NEWEST, version)
     try:
-        best = client.get_model_version_by_alias(name, BEST).tags.get("score")
-    except mlflow.MlflowException:
-        best = None
-    if best is None or (score is not None and float(told["score"]) >= float(best)):  # both as they are written
+        best = float(client.get_model_version_by_alias(name, BEST).tags.get("score", "nan"))
+    except (mlflow.MlflowException, ValueError):  # none yet, or somebody's own words
+        best = math.nan
+    if math.isnan(best) or (score is not None and float(told["score"]) >= best):  # both as they are written
         client.set_registered_model_alias(name, BEST, version)
     return f"models:/{name}/{version}"
 
@@ -102,8 +110,8 @@ def _log(known: Mapping[str, Any], stage: Stage) -> str:
         client.set_terminated(run_id, "FAILED")  # or its parent would never end
         raise
     client.set_terminated(run_id, "FINISHED")
-    for name, value in stage.metrics.items():
-        client.log_metric(parent, f"{stage.stage}_{name}", float(value), step=stage.step)
+    for name, value in stage.results.items():
+        client.log_metric(parent, _NO_KEY.sub("_", f"{stage.stage}_{name}"), float(value), step=stage.step)
     if parent != known["run_id"]:
         end_parent(client, experiment, parent, "FINISHED")
     for path in filter(Path.exists, stage.files):  # last, as at the end of a run

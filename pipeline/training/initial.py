@@ -19,7 +19,7 @@ from pipeline.checkpoints.files import CheckpointError
 from pipeline.config.load import Config
 from pipeline.config.sections import Init
 from pipeline.records.address import check_address, missing_database
-from pipeline.records.family import ID_FILE
+from pipeline.records.run_id import ID_FILE
 
 FOLDER, SOURCE_FILE = "init", "source.json"  # of the run folder
 _MODEL = re.compile(r"models:/+(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version>\d+))")
@@ -32,6 +32,11 @@ def local_init(config: Config) -> Init:
         return config.init
     place = config.run_dir / FOLDER
     return config.init.model_copy(update={"checkpoint": Path(_source(place).get("path") or place)})
+
+
+def found_in_mlflow(config: Config) -> str:
+    """What an address was when it was fetched ("models:/NAME/3" for an alias); '' for a path."""
+    return str(_source(config.run_dir / FOLDER).get("found", "")) if _address(config.init) else ""
 
 
 def fetch(config: Config) -> None:
@@ -68,7 +73,7 @@ def fetch(config: Config) -> None:
             path = client.get_run(run["run"]).data.tags.get("checkpoint", "")
             if not path or not Path(path).is_dir():  # Path("") is the folder that this process works in
                 what = f"its checkpoint {path} is not on this host" if path else "it has no checkpoint"
-                raise CheckpointError(f"init.checkpoint {address}: {what}; runs:/{run['run']}/model is an export of it")
+                raise CheckpointError(f"init.checkpoint {address}: {what}; name an export of it, models:/NAME@best")
         with atomic_folder(place) as folder:
             if not path:
                 _download(files, uri, folder)

@@ -18,8 +18,9 @@ from pipeline.config.load import Config
 from pipeline.ranks.collectives import Ranks, gather
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.records.console import print_summary
-from pipeline.records.family import ID_FILE, Lineage
+from pipeline.records.family import Lineage
 from pipeline.records.figures import CURVES, SHEET, draw_curves, draw_sheet
+from pipeline.records.run_id import ID_FILE
 from pipeline.records.system import SystemSampler
 from pipeline.records.tracking import Tracker
 from pipeline.training.initial import local_init

@@ -41,7 +41,7 @@ from pipeline.training import engine, record
 from pipeline.training.diagnose import diagnose, incident, incident_line
 from pipeline.training.feed import Feed, placing, run_batches, run_manifest
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
-from pipeline.training.initial import fetch, local_init
+from pipeline.training.initial import fetch, found_in_mlflow, local_init
 from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
 from pipeline.training.validation import Validation
 
@@ -124,7 +124,8 @@ class Run:
             source = find_source(local_init(config))
             check_model(source, config.model.name)
             fitted = load_into(model, source, manifest.synsets)
-            origin, unmatched = fitted.report, fitted.unmatched
+            name = found_in_mlflow(config)
+            origin, unmatched = f"{name}: {fitted.report}" if name else fitted.report, fitted.unmatched
             if command == "adapt" and unmatched:
                 raise CheckpointError(
                     f"adapt keeps the classes, and {len(unmatched)} of {manifest.num_classes} are not in "

@@ -12,8 +12,9 @@ import pytest
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config, load
 from pipeline.records import mlflow_run
-from pipeline.records.family import ID_FILE, PARENT_TAG, Lineage
+from pipeline.records.family import PARENT_TAG, Lineage
 from pipeline.records.mlflow_run import MlflowRun
+from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, log_stage
 from pipeline.records.tracking import Tracker
 from tests.support.datasets import Datasets
@@ -133,10 +134,8 @@ def test_artifacts_that_have_no_place(root: Path, datasets: Datasets) -> None:
         tracker.attach(config.run_dir / "dataset.json")
         tracker.event(1, "something")
         tracker.finish("FINISHED", [config.run_dir / "log.jsonl"], results={"top1": 50.0})
-    assert (
-        log_stage(config.run_dir, Stage("evaluate", "e", 1, {"top1": 40.0}, files=[config.run_dir / "log.jsonl"]))
-        is None
-    )
+    files, results = [config.run_dir / "log.jsonl"], {"in 1k, v2_top1": 40.0}  # a name that MLflow takes in part
+    assert log_stage(config.run_dir, Stage("evaluate", "e", 1, {"top1": 40.0}, files=files, results=results)) is None
     assert log_stage(config.run_dir, Stage("export", "x", 1, folder=config.run_dir)) is None
     found = {run.info.run_name: run for run in client.search_runs(["1"])}
     assert found.pop("x").info.status == "FAILED"
@@ -144,4 +143,4 @@ def test_artifacts_that_have_no_place(root: Path, datasets: Datasets) -> None:
         ("d", "d-pretrain", "data: in22k", "e"), "FINISHED"
     )
     assert found["d-pretrain"].data.metrics == {"loss": 2.0}
-    assert found["d"].data.metrics == {"pretrain_top1": 50.0, "evaluate_top1": 40.0}
+    assert found["d"].data.metrics == {"pretrain_top1": 50.0, "evaluate_in 1k_ v2_top1": 40.0}

@@ -16,10 +16,11 @@ from pipeline.checkpoints.transfer import load_into
 from pipeline.config.load import Config, load
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
-from pipeline.records.family import ID_FILE, Lineage
+from pipeline.records.family import Lineage
+from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, log_stage, register
 from pipeline.records.tracking import Tracker
-from pipeline.training.initial import FOLDER, fetch, local_init
+from pipeline.training.initial import FOLDER, fetch, found_in_mlflow, local_init
 from tests.support.checkpoints import write_checkpoint
 from tests.support.datasets import SYNSETS_22K
 
@@ -95,7 +96,7 @@ def test_a_run_starts_from_it(
     # What the run began with stays, wherever the alias is by then, and MLflow.
     assert not [path for path in (config.run_dir / FOLDER).iterdir() if path.is_dir()]
     if address.endswith("@best"):
-        assert json.loads((config.run_dir / FOLDER / "source.json").read_text())["found"] == "models:/hornet-demo/1"
+        assert found_in_mlflow(config) == "models:/hornet-demo/1"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     fetch(config)
 
@@ -124,7 +125,7 @@ def test_a_checkpoint_that_is_elsewhere(trained: tuple[Path, HorNet, str], regis
     run, _, run_id = trained
     registered.set_tag(run_id, "checkpoint", "/nowhere/checkpoints/step-00000001")
     config = configured(run.parent, "nobody", f"init.checkpoint=runs:/{run_id}")
-    with pytest.raises(CheckpointError, match=r"is not on this host; runs:/.*/model is an export of it"):
+    with pytest.raises(CheckpointError, match=r"is not on this host; name an export of it, models:/NAME@best"):
         fetch(config)
     registered.delete_tag(run_id, "checkpoint")
     with pytest.raises(CheckpointError, match=r"it has no checkpoint; runs:/.*/model is an export of it"):
