@@ -86,7 +86,7 @@ def test_a_whole_run(datasets: Datasets, tmp_path: Path) -> None:
         client = mlflow.MlflowClient(f"http://127.0.0.1:{port}")
         experiment = client.get_experiment_by_name("hornet-demo")
         assert experiment is not None
-        logged = client.search_runs([experiment.experiment_id])[0]
+        (logged,) = client.search_runs([experiment.experiment_id], "tags.stage = 'pretrain'")
         assert logged.data.params["tracking.uri"] == f"http://127.0.0.1:{port}"
         assert logged.data.params["data.path"] == web
     refused = run_module("pipeline", *run, "--check", "data.format=ffcv")
