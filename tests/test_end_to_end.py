@@ -282,6 +282,7 @@ def check_the_experiment(root: Path, pretrained: Path, finetuned: Path) -> None:
     assert stages == [
         ("data_prep", "data: in1k"),
         ("data_prep", "data: in22k"),
+        ("evaluate", "evaluate step-00000012-ema-in1k"),
         ("finetune", "demo-finetune"),
         ("pretrain", "demo-pretrain"),
     ]
@@ -291,6 +292,13 @@ def check_the_experiment(root: Path, pretrained: Path, finetuned: Path) -> None:
             manifest = Manifest.load(root_of_data(child))
             assert child.data.metrics["train_samples"] == manifest.split("train").samples
             assert child.data.metrics["images_kept"] > 0
+            continue
+        if tags["stage"] == "evaluate":
+            assert child.data.metrics["top1_percent"] == pytest.approx(top1[1])
+            assert parent.data.metrics["evaluate_in1k_top1_percent"] == pytest.approx(top1[1])
+            assert {"reliability.png", "confusion.png", "evaluation.json"} <= {
+                item.path for item in client.list_artifacts(child.info.run_id)
+            }
             continue
         (data,) = (entry.dataset for entry in child.inputs.dataset_inputs)
         assert data.digest == tags["dataset_id"][:36]
