@@ -66,7 +66,7 @@ def draw_evaluation(content: Mapping[str, Any], folder: Path) -> list[Path]:
     figure = Figure(figsize=(4.4, 4.2), layout="constrained")
     axes = figure.subplots()
     bins = [each for each in content["reliability"] if each["confidence"] is not None]
-    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="calibrated")
+    axes.plot([0, 1], [0, 1], color="0.6", linewidth=1)
     width = 0.9 * (bins[0]["high"] - bins[0]["low"]) if bins else 0.1
     axes.bar([each["confidence"] for each in bins], [each["accuracy"] for each in bins], width=width, alpha=0.7)
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))

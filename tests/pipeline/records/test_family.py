@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import mlflow
@@ -18,20 +17,6 @@ from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, log_stage
 from pipeline.records.tracking import Tracker
 from tests.support.datasets import Datasets
-
-
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def root(tmp_path: Path, database: Path) -> Path:
-    shutil.copy(database, tmp_path)
-    return tmp_path
 
 
 def configured(root: Path, datasets: Datasets, name: str, *more: str) -> Config:

@@ -33,21 +33,6 @@ from pipeline.records.tracking import Tracker
 from tests.support.processes import PATIENCE_SECONDS, wait_for
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: making one takes seconds, copying it does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def root(tmp_path: Path, database: Path) -> Path:
-    """An output_root with its database."""
-    shutil.copy(database, tmp_path)
-    return tmp_path
-
-
 def configured(root: Path, *more: str) -> Config:
     config = load("configs/demo_pretrain.yaml", [f"output_root={root}", *more])
     config.run_dir.mkdir(parents=True, exist_ok=True)
