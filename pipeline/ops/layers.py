@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pipeline.ops import kernels, primitives, products
 
@@ -58,10 +59,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer's weight is a tensor like others. Of one that was quantized, by torchao or by
-    `quantize_dynamic`, it is not: the module alone knows how to multiply by it.
+    """Whether a linear layer's weight is a tensor like others, a fake one too. Of one that was quantized it is not: the
+    module alone knows how to multiply by torchao's wrapper, or by what `quantize_dynamic` has for a weight, a method.
     """
-    return type(getattr(module, "weight", None)) in (Tensor, nn.Parameter)
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not is_traceable_wrapper_subclass(weight)
 
 
 def linear_of(module: nn.Module, x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def test_a_checkpoint_that_is_elsewhere(trained: tuple[Path, HorNet, str], regis
     with pytest.raises(CheckpointError, match=r"is not on this host; name an export of it, models:/NAME@best"):
         fetch(config)
     registered.delete_tag(run_id, "checkpoint")
-    with pytest.raises(CheckpointError, match=r"it has no checkpoint; runs:/.*/model is an export of it"):
+    with pytest.raises(CheckpointError, match=r"it has no checkpoint; name an export of it, models:/NAME@best"):
         fetch(config)
     registered.set_tag(run_id, "checkpoint", str(run / "checkpoints" / STEP))
 
