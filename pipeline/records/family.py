@@ -123,10 +123,14 @@ def log_data_prep(client: Any, entities: Any, experiment: str, parent: str, line
     client.set_terminated(run.info.run_id, "FINISHED", stamp)
 
 
-def end_parent(client: Any, experiment: str, parent: str, status: str) -> None:
-    """The parent has ended, as its last stage has, where no other one is running."""
-    running = client.search_runs(
-        [experiment], f"tags.`{PARENT_TAG}` = '{parent}' and attributes.status = 'RUNNING'", max_results=1
-    )
-    if not running:
-        client.set_terminated(parent, status)
+def end_parent(client: Any, experiment: str, parent: str) -> None:
+    """Where none of its stages is running, the parent has ended: well if each has at last, else as the newest of those
+    that have not, so that an evaluation of what a failed stage has left does not make it FINISHED.
+    """
+    newest = ["attributes.start_time DESC"]
+    runs = client.search_runs([experiment], f"tags.`{PARENT_TAG}` = '{parent}'", max_results=1000, order_by=newest)
+    last: dict[tuple[str, str], str] = {}  # its status, by stage and name
+    for run in runs:
+        last.setdefault((run.data.tags.get("stage", ""), run.info.run_name), run.info.status)
+    if "RUNNING" not in last.values():
+        client.set_terminated(parent, next((status for status in last.values() if status != "FINISHED"), "FINISHED"))

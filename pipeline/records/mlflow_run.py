@@ -211,7 +211,7 @@ class MlflowRun:
         if self._lineage is not None and self.parent_id is not None and is_active(client, self.parent_id):
             for key, value in (results or {}).items():
                 client.log_metric(self.parent_id, f"{self._lineage.stage}_{key}", value)
-            end_parent(client, self._experiment_id, self.parent_id, status)
+            end_parent(client, self._experiment_id, self.parent_id)
         for path in files:  # last: artifacts may be kept by another server, which is down or refuses
             if path.exists():
                 client.log_artifact(self.id, str(path))

@@ -113,7 +113,7 @@ def _log(known: Mapping[str, Any], stage: Stage) -> str:
     for name, value in stage.results.items():
         client.log_metric(parent, _NO_KEY.sub("_", f"{stage.stage}_{name}"), float(value), step=stage.step)
     if parent != known["run_id"]:
-        end_parent(client, experiment, parent, "FINISHED")
+        end_parent(client, experiment, parent)
     for path in filter(Path.exists, stage.files):  # last, as at the end of a run
         client.log_artifact(run_id, str(path))
     return run_id

@@ -144,6 +144,11 @@ def case(name: str, options: argparse.Namespace, px: int, folder: Path) -> None:
         print(
             f"  onnx is {best:.2f} times eager fp32 (wanted {TARGET}), {against:.2f} times {RIVAL}'s GMAC/s (wanted 1)"
         )
+        with torch.inference_mode():
+            apart = float(
+                (torch.from_numpy(sessions["onnx"].run(None, {"image": images.numpy()})[0]) - ours(images)).abs().max()
+            )
+        print(f"  logits within {apart:.1e} of eager's")
         if options.profile is not None:
             options.profile.mkdir(parents=True, exist_ok=True)
             for label, file in files.items():

@@ -83,8 +83,13 @@ def test_a_stage_finds_its_parent(root: Path, datasets: Datasets) -> None:
     assert client.get_run(str(pretrain.parent_id)).info.status == "RUNNING"  # the other one is
     tune[1].end("FINISHED", None, results={"top1": 2.0})
     parent = client.get_run(str(pretrain.parent_id))
-    assert parent.info.status == "FINISHED"
+    assert parent.info.status == "FAILED"  # one of them has, and no evaluation of another makes up for it
     assert parent.data.metrics == {"pretrain_top1": 1.0, "finetune_top1": 2.0}
+    assert log_stage(first.run_dir, Stage("evaluate", "e", 1, {"top1": 1.0})) is not None
+    assert client.get_run(str(pretrain.parent_id)).info.status == "FAILED"
+    settings = configured(root, datasets, "b-finetune-1", "optimizer.lr_peak=1e-4")
+    opened(settings, lineage(datasets, "finetune", first.run_dir)).end("FINISHED", None)
+    assert client.get_run(str(pretrain.parent_id)).info.status == "FINISHED"
     # Another experiment has a parent of its own, which says what it goes on from.
     away = opened(
         configured(root, datasets, "b-away", "tracking.experiment=other"), lineage(datasets, "finetune", first.run_dir)
