@@ -37,7 +37,7 @@ def all_hosts(datasets: Datasets, tmp_path_factory: pytest.TempPathFactory) -> I
         hosts = Hosts(cluster, datasets, folder / "runs with blanks")
         hosts.folder.mkdir()
         more = "--launcher openmpi --launcher_args '--allow-run-as-root --oversubscribe'"
-        job = hosts.start("undisturbed", DEEPSPEED_ARGS=more)
+        job = hosts.start("undisturbed", DEEPSPEED_ARGS=more, DOCTOR="1")
         assert job.wait() == 0, job.said()[-5000:]
         hosts.each_sample_once("undisturbed")
         yield hosts
@@ -151,11 +151,11 @@ def test_a_name_that_means_the_loopback(datasets: Datasets, tmp_path: Path) -> N
     assert reason is None, reason
     with Cluster(2, tmp_path / "cluster", loopback=["node2"]) as cluster:
         hosts = Hosts(cluster, datasets, tmp_path)
-        job = hosts.start("looped")
+        job = hosts.start("looped", DOCTOR="1")
         assert job.wait() == 1
         assert "error: node2: host names: its own name, node2, is 127.0.1.1 there" in job.said()  # by doctor
         assert "nothing was started" in job.said()
-        job = hosts.start("looped", DOCTOR="0")
+        job = hosts.start("looped")
         assert job.wait() not in (0, 75)
         assert "node2 takes its own name for 127.0.1.1, where other hosts cannot reach it" in job.said()
         assert "Traceback" not in job.said()
