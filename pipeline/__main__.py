@@ -32,6 +32,7 @@ _COMMANDS = {
     "export": ("pipeline.export.command", "a model handed over: for timm, ONNX, torch.export, with a model card"),
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.review.command", "runs compared: here, as one page for a browser, and in MLflow"),
+    "sync-tracking": ("pipeline.records.sync", "send MLflow what it was not reached for while runs were under way"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
     "doctor": (
         "pipeline.doctor.command",
@@ -51,6 +52,7 @@ examples
   checkpoints:      python -m pipeline checkpoint runs/demo-pretrain
   compare runs:     python -m pipeline review
   stop a run:       python -m pipeline stop runs/demo-pretrain
+  MLflow was away:  python -m pipeline sync-tracking
 `python -m pipeline COMMAND --help` has the options of each.
 exit codes: 0 done, 1 error, 2 usage, 75 stopped on request: queue it again."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -35,7 +34,7 @@ from pipeline.evaluation.wordnet import Noun, find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
 from pipeline.ranks.log_file import say
 from pipeline.records.figures import draw_evaluation
-from pipeline.records.stage import Stage, is_known, log_stage
+from pipeline.records.stage import Stage, log_stage
 
 
 @dataclass(frozen=True)
@@ -197,6 +196,10 @@ def _write(folder: ResultFolder, opened: Opened, images: Images, content: dict[s
     ]
     content["samples"] = folder.pictures(scored, images, spread(images))
     folder.write(content, per_class(images, scored.synsets))
+    try:
+        draw_evaluation(content, folder.path)
+    except OSError as error:  # a full disk: the result itself is written
+        say(f"warning: no pictures of calibration and confusion: {error}", sys.stderr)
 
 
 def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
@@ -232,17 +235,10 @@ def _track(opened: Opened, content: dict[str, Any], folder: Path) -> None:
     if opened.scored.dataset_id is not None:
         tags["dataset_id"] = opened.scored.dataset_id
     run, name, step = opened.weights.run, f"evaluate {opened.name}", opened.weights.meta.step
-    if not is_known(run):
-        return
     real = "-real" if opened.scored.labels is not None else ""
     results = {f"{opened.scored.name}{real}_{key}": numbers[key] for key in ("top1_percent", "top5_percent")}
     files = sorted(filter(Path.is_file, folder.iterdir()))
-    with tempfile.TemporaryDirectory() as pictures:
-        try:
-            files += draw_evaluation(content, Path(pictures))
-        except OSError as error:  # a full disk: the result itself is written
-            say(f"warning: no pictures for MLflow: {error}", sys.stderr)
-        log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files, results=results))
+    log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files, results=results))
 
 
 def _arguments(asked: Asked) -> list[str]:

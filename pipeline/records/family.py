@@ -50,8 +50,12 @@ def made_once(
     return found[0] if found else client.create_run(experiment, start, {**tags, KEY_TAG: key}, name)
 
 
-def parent_of(client: Any, experiment: str, lineage: Lineage, name: str, key: str, shown_uri: str) -> str:
-    """The id of the parent: that of the run the weights come from, if it is in this experiment, else a new one."""
+def parent_of(
+    client: Any, experiment: str, lineage: Lineage, name: str, key: str, shown_uri: str, start: int | None = None
+) -> str:
+    """The id of the parent: that of the run the weights come from, if it is in this experiment, else a new one, from
+    `start` on (Unix time in ms).
+    """
     tags = {}
     if lineage.origin is not None and (known := read_id(lineage.origin)).get("uri") == shown_uri:
         with suppress(Exception):  # deleted, or another database
@@ -62,7 +66,7 @@ def parent_of(client: Any, experiment: str, lineage: Lineage, name: str, key: st
             tags["continues"] = parent or known["run_id"]
     whole = name.removesuffix(f"-{lineage.stage}")
     name = whole if whole not in ("", name) else f"{name} (all stages)"
-    return str(made_once(client, experiment, f"{key}-parent", name, {**tags, "stage": "all"}).info.run_id)
+    return str(made_once(client, experiment, f"{key}-parent", name, {**tags, "stage": "all"}, start).info.run_id)
 
 
 def is_active(client: Any, run_id: str) -> bool:

@@ -7,6 +7,8 @@ import importlib
 import json
 import logging
 import os
+import threading
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -28,6 +30,7 @@ from pipeline.records.family import (
     made_once,
     parent_of,
 )
+from pipeline.records.journal import read_journal, write_journal
 from pipeline.records.provenance import provenance
 from pipeline.records.review_address import review_base, run_address
 from pipeline.records.run_id import ID_FILE, read_id
@@ -56,8 +59,16 @@ class MlflowRun:
     `id` is None until it is created or found; `goes_on`: it was there before this process.
     """
 
-    def __init__(self, config: Config, tags: Mapping[str, str], first_step: int, lineage: Lineage | None = None):
-        """A run folder that had an MLflow run at this address goes on with it, where it goes on itself.
+    def __init__(
+        self,
+        config: Config,
+        tags: Mapping[str, str],
+        first_step: int,
+        lineage: Lineage | None = None,
+        training: bool = True,
+    ) -> None:
+        """A run folder that had an MLflow run at this address goes on with it, where it goes on itself. training:
+        false where MLflow is only told of one that is over.
 
         Raises ConfigError for an address that can never be reached.
         """
@@ -71,7 +82,10 @@ class MlflowRun:
         file = database_file(self.uri)
         self._artifacts = (file.absolute().parent / "mlartifacts").as_uri() if file else None
         self._last_steps: dict[str, int] = {}  # of each metric, in MLflow, before this process
-        self._key, self._former = uuid.uuid4().hex, ""
+        self._key, self._former, self._training = uuid.uuid4().hex, "", training
+        began = read_journal(config.run_dir).get("began") if first_step else None
+        self._noted, self._noting = False, threading.Lock()
+        self._began: int = began or round(time.time() * 1000)
         self._settings = hashlib.sha256(json.dumps(config.flat(), sort_keys=True).encode()).hexdigest()
         known = read_id(config.run_dir)
         if known.get("uri") == self.shown_uri:
@@ -79,16 +93,32 @@ class MlflowRun:
                 self.id = known.get("run_id")
             else:  # a try that ended before its first checkpoint, or a run that began anew
                 self._former = known.get("run_id") or ""
-                if known.get("settings") == self._settings:
-                    self._key = known.get("key") or self._key
+            if known.get("settings") == self._settings:
+                self._key = known.get("key") or self._key
         self.goes_on = self._id_saved = self.id is not None
+
+    def note(self) -> None:
+        """Write down in the run folder, once, what MLflow is told of the run beside its numbers."""
+        with self._noting:
+            if not self._noted:
+                self._noted = True
+                self._note()
+
+    def _note(self) -> None:
+        lineage = self._lineage
+        if lineage is not None and "versions" not in self._tags:
+            self._tags |= provenance(lineage.hosts)
+        entries: dict[str, Any] = {"uri": self.shown_uri, "tags": self._tags, "began": self._began}
+        if lineage is not None:
+            origin = None if lineage.origin is None else str(lineage.origin)
+            entries |= {"stage": lineage.stage, "data": without_credentials(lineage.data), "origin": origin}
+            entries["hosts"] = list(lineage.hosts)
+        write_journal(self.config.run_dir, entries | ({"end": None} if self._training else {}))
 
     def open(self) -> None:
         """Create it, or go on with it."""
         make_database(self.uri, self._make_database)
         client = self._client()
-        if self._lineage is not None and "versions" not in self._tags:
-            self._tags |= provenance(self._lineage.hosts)
         if not self.goes_on and self._former:
             self._take_up(client)
         if self.goes_on:
@@ -101,10 +131,14 @@ class MlflowRun:
             if lineage is not None:
                 name, key = self.config.name, self._key
                 if self.parent_id is None or not is_active(client, self.parent_id):
-                    self.parent_id = parent_of(client, self._experiment_id, lineage, name, key, self.shown_uri)
+                    self.parent_id = parent_of(
+                        client, self._experiment_id, lineage, name, key, self.shown_uri, self._began
+                    )
                 self._tags[PARENT_TAG] = self.parent_id
                 client.update_run(self.parent_id, status="RUNNING")
-            self.id = made_once(client, self._experiment_id, self._key, self.config.name, self._tags).info.run_id
+            self.id = made_once(
+                client, self._experiment_id, self._key, self.config.name, self._tags, self._began
+            ).info.run_id
         params = [entities.Param(key, str(value)[:500]) for key, value in self.config.flat().items()]
         client.log_batch(self.id, params=params, tags=[entities.RunTag("run_dir", str(self.config.run_dir))])
         if lineage is not None and self.parent_id is not None:
@@ -118,6 +152,8 @@ class MlflowRun:
         # Of each metric the newest value: its history may be tens of thousands of them.
         self._last_steps = {metric.key: metric.step for metric in known.to_proto().data.metrics}
         self.parent_id = tags.get(PARENT_TAG)
+        if not self._training:
+            return
         for run_id in filter(None, (self.id, self.parent_id)):
             with nullcontext() if run_id == self.id else suppress(Exception):  # somebody has deleted the parent
                 client.update_run(run_id, status="RUNNING")
@@ -195,11 +231,12 @@ class MlflowRun:
         files: Sequence[Path] = (),
         results: Mapping[str, float] | None = None,
         checkpoint: Path | None = None,
+        ended: int | None = None,
     ) -> None:
         """End it with `status`, the tag "stopped" for a `reason`, and those of `files` that exist as artifacts.
 
         `checkpoint`, which stays where it is, is named by a tag. Its parent ends with it, where it is the last, and
-        shows its `results` under the stage's name.
+        shows its `results` under the stage's name. ended: Unix time in ms, now by default.
         """
         assert self.id is not None
         client = self._client()
@@ -207,10 +244,12 @@ class MlflowRun:
             client.set_tag(self.id, "stopped", without_credentials(" ".join(reason.split()))[:_REASON_CHARS])
         if checkpoint is not None:
             client.set_tag(self.id, "checkpoint", str(checkpoint))
-        client.set_terminated(self.id, status)
+        client.set_terminated(self.id, status, ended)
         if self._lineage is not None and self.parent_id is not None and is_active(client, self.parent_id):
+            shown = client.get_run(self.parent_id).data.metrics
             for key, value in (results or {}).items():
-                client.log_metric(self.parent_id, f"{self._lineage.stage}_{key}", value)
+                if shown.get(name := f"{self._lineage.stage}_{key}") != value:  # told again: once all the same
+                    client.log_metric(self.parent_id, name, value)
             end_parent(client, self._experiment_id, self.parent_id)
         for path in files:  # last: artifacts may be kept by another server, which is down or refuses
             if path.exists():

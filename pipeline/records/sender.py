@@ -40,11 +40,11 @@ class Sender:
             self._put_down = True
             self._turn.notify_all()
 
-    def wait_for_first(self) -> None:
-        """Until the first try is over, well or not."""
+    def wait_for_first(self, seconds: float | None = None) -> bool:
+        """Until the first try is over, well or not, or for so long; whether it is."""
         self.start()
         with self._turn:
-            self._turn.wait_for(lambda: self._tried or not self._thread.is_alive())
+            return self._turn.wait_for(lambda: self._tried or not self._thread.is_alive(), seconds)
 
     def flush(self) -> None:
         """Wait for a try that begins after this call, also where the last one has just failed."""

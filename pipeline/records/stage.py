@@ -8,7 +8,7 @@ import re
 import sys
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from data_prep.credentials import without_credentials
 from pipeline.ranks.log_file import say
 from pipeline.records.address import missing_database
 from pipeline.records.family import KEY_TAG, PARENT_TAG, end_parent, is_active, made_once
+from pipeline.records.journal import drop_unsent, keep_unsent, read_journal
 from pipeline.records.mlflow_run import package
 from pipeline.records.provenance import provenance
 from pipeline.records.run_id import read_id
@@ -41,6 +42,12 @@ class Stage:
     folder: Path | None = None
     results: Mapping[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Stage:
+        """From what `asdict` made, by way of JSON."""
+        paths = {"files": [Path(file) for file in kept["files"]], "folder": kept["folder"] and Path(kept["folder"])}
+        return cls(**{**kept, **paths})
+
 
 def is_known(run_dir: Path) -> bool:
     """Whether the run folder has a run in MLflow; not where MLflow was never reached."""
@@ -51,15 +58,21 @@ def log_stage(run_dir: Path, stage: Stage) -> str | None:
     """Add the stage to the experiment that the run folder belongs to; its MLflow run's id.
 
     One of the same name takes the place of the former, but where `folder` is sent. None, with a warning, where MLflow
-    does not take it, and in silence where the run folder has no MLflow run.
+    does not take it, and in silence where the run itself is not in MLflow; both are kept for `sync-tracking`.
     """
+    name = f"{stage.stage}-{stage.name.removeprefix(stage.stage).strip()}"
     if not (known := _known(run_dir)):
+        if read_journal(run_dir):
+            keep_unsent(run_dir, name, asdict(stage))
         return None
     try:
-        return _log(known, stage)
+        run_id = _log(known, stage)
     except Exception as error:  # mlflow's, SQLAlchemy's and requests'; what was measured or written is on disk
+        keep_unsent(run_dir, name, asdict(stage))
         _warn(known, error)
         return None
+    drop_unsent(run_dir, name)
+    return run_id
 
 
 def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], score: float | None) -> str:

@@ -22,26 +22,39 @@ from pipeline.config.load import Config
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.records.family import Lineage
+from pipeline.records.journal import write_journal
 from pipeline.records.mlflow_run import Metric, MlflowRun, is_permanent
 from pipeline.records.sender import Sender
 
 _EVENTS = 1000  # shown in MLflow, where each new one sends all again
 _LAST_WORDS_SECONDS = 15.0
+_LATER = ": `python -m pipeline sync-tracking` sends it later"
 
 
 class Tracker:
     """One run's log. `start`, or the first numbers, begin to reach MLflow; nothing waits until that is done."""
 
     def __init__(
-        self, config: Config, tags: Mapping[str, str], first_step: int, lineage: Lineage | None = None
+        self,
+        config: Config,
+        tags: Mapping[str, str],
+        first_step: int,
+        lineage: Lineage | None = None,
+        training: bool = True,
     ) -> None:
-        """Open the log of a run at `first_step`; a run folder that had an MLflow run goes on with it.
+        """Open the log of a run at `first_step`; a run folder that had an MLflow run goes on with it. training: false
+        where it is over, and MLflow is only told.
 
         Lines of `log.jsonl` past `first_step` come from a try that was killed after its last checkpoint: they are
         dropped, since the steps are run again. MLflow, which forgets nothing, keeps its values of those steps, and is
         not sent them twice. Raises ConfigError for an MLflow address that can never be reached.
         """
-        self.mlflow = MlflowRun(config, tags, first_step, lineage)
+        self.mlflow = MlflowRun(config, tags, first_step, lineage, training)
+        self.sent, self.is_told, self._training = (
+            0,
+            False,
+            training,
+        )  # numbers that MLflow took; it has all, and the end
         self._sender = Sender(self._reach_and_send)  # talks to MLflow as long as it lives, alone
         self._new: deque[Metric] = deque()  # not yet among those that wait to be sent
         self._complained = self._reached = self._finished = False
@@ -68,6 +81,10 @@ class Tracker:
     def start(self) -> None:
         """Begin to reach MLflow; a second call does nothing."""
         self._sender.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the first try to reach MLflow and send, so long at most; whether it is over."""
+        return self._sender.wait_for_first(seconds)
 
     def flush(self) -> None:
         """Wait until all that is logged has been sent, or could not be."""
@@ -124,15 +141,18 @@ class Tracker:
         reason: str | None = None,
         results: Mapping[str, float] | None = None,
         checkpoint: Path | None = None,
+        ended: int | None = None,
     ) -> None:
         """Send what waits, end the MLflow run with `status` (FINISHED, FAILED, KILLED), attach those of `files` that
         exist. `reason` becomes its tag "stopped"; `results` stand at the experiment's parent run too; `checkpoint`
-        is named, and stays where it is. A second call does nothing.
+        is named, and stays where it is; `ended`: Unix time in ms, now by default. A second call does nothing.
         """
         if self._finished:
             return
         self._finished = True
         self._log.flush()
+        ended = round(time.time() * 1000) if ended is None else ended
+        self._note_end(status, reason, [file.name for file in files], results, checkpoint, ended)
         self._sender.close()
         self._take_new()
         if not self._reached or self._pending:
@@ -140,7 +160,8 @@ class Tracker:
             self._complain(self._last_error or OSError(unsent), last=True)
             return
         try:
-            self.mlflow.end(status, reason, files, results, checkpoint)
+            self.mlflow.end(status, reason, files, results, checkpoint, ended)
+            self.is_told = True
         except Exception as error:  # a tracking server must never fail a run that is done
             self._complain(error, last=True)
 
@@ -152,6 +173,7 @@ class Tracker:
 
         def fail() -> None:
             with suppress(Exception):
+                self._note_end("FAILED", reason, [self._log.path.name], None, None, round(time.time() * 1000))
                 if self.mlflow.id is not None:
                     self.mlflow.end("FAILED", reason)
 
@@ -165,6 +187,7 @@ class Tracker:
         for _ in range(2):
             try:
                 if not self._reached:
+                    self.mlflow.note()
                     if self.mlflow.goes_on and self.mlflow.is_gone():
                         self._begin_anew()
                     self.mlflow.open()
@@ -185,8 +208,9 @@ class Tracker:
     def _send_what_waits(self) -> None:
         self._take_new()
         self._pending = self.mlflow.new_to_it(self._pending)
-        while self._pending:
+        while before := len(self._pending):
             self.mlflow.send(self._pending)
+            self.sent += before - len(self._pending)
             self._take_new()
         while self._files:
             if self._files[0].exists():
@@ -216,6 +240,20 @@ class Tracker:
         self._pending = logged + [metric for metric in self._pending if (metric.key, metric.step) not in known]
         self._events_pending = bool(self._events)
 
+    def _note_end(
+        self,
+        status: str,
+        reason: str | None,
+        files: list[str],
+        results: Mapping[str, float] | None,
+        checkpoint: Path | None,
+        ended: int,
+    ) -> None:
+        """For MLflow, should it not be reached now."""
+        self.mlflow.note()  # before: what begins has no end
+        end = {"status": status, "reason": reason, "files": files, "results": dict(results or {}), "time": ended}
+        write_journal(self._log.path.parent, {"end": {**end, "checkpoint": checkpoint and str(checkpoint)}})
+
     def _take_new(self) -> None:
         while self._new:
             self._pending.append(self._new.popleft())
@@ -224,12 +262,12 @@ class Tracker:
         self._last_error = error
         if last or not self._complained:
             reason = without_credentials(" ".join(str(error).split()), self.mlflow.uri)[:300] or type(error).__name__
-            then = "training goes on, they are sent again later, and "
-            if is_permanent(error):
+            then = "training goes on, they are sent again later, and " if self._training else ""
+            if is_permanent(error) and self._training:
                 then = "training goes on; once that is mended they are sent, by this run or one that goes on with it; "
             say(
                 f"warning: MLflow at {self.mlflow.shown_uri} did not take the run ({reason}); {'' if last else then}"
-                f"{self._log.path} has every number",
+                f"{self._log.path} has every number{_LATER if last and self._training else ''}",
                 sys.stderr,
             )
         self._complained = True

@@ -57,8 +57,8 @@ class Hosts:
         hold: int | None = None,
         **environment: str,
     ) -> Job:
-        """Launch on one rank a host, from `at`. hold: a step before which all ranks wait until `release`. Without the look
-        at all hosts, which takes longer than the training: DOCTOR="1" has it.
+        """Launch on one rank a host, from `at`. hold: a step before which all ranks wait until `release`. Without the
+        look at all hosts, which takes longer than the training: DOCTOR="1" has it.
         """
         record = self.folder / f"{name}.samples"
         record.mkdir(exist_ok=True)

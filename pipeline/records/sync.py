@@ -1,0 +1,148 @@
+"""The command `sync-tracking`: MLflow gets what it was not reached for, from what the run folders hold."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from data_prep.credentials import without_credentials
+from data_prep.manifest import MANIFEST_NAME, Manifest
+from pipeline.config.load import Config, load
+from pipeline.ranks.lifetime import exclusive, holder_of
+from pipeline.records.address import check_address
+from pipeline.records.family import Lineage
+from pipeline.records.journal import read_journal, read_unsent
+from pipeline.records.run_id import read_id
+from pipeline.records.stage import Stage, log_stage
+from pipeline.records.tracking import Tracker
+
+CONFIG_FILE = "config.yaml"
+_LOGS = ("log.jsonl", "system.jsonl")
+_FILES = (CONFIG_FILE, "log.jsonl", MANIFEST_NAME)  # of a run whose end nobody wrote down
+_POLL_SECONDS = 0.2
+
+EPILOG = """\
+examples
+  python -m pipeline sync-tracking runs/pretrain-hornet-l-in22k-384
+  python -m pipeline sync-tracking                 every run under runs/
+A run sends to MLflow as it goes, again and again where MLflow does not answer. This is for runs that have ended
+meanwhile. What MLflow has already is not sent twice, so the command can be given at any time, and again.
+It goes where the run went: tracking.uri, or MLFLOW_TRACKING_URI as it was then; users and passwords of an address are
+not kept: give them by MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+exit codes: 0 MLflow has all of every run, 1 it has not, 2 usage."""
+
+
+class SyncError(ValueError):
+    """A folder that is no run, or a run that MLflow cannot be told of."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options."""
+    add = parser.add_argument
+    add("paths", type=Path, nargs="*", metavar="RUN", help="run folders, or folders of many (runs)")
+    add("--debug", action="store_true", help="tracebacks instead of one-line errors")
+
+
+def command(options: argparse.Namespace) -> int:
+    """Sync each run; the exit code. Raises SyncError for a folder that is none."""
+    code = 0
+    for run_dir in _runs(options.paths or [Path("runs")]):
+        try:
+            print(f"{run_dir}: {sync(run_dir)}", flush=True)
+        except Exception as error:  # of one run: the others are told of all the same
+            if options.debug or not isinstance(error, ValueError | OSError):
+                raise
+            print(f"error: {run_dir}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+            code = 1
+    return code
+
+
+def sync(run_dir: Path) -> str:
+    """Tell MLflow all that the run folder holds; what was done, in words.
+
+    Raises SyncError where a run is under way, cannot be read, or MLflow does not take it; RunBusyError; ConfigError.
+    """
+    if (holder := holder_of(run_dir)) is not None:
+        raise SyncError(f"{holder} writes to it, and sends what waits itself: wait for its end")
+    known = read_journal(run_dir)
+    config = _config(run_dir, known)
+    last = max(_last_step(run_dir / name) for name in _LOGS)
+    with ExitStack() as stack:
+        stack.enter_context(exclusive(run_dir))
+        tracker = Tracker(config, known.get("tags", {}), max(last, 1), _lineage(run_dir, known), training=False)
+        with tqdm(desc="numbers sent", unit="", leave=False, disable=not sys.stderr.isatty()) as bar:
+            while not tracker.wait(_POLL_SECONDS):
+                bar.update(tracker.sent - bar.n)
+        end = known.get("end") or {"status": "KILLED", "reason": "nobody wrote down its end", "files": _FILES}
+        tracker.finish(
+            end["status"],
+            [run_dir / name for name in end.get("files", _FILES)],
+            end.get("reason"),
+            end.get("results"),
+            Path(end["checkpoint"]) if end.get("checkpoint") else None,
+            end.get("time"),
+        )
+        if not tracker.is_told:
+            raise SyncError("MLflow has not got all of it: give the command again once that is mended")
+    stages = read_unsent(run_dir)
+    left = [name for name, stage in stages.items() if log_stage(run_dir, Stage.of(stage)) is None]
+    if left:
+        raise SyncError(f"MLflow did not take {', '.join(left)}: give the command again once that is mended")
+    also = f" and {', '.join(stages)}" if stages else ""
+    return f"{tracker.sent:,} numbers{also} sent; MLflow has all, {end['status']}: {tracker.mlflow.address}"
+
+
+def _runs(paths: list[Path]) -> list[Path]:
+    found: dict[Path, None] = {}
+    for path in paths:
+        inside = (
+            [path] if (path / CONFIG_FILE).is_file() else sorted(each.parent for each in path.glob(f"*/{CONFIG_FILE}"))
+        )
+        if not inside:
+            raise SyncError(f"{path} is no run's folder and has none in it: name output_root/name of a configuration")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _config(run_dir: Path, known: dict[str, Any]) -> Config:
+    """The run's own, for the folder as it is now, and the MLflow that it went to."""
+    place = run_dir.absolute()
+    config = load(
+        run_dir / CONFIG_FILE, [f"output_root={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
+    )
+    uri = known.get("uri") or read_id(run_dir).get("uri")
+    if uri and without_credentials(check_address(config)) != uri:
+        config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
+    return config
+
+
+def _lineage(run_dir: Path, known: dict[str, Any]) -> Lineage | None:
+    if "stage" not in known:
+        return None
+    origin = known.get("origin")
+    return Lineage(
+        known["stage"],
+        Manifest.load(run_dir) if (run_dir / MANIFEST_NAME).is_file() else None,
+        known.get("data", ""),
+        Path(origin) if origin else None,
+        tuple(known.get("hosts", ())),
+    )
+
+
+def _last_step(log: Path) -> int:
+    """Of a log's lines; only the last line may be cut off. Raises SyncError."""
+    steps = [0]
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            steps.append(int(json.loads(line)["step"]))
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):
+                raise SyncError(f"{log}: line {number} of {len(lines)} is damaged: take it out") from None
+    return max(steps)
