@@ -136,5 +136,6 @@ def end_parent(client: Any, experiment: str, parent: str) -> None:
     last: dict[tuple[str, str], str] = {}  # its status, by stage and name
     for run in runs:
         last.setdefault((run.data.tags.get("stage", ""), run.info.run_name), run.info.status)
-    if "RUNNING" not in last.values():
-        client.set_terminated(parent, next((status for status in last.values() if status != "FINISHED"), "FINISHED"))
+    status = next((status for status in last.values() if status != "FINISHED"), "FINISHED")
+    if "RUNNING" not in last.values() and client.get_run(parent).info.status != status:
+        client.set_terminated(parent, status)
