@@ -282,7 +282,7 @@ def check_the_experiment(root: Path, pretrained: Path, finetuned: Path) -> None:
     assert stages == [
         ("data_prep", "data: in1k"),
         ("data_prep", "data: in22k"),
-        ("evaluate", "evaluate step-00000012-ema-in1k"),
+        ("evaluate", "evaluate demo-finetune: step-00000012-ema-in1k"),
         ("finetune", "demo-finetune"),
         ("pretrain", "demo-pretrain"),
     ]

@@ -57,8 +57,8 @@ def is_known(run_dir: Path) -> bool:
 def log_stage(run_dir: Path, stage: Stage) -> str | None:
     """Add the stage to the experiment that the run folder belongs to; its MLflow run's id.
 
-    One of the same name takes the place of the former, but where `folder` is sent. None, with a warning, where MLflow
-    does not take it, and in silence where the run itself is not in MLflow; both are kept for `sync-tracking`.
+    One of the same run and name takes the place of the former, but where `folder` is sent. None, with a warning, where
+    MLflow does not take it, and in silence where the run itself is not in MLflow; both are kept for `sync-tracking`.
     """
     name = f"{stage.stage}-{stage.name.removeprefix(stage.stage).strip()}"
     if not (known := _known(run_dir)):
@@ -105,7 +105,8 @@ def _log(known: Mapping[str, Any], stage: Stage) -> str:
     experiment, parent = run.info.experiment_id, run.data.tags.get(PARENT_TAG, known["run_id"])
     if not is_active(client, parent):
         parent = known["run_id"]
-    key = f"{parent}-{stage.stage}-{stage.name}"
+    # Of this run: others of the same parent (seeds, a sweep) are measured at the same step, on the same set.
+    key = f"{known['run_id']}-{stage.stage}-{stage.name}"
     if stage.folder is not None:  # versions of a model go on to stand on the former's
         key += f"-{uuid.uuid4().hex}"
     for former in client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'"):

@@ -87,6 +87,11 @@ def test_a_stage_finds_its_parent(root: Path, datasets: Datasets) -> None:
     assert parent.data.metrics == {"pretrain_top1": 1.0, "finetune_top1": 2.0}
     assert log_stage(first.run_dir, Stage("evaluate", "e", 1, {"top1": 1.0})) is not None
     assert client.get_run(str(pretrain.parent_id)).info.status == "FAILED"
+    # Runs of one parent are measured under the same name each: none takes the place of another's, one of its own does.
+    for seed in (1, 2, 2):
+        assert log_stage(root / f"b-finetune-{seed}", Stage("evaluate", "step-9", 9, {"top1": float(seed)}))
+    measured = [run.data.metrics["top1"] for run in client.search_runs(["1"]) if run.info.run_name == "step-9"]
+    assert sorted(measured) == [1.0, 2.0]
     settings = configured(root, datasets, "b-finetune-1", "optimizer.lr_peak=1e-4")
     opened(settings, lineage(datasets, "finetune", first.run_dir)).end("FINISHED", None)
     assert client.get_run(str(pretrain.parent_id)).info.status == "FINISHED"
