@@ -39,6 +39,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     `path` is as it was.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():  # renamed over, /dev/null would be a file from then on
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
     # Two hosts may write the same file, under the same process id.
     temp = path.with_name(f".{path.name}{TEMP_MARK}{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -66,9 +68,10 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a new folder beside `path`, made with its parents; when the block ends well it is renamed to `path`, in
-    place of what was there. When the block raises, the folder is removed and `path` is as it was. Raises OSError.
+    place of what was there; of a link, what it leads to is replaced. When the block raises, the folder is removed and
+    `path` is as it was. Of several that are written at once the last one stays. Raises OSError.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     mark = f"{TEMP_MARK}{os.getpid()}-{os.urandom(4).hex()}"
     temp, before = path.with_name(f".{path.name}{mark}"), path.with_name(f".{path.name}{mark}-before")
     temp.mkdir(parents=True)
@@ -78,16 +81,20 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             if file.is_file():
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
-        if path.exists():
-            os.rename(path, before)
+        while True:
+            with suppress(FileNotFoundError):
+                os.rename(path, before)
             try:
                 os.rename(temp, path)
-            except OSError:
-                os.rename(before, path)
-                raise
-            shutil.rmtree(before, ignore_errors=True)
-        else:
-            os.rename(temp, path)
+                break
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    with suppress(FileNotFoundError):
+                        os.rename(before, path)
+                    raise
+                # Another process has put its own there meanwhile: that is as much "before" as this one.
+                shutil.rmtree(before, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 

@@ -74,12 +74,13 @@ def export(asked: Asked) -> int:
     console = Console()
     facts = _facts(asked, weights, config)
     images = [] if asked.data is None else _images_of(open_set(config, asked.data, None))
+    card = model_card(facts, weights, config, asked.license)  # of damaged results it is told before the work
     try:
         with atomic_folder(folder) as temporary, console.status(f"writing {asked.to}, and comparing it with the net"):
             checked = _write(asked, weights, config, model, temporary, _in_header(facts), images)
             facts["checked"] = checked and checked._asdict()
             (temporary / CLASSES_FILE).write_text(_classes(weights.meta.synsets), encoding="utf-8")
-            (temporary / CARD_FILE).write_text(model_card(facts, weights, config, asked.license), encoding="utf-8")
+            (temporary / CARD_FILE).write_text(card, encoding="utf-8")
             facts["files"] = {file.name: record(file).model_dump() for file in sorted(temporary.iterdir())}
             (temporary / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
@@ -107,7 +108,7 @@ def _check_name(name: str, weights: Weights) -> None:
 
 def _track(asked: Asked, weights: Weights, facts: dict[str, Any], folder: Path, console: Console) -> None:
     """Into MLflow, beside the run that the weights are of; the files themselves where it is registered."""
-    name, meta = f"export {folder.name}", weights.meta
+    name, meta = f"export {weights.run.name}: {folder.name}", weights.meta
     params = {key: str(facts[key]) for key in ("kind", "model", "num_classes", "precision", "size")}
     tags = {"checkpoint": str(weights.path), "export": str(folder), "dataset_id": meta.dataset_id}
     files = [] if asked.register else [folder / each for each in (CARD_FILE, FACTS_FILE, CLASSES_FILE)]
@@ -125,17 +126,35 @@ def _track(asked: Asked, weights: Weights, facts: dict[str, Any], folder: Path, 
         raise ExportError(
             f"{folder} is written, and was not registered ({reason}): the same command tries again"
         ) from None
-    console.print(Text(f"{address}, as init.checkpoint or for mlflow.artifacts"), soft_wrap=True)
+    use = "as init.checkpoint or for mlflow.artifacts" if asked.to == "timm" else "for mlflow.artifacts"
+    console.print(Text(f"{address}, {use}"), soft_wrap=True)
 
 
 def _folder(asked: Asked, weights: Weights) -> Path:
-    if asked.out is None:
-        half = "-fp16" if asked.precision == "fp16" else ""
-        return weights.run / EXPORTS / f"step-{weights.meta.step:08d}-{weights.which}-{asked.to}{half}"
-    folder = asked.out.expanduser()
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS_FILE).exists()):
-        raise ExportError(f"--out {folder} holds something else than an export: name a new folder")
+    half = "-fp16" if asked.precision == "fp16" else ""
+    name = f"step-{weights.meta.step:08d}-{weights.which}-{asked.to}{half}"
+    folder = weights.run / EXPORTS / name if asked.out is None else asked.out.expanduser()
+    if folder.exists() and folder.samefile("."):
+        raise ExportError(f"--out {folder} is the folder that you are in, and would be replaced: name a new one in it")
+    if folder.exists() and (other := _not_of_an_export(folder)) is not None:
+        raise ExportError(f"{folder} holds something else than an export ({other}): name a new folder with --out")
     return folder
+
+
+def _not_of_an_export(folder: Path) -> str | None:
+    """What would be lost where an export takes the folder's place: a file of somebody else, or a card that was edited
+    since; None where that is nothing.
+    """
+    if not folder.is_dir():
+        return "it is a file"
+    inside = sorted(path.name for path in folder.iterdir())
+    try:
+        files = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))["files"]
+        edited = CARD_FILE in inside and record(folder / CARD_FILE).sha256 != files[CARD_FILE]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return inside[0] if inside else None
+    other = next((name for name in inside if name not in (FACTS_FILE, *files)), None)
+    return f"{CARD_FILE} was edited" if other is None and edited else other
 
 
 def _images_of(scored: EvaluationSet) -> Iterator[torch.Tensor]:

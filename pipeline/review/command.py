@@ -60,9 +60,12 @@ def _port(text: str) -> int:
 
 def _file(text: str) -> Path:
     path = Path(text).expanduser()
-    if path.is_dir() or not path.parent.is_dir():
-        what = "is a folder: name a file in it" if path.is_dir() else f"there is no folder {path.parent}: make it first"
-        raise argparse.ArgumentTypeError(f"{path}: {what}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: is a folder: name a file in it")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{path}: is a device or a pipe, and the page takes its place: name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: there is no folder {path.parent}: make it first")
     return path
 
 
@@ -75,7 +78,7 @@ def _count(text: str) -> int:
 def command(options: argparse.Namespace) -> int:
     """The command with its options parsed; returns the exit code. Raises ReviewError, PortError, StorageError."""
     from pipeline.review.mlflow_server import find_server, serve
-    from pipeline.review.run import find_runs
+    from pipeline.review.run import ReviewError, find_runs
     from pipeline.review.write import write_review
 
     asked = options.paths or [Path("runs")]
@@ -91,7 +94,11 @@ def command(options: argparse.Namespace) -> int:
     beside = asked[0].parent if asked[0] in paths else asked[0]
     page = options.html or beside / PAGE_NAME
     refuse_unwritable(Folder(str(page.absolute().parent)), "name another place with --html FILE")
-    write_review(paths, page, options.port, server.address if server else None)
+    try:
+        write_review(paths, page, options.port, server.address if server else None)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ReviewError(f"{page} cannot be written: {reason}: name another place with --html FILE") from None
     print(f"open in a browser: {page.resolve().as_uri()}", flush=True)
     if server is not None:
         serve(server, options.port)

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import math
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.review.differences import differences
 from pipeline.review.run import Run
 
 _KEYS = 40
+_COLUMNS = ("run", "stage", "state", "step", "loss", "top-1", "best", "images/s", "data wait", "hours", "faults")
+_WIDEST = 10_000
+_LEAST_NAME = 12  # characters of a line of a run's name; numbers are never cut
+_TEXTS = ("run", "stage", "state")
+# In turn, where the terminal is narrow: all else is nearer to which run is better.
+_LEFT_OUT = ("data wait", "hours", "images/s", "stage", "faults", "best", "state", "step")
 
 
 def print_comparison(runs: list[Run]) -> None:
     """Print a table of the runs, and one of what differs between their configurations."""
     console = Console(width=None if Console().is_terminal else 140)
-    table = Table(title=f"{len(runs)} run{'s' if len(runs) > 1 else ''}")
-    table.add_column("run", overflow="fold")
-    for name in ("stage", "state"):
-        table.add_column(name)
-    for name in ("step", "loss", "top-1", "best", "images/s", "data wait", "hours", "faults"):
-        table.add_column(name, justify="right")
-    for run in runs:
-        steps = f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}"
-        cells = [run.name, run.stage, run.state, steps, number(run.last.get("loss"), ".4f")]
-        cells += [number(run.last.get("top1"), ".2f"), number(run.best_top1, ".2f")]
-        cells += [number(run.images_per_second, ",.0f"), number(data_share(run), ".0%"), hours(run), faults(run)]
-        table.add_row(*map(escape, cells))
+    left_out: tuple[str, ...] = ()
+    while _width(table := _table(runs, left_out), console, runs) > console.width and len(left_out) < len(_LEFT_OUT):
+        left_out = _LEFT_OUT[: len(left_out) + 1]
     console.print(table)
+    if left_out:
+        console.print(f"in a wider terminal, and on the page: {', '.join(left_out)}")
     found = differences([run.config for run in runs])
     if len(runs) < 2:
         return
@@ -45,6 +46,36 @@ def print_comparison(runs: list[Run]) -> None:
     console.print(table)
     if len(found) > _KEYS:
         console.print(f"and {len(found) - _KEYS} more keys: the page has all")
+
+
+def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
+    table = Table(title=f"{len(runs)} run{'s' if len(runs) > 1 else ''}")
+    shown = [name for name in _COLUMNS if name not in left_out]
+    for name in shown:  # a number that is cut is another number
+        table.add_column(name, overflow="fold", justify="left" if name in _TEXTS else "right", no_wrap=name != "run")
+    for run in runs:
+        cells = {
+            "run": run.name,
+            "stage": run.stage,
+            "state": run.state,
+            "step": f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}",
+            "loss": number(run.last.get("loss"), ".4f"),
+            "top-1": number(run.last.get("top1"), ".2f"),
+            "best": number(run.best_top1, ".2f"),
+            "images/s": number(run.images_per_second, ",.0f"),
+            "data wait": number(data_share(run), ".0%"),
+            "hours": hours(run),
+            "faults": faults(run),
+        }
+        table.add_row(*(escape(cells[name]) for name in shown))
+    return table
+
+
+def _width(table: Table, console: Console, runs: list[Run]) -> int:
+    """Columns of the terminal that it takes at least: names may be folded, and nothing else."""
+    longest = max(map(cell_len, (run.name for run in runs)), default=0)
+    wide = Measurement.get(console, console.options.update_width(_WIDEST), table).maximum
+    return wide - max(0, longest - _LEAST_NAME)
 
 
 def number(value: float | None, form: str) -> str:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from pipeline.review.evaluations import read_evaluations
 from pipeline.review.page import Page
-from pipeline.review.run import read_run
+from pipeline.review.run import read_mapping, read_run
 from pipeline.review.terminal import print_comparison
 
 
@@ -32,10 +32,18 @@ def write_review(paths: list[Path], page_path: Path, port: int, mlflow: str | No
 
 
 def _names(paths: list[Path]) -> list[str | None]:
-    """Of folders of the same name those above them too; None: the run's own name."""
+    """Of runs of the same name, as copies are, their folders; of folders of the same name those above them too. None:
+    the run's own name.
+    """
     folders = [path.resolve() for path in paths]
-    often = Counter(folder.name for folder in folders)
-    return [f"{folder.parent.name}/{folder.name}" if often[folder.name] > 1 else None for folder in folders]
+    own = [str(read_mapping(path / "config.yaml").get("name") or path.name) for path in folders]
+    often, of_folders = Counter(own), Counter(folder.name for folder in folders)
+    return [
+        f"{folder.parent.name}/{folder.name}"
+        if of_folders[folder.name] > 1
+        else (folder.name if often[name] > 1 else None)
+        for folder, name in zip(folders, own, strict=True)
+    ]
 
 
 def _bytes(path: Path) -> int:

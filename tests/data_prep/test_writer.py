@@ -13,7 +13,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.manifest import Manifest, ShardIndex, index_path
-from data_prep.storage import TEMP_MARK, Folder
+from data_prep.storage import TEMP_MARK, Folder, atomic_folder
 from data_prep.writer import LOCK_NAME, BusyError, sole_writer
 from tests.data_prep.foreign.test_index import A, B, C, by_key, write_tar
 from tests.support.archives import archive, command
@@ -167,3 +167,19 @@ def test_a_lock_where_folders_cannot_be_locked(tmp_path: Path, monkeypatch: pyte
         pass
     with sole_writer(Folder(tmp_path)):
         pass
+
+
+def test_a_folder_that_two_write_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is put there whole, in place of the other's, and nothing is left beside it."""
+    final, rename, others = tmp_path / "result", os.rename, iter((1, 2))
+
+    def raced(old: Path, new: Path) -> None:
+        if new == final and (number := next(others, None)):  # the other one is faster, twice
+            final.mkdir(exist_ok=True)
+            (final / "other").write_text(str(number))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", raced)
+    with atomic_folder(final) as folder:
+        (folder / "mine").write_text("")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["result", "result/mine"]

@@ -162,12 +162,21 @@ def test_mistakes_are_one_line(
     run, _ = trained
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for name in ("hub", "card"):
+        assert main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / name)]) == 0
+    (tmp_path / "hub" / ".git").mkdir()  # a clone of the Hub's, which it was written into
+    (tmp_path / "card" / "README.md").write_text("mine")
+    capsys.readouterr()
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     (run / "mlflow_run.json").write_text(json.dumps({"uri": "http://127.0.0.1:9", "run_id": None}))  # never reached
     told = {
         ("onnx", "--dynamic-size"): "--dynamic-size: the global filters of this model are of one image size",
         ("timm", "--dynamic-size"): "--dynamic-size is for graphs; timm has none",
         ("timm", "--out", f"{tmp_path}/other"): "holds something else than an export",
+        ("timm", "--out", f"{tmp_path}/other/thesis.txt"): "(it is a file)",
+        ("timm", "--out", f"{tmp_path}/hub"): "holds something else than an export (.git)",
+        ("timm", "--out", f"{tmp_path}/card"): "holds something else than an export (README.md was edited)",
+        ("timm", "--out", "."): "is the folder that you are in",
         ("timm", "--out", f"{tmp_path}/other/thesis.txt/x"): "cannot be written",
         ("timm", "--resolution", "50"): "HorNet takes multiples of 32",
         ("timm", "--register", "model"): "has no run in MLflow",
@@ -180,7 +189,15 @@ def test_mistakes_are_one_line(
         assert said.count("\n") == 1
         assert said.startswith("error: ")
         assert text in said
-    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "other" / "thesis.txt").read_text() == (tmp_path / "card" / "README.md").read_text() == "mine"
+    assert (tmp_path / "hub" / ".git").is_dir()
+    # A link is followed: what it leads to is replaced, not the link.
+    (tmp_path / "card" / "README.md").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "card")
+    assert main(["export", str(run), "--to", "safetensors", "--out", str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "card" / "README.md").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_push(

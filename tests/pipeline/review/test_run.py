@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.storage import atomic_write
 from pipeline.review.evaluations import picture_uri, read_evaluations
 from pipeline.review.lineage import Lineage
 from pipeline.review.log import Column, Log, curves, read_log, thinned
@@ -239,6 +241,11 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert told(str(tmp_path / "none"))[1].startswith(f"error: there is no folder {tmp_path}/none")
     assert told("--html", str(tmp_path))[1].endswith(f"{tmp_path}: is a folder: name a file in it")
     assert told("--html", str(tmp_path / "a" / "b.html"))[1].endswith(f"there is no folder {tmp_path}/a: make it first")
+    os.mkfifo(tmp_path / "pipe")  # as /dev/null is, in whose place nobody wants a page
+    assert told("--html", str(tmp_path / "pipe"))[1].endswith("the page takes its place: name a file")
+    with pytest.raises(OSError, match="no plain file"), atomic_write(tmp_path / "pipe"):
+        pass
+    assert (tmp_path / "pipe").is_fifo()
     assert told("--newest", "0") == (
         2,
         "python -m pipeline review: error: argument --newest: 0: how many runs, from 1 to 200",
@@ -262,10 +269,26 @@ def test_runs_of_the_same_name(tmp_path: Path) -> None:
     done = run_module("pipeline", "review", *(str(root / "run") for root in roots))
     assert done.returncode == 0
     assert {"first/run", "second/run"} <= set(done.stdout.replace("│", " ").split())
+    shutil.copytree(roots[0] / "run", roots[0] / "a-copy")  # of which config.yaml says the same name
+    copied = run_module("pipeline", "review", str(roots[0]))
+    assert {"run", "a-copy"} <= set(copied.stdout.replace("│", " ").split())
     runs = [read_run(root / "run")[0] for root in roots]
     lineage = Lineage(runs, [each for run in runs for each in read_evaluations(run.path, run.name)])
     into = {target.rpartition(":")[2]: origin for origin, target in lineage.edges if "evaluation" in target}
     assert into == {"evaluation-0": "run:0:step-00000020", "evaluation-1": "run:1:step-00000020"}
+
+
+def test_a_narrow_terminal(tmp_path: Path) -> None:
+    """A number that is cut would be another number: columns are left out, and named."""
+    run = make_run(tmp_path, "a-run-with-a-name-that-is-longer-than-a-line-has-room-for", steps=20)
+    last = read_run(run)[0].last
+    done = run_module("pipeline", "review", str(run), FORCE_COLOR="1", COLUMNS="60", LINES="25")
+    assert done.returncode == 0
+    assert {f"{last['loss']:.4f}", f"{last['top1']:.2f}"} <= set(done.stdout.replace("│", " ").split())
+    table = [line for line in done.stdout.splitlines() if "│" in line]
+    assert table
+    assert max(map(len, table)) <= 60
+    assert "in a wider terminal, and on the page: data wait" in done.stdout
 
 
 def test_the_newest_runs(tmp_path: Path) -> None:
