@@ -97,10 +97,21 @@ def _torch_file(path: Path) -> Any:
     raise CheckpointError(f"{path} {_other_kind(path)}")
 
 
+# By their first bytes, in lower case.
+_KINDS = {
+    b"\x1f\x8b": "is compressed by gzip: unpack it",
+    b"<": "is a web page, as one gets in place of a file that asks for a login: fetch it again, and look into it",
+    b"\x89hdf": "is HDF5, as Keras writes it: save the weights as safetensors",
+}
+
+
 def _other_kind(path: Path) -> str:
     """What a file is that cannot be loaded, and what to do."""
     with open(path, "rb") as file:
         head = file.read(64).lstrip()
+    for start, what in _KINDS.items():
+        if head.lower().startswith(start):
+            return what
     if head[:1] in (b"{", b"["):
         return "is JSON; where it lists the parts of a model, merge them into one file, and name that"
     if zipfile.is_zipfile(path):

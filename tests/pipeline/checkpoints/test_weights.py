@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import pickle
 import re
 from collections.abc import Callable
@@ -196,7 +197,9 @@ def test_what_is_no_weight_file(config: Config, weights: Tensors, tmp_path: Path
     np.savez(tmp_path / "weights.npz", a=np.zeros(2))
     refused("weights.npz", "is a NumPy archive: save the weights as safetensors")
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>")
-    refused("page.pth", "is neither safetensors nor")
+    refused("page.pth", "is a web page, as one gets in place of a file")
+    (tmp_path / "packed.pth").write_bytes(gzip.compress(b"weights"))
+    refused("packed.pth", "is compressed by gzip: unpack it")
     (tmp_path / "empty.pth").touch()
     refused("empty.pth", r"\(0 bytes\) is neither")
     with open(tmp_path / "list.pkl", "wb") as file:
