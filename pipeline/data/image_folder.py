@@ -59,10 +59,12 @@ def read_image_folder(root: Path) -> ImageFolder:
         return ImageFolder(root, imagenet_1k_synsets(), files, np.full(len(files), -1), others)
     if all(map(SYNSET_PATTERN.fullmatch, names)):
         synsets, labels = names, list(range(len(names)))
-    elif all(name.isdecimal() and int(name) < len(imagenet_1k_synsets()) for name in names):
+    elif all(map(_is_number, names)):
         synsets, labels = imagenet_1k_synsets(), [int(name) for name in names]  # by name 10 comes before 2
     else:
-        odd = next(name for name in names if not SYNSET_PATTERN.fullmatch(name))
+        numbered = sum(map(str.isdecimal, names)) * 2 > len(names)  # ImageNet-V2, but for some: those are what is odd
+        fits = _is_number if numbered else SYNSET_PATTERN.fullmatch
+        odd = next(name for name in names if not fits(name))
         raise DataError(
             f"{root} holds the folder {odd}, which is no class: each has to be named by WordNet id (n01440764), or "
             f"each by its number in ImageNet-1K (0 to 999)"
@@ -76,6 +78,10 @@ def read_image_folder(root: Path) -> ImageFolder:
     if not found:
         raise DataError(f"{root} has {len(folders)} folders of classes, and no image in them: unpack its archive again")
     return ImageFolder(root, list(synsets), found, np.array(of_each, np.int64), others)
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and int(name) < len(imagenet_1k_synsets())
 
 
 def _images(folder: Path) -> tuple[list[Path], int]:

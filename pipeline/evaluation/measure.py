@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -26,15 +24,17 @@ from pipeline.config.load import Config
 from pipeline.data.views import Batch
 from pipeline.evaluation.accuracy import logits_of
 from pipeline.evaluation.ranks import join, start_here
-from pipeline.evaluation.result import ResultFolder, of_pair, spread
+from pipeline.evaluation.result import ResultFolder, check_name, folder_name, of_pair, spread
 from pipeline.evaluation.scores import score
 from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
 from pipeline.evaluation.summary import Images, confusion, name_of, per_class, reliability, results, worst_pairs
 from pipeline.evaluation.wordnet import Noun, find_wordnet, read_nouns
 from pipeline.ranks.collectives import Ranks, gather
-from pipeline.ranks.log_file import say
+from pipeline.ranks.rendezvous import RendezvousError
 from pipeline.records.figures import draw_evaluation
 from pipeline.records.stage import Stage, log_stage
+
+_SET_CHARS = 120  # of the name of a data set, in the name of a result
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Opened:
-    """All of it, checked: what `asked` means."""
+    """All of it, checked: what `asked` means. measured: the set and how, as in the name that a result has by itself."""
 
     weights: Weights
     config: Config
@@ -60,6 +60,7 @@ class Opened:
     selection: Selection
     run: Path
     name: str
+    measured: str
 
 
 def open_asked(asked: Asked) -> Opened:
@@ -69,10 +70,17 @@ def open_asked(asked: Asked) -> Opened:
     config = Config.model_validate(_configured(meta.config, asked))
     scored = open_set(config, asked.data, asked.real)
     run = asked.out.expanduser() if asked.out else weights.run
-    real = "-real" if asked.real is not None else ""
-    name = asked.name or re.sub(r"[^\w.+@-]+", "-", f"step-{meta.step:08d}-{weights.which}-{scored.name}{real}")
+    measured = _measured(scored, asked)
+    name = asked.name or folder_name(f"step-{meta.step:08d}-{weights.which}-{measured}")
+    check_name(name)
     _nouns()
-    return Opened(weights, config, scored, select(meta.synsets, scored), run, name)
+    return Opened(weights, config, scored, select(meta.synsets, scored), run, name, measured)
+
+
+def _measured(scored: EvaluationSet, asked: Asked) -> str:
+    """On what, by a name: another protocol's result takes no other's place."""
+    real = "-real" if scored.labels is not None else ""
+    return f"{scored.name[:_SET_CHARS]}{real}" + ("" if asked.resolution is None else f"-{asked.resolution}px")
 
 
 def _configured(tree: dict[str, Any], asked: Asked) -> dict[str, Any]:
@@ -100,7 +108,7 @@ def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) 
     with ExitStack() as stack:
         folder = stack.enter_context(ResultFolder(opened.run, opened.name)) if ranks.rank == 0 else None
         parts, seconds = measure(opened, ranks, device)
-        told = gather((parts, seconds)) if ranks.count > 1 else [(parts, seconds)]
+        told = _of_all(ranks, (parts, seconds))
         if folder is None:
             return 0
         images = Images.of([part for each, _ in told for part in each])
@@ -111,10 +119,23 @@ def evaluate_checkpoint(asked: Asked, ranks_here: int = 1, check: bool = False) 
                 f"changed meanwhile: evaluate again"
             )
         content = _content(opened, images, ranks, max(each for _, each in told), device)
+        _print(opened, content)  # first: where the disk is full, hours have not been for nothing
         _write(folder, opened, images, content)
-    _print(opened, content, folder.final)
+    Console().print(Text(str(folder.final)), soft_wrap=True)
     _track(opened, content, folder.final)
     return 0
+
+
+def _of_all(ranks: Ranks, mine: Any) -> list[Any]:
+    if ranks.count == 1:
+        return [mine]
+    try:
+        return gather(mine)
+    except RuntimeError as error:  # gloo's
+        raise RendezvousError(
+            f"another rank of this evaluation has ended before its part was done: evaluate again "
+            f"({' '.join(str(error).split())[:120]})"
+        ) from None
 
 
 @torch.inference_mode()
@@ -190,19 +211,19 @@ def _content(opened: Opened, images: Images, ranks: Ranks, seconds: float, devic
 
 def _write(folder: ResultFolder, opened: Opened, images: Images, content: dict[str, Any]) -> None:
     scored = opened.scored
-    content["worst_pairs"] = [
-        {**entry, "pictures": folder.pictures(scored, images, of_pair(images, label, other))}
-        for label, other, entry in worst_pairs(images, scored.synsets)
-    ]
-    content["samples"] = folder.pictures(scored, images, spread(images))
-    folder.write(content, per_class(images, scored.synsets))
     try:
+        content["worst_pairs"] = [
+            {**entry, "pictures": folder.pictures(scored, images, of_pair(images, label, other))}
+            for label, other, entry in worst_pairs(images, scored.synsets)
+        ]
+        content["samples"] = folder.pictures(scored, images, spread(images))
+        folder.write(content, per_class(images, scored.synsets))
         draw_evaluation(content, folder.path)
-    except OSError as error:  # a full disk: the result itself is written
-        say(f"warning: no pictures of calibration and confusion: {error}", sys.stderr)
+    except OSError as error:
+        raise folder.refused(error) from None
 
 
-def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
+def _print(opened: Opened, content: dict[str, Any]) -> None:
     console, found, scored = Console(), content["results"], opened.scored
     table = Table(title=Text(f"{opened.weights.path} ({opened.weights.which}) on {scored.path}"))
     for column in ("top-1 %", "top-5 %", "loss", "images"):
@@ -222,7 +243,7 @@ def _print(opened: Opened, content: dict[str, Any], written: Path) -> None:
         lines.append(f"the head lacks {names}{more}: their images count as wrong")
     if content["confusion"] is None:
         lines.append("no confusion by groups: that takes WordNet (`apt-get install wordnet-base`)")
-    for line in [*lines, str(written)]:
+    for line in lines:
         console.print(Text(line), soft_wrap=True)
 
 
@@ -234,9 +255,9 @@ def _track(opened: Opened, content: dict[str, Any], folder: Path) -> None:
     tags = {"checkpoint": str(opened.weights.path), "dataset": opened.scored.name}
     if opened.scored.dataset_id is not None:
         tags["dataset_id"] = opened.scored.dataset_id
-    run, name, step = opened.weights.run, f"evaluate {opened.name}", opened.weights.meta.step
-    real = "-real" if opened.scored.labels is not None else ""
-    results = {f"{opened.scored.name}{real}_{key}": numbers[key] for key in ("top1_percent", "top5_percent")}
+    run, step = opened.weights.run, opened.weights.meta.step
+    name = f"evaluate {run.name}: {opened.name}"
+    results = {f"{opened.measured}_{key}": numbers[key] for key in ("top1_percent", "top5_percent")}
     files = sorted(filter(Path.is_file, folder.iterdir()))
     log_stage(run, Stage("evaluate", name, step, numbers, params, tags, files, results=results))
 

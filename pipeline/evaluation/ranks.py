@@ -25,7 +25,7 @@ _LEAVE_SECONDS = 10.0
 def start_here(arguments: Sequence[str], count: int) -> int:
     """`python -m pipeline ARGUMENTS` as each of `count` ranks; returns the exit code of the first that failed, or 0.
 
-    Where one fails the others are ended. Raises RendezvousError for more ranks than GPUs.
+    Where one fails the others are ended. Raises RendezvousError for more ranks than GPUs, and for one that was killed.
     """
     if torch.cuda.is_available() and count > torch.cuda.device_count():
         raise RendezvousError(
@@ -41,9 +41,15 @@ def start_here(arguments: Sequence[str], count: int) -> int:
         for rank in range(count)
     ]
     try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        while None in (ended := [rank.poll() for rank in ranks]) and not any(ended):  # all, each time
             time.sleep(0.1)
-        return next((rank.returncode & 0xFF for rank in ranks if rank.returncode), 0)
+        for number, rank in enumerate(ranks):
+            if (rank.returncode or 0) < 0:  # it could say nothing itself
+                raise RendezvousError(
+                    f"rank {number} was ended by {signal.Signals(-rank.returncode).name}, by a host without memory "
+                    f"perhaps: evaluate again, with fewer --ranks"
+                )
+        return next((rank.returncode for rank in ranks if rank.returncode), 0)
     finally:
         for rank in ranks:
             rank.terminate()

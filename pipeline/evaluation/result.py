@@ -27,15 +27,26 @@ SAMPLES = 24
 OF_A_PAIR = 3
 _SIDE = 160  # pixels, the longer side of a picture
 _NAME = re.compile(r"[\w.+@-]+", re.ASCII)
+_NAME_BYTES = 200  # of the 255 that file systems give a name: it is written under a longer one
+
+
+def folder_name(text: str) -> str:
+    """What a result is called by itself: of a set in other letters what a name may have of it."""
+    return re.sub(r"[^\w.+@-]+", "-", text, flags=re.ASCII)
+
+
+def check_name(name: str) -> None:
+    """Raises CheckpointError for a name that no result folder can have."""
+    if not _NAME.fullmatch(name) or name.startswith(".") or len(name) > _NAME_BYTES:
+        raise CheckpointError(
+            f"{name[:40]!r} cannot be a folder's name: give --name of at most {_NAME_BYTES} letters, digits, and . - _"
+        )
 
 
 class ResultFolder:
     """`evaluations/NAME` of a run, being written; made at once: a full or foreign disk is met before the work."""
 
     def __init__(self, run: Path, name: str) -> None:
-        """Raises CheckpointError for a name that is none, or where nothing can be written."""
-        if not _NAME.fullmatch(name) or name.startswith("."):
-            raise CheckpointError(f"{name!r} cannot be a folder's name: give --name of letters, digits, and . - _")
         self.final = run / EVALUATIONS / name
         self._whole = atomic_folder(self.final)
 
@@ -44,13 +55,20 @@ class ResultFolder:
             self.path = self._whole.__enter__()
             (self.path / PICTURES).mkdir()
         except OSError as error:
-            raise CheckpointError(
-                f"{self.final} cannot be written: {error.strerror}: give another folder with --out"
-            ) from None
+            raise self.refused(error) from None
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._whole.__exit__(kind, error, at)
+        try:
+            self._whole.__exit__(kind, error, at)
+        except OSError as failure:
+            raise self.refused(failure) from None
+
+    def refused(self, error: OSError) -> CheckpointError:
+        """What is to be raised where the disk takes no more."""
+        return CheckpointError(
+            f"{self.final} cannot be written: {error.strerror or error}: give another folder with --out"
+        )
 
     def write(self, content: dict[str, Any], classes: Sequence[dict[str, Any]]) -> None:
         """evaluation.json and per_class.csv."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from pipeline.ranks.lifetime import leaving_by_exception
+
 KINDS = ("timm", "safetensors", "onnx", "exported-program")
 EPILOG = """\
 examples
@@ -51,4 +53,5 @@ def command(options: argparse.Namespace) -> int:
     """
     from pipeline.export.write import Asked, export
 
-    return export(Asked(**{name: getattr(options, name) for name in Asked.__dataclass_fields__}))
+    with leaving_by_exception():
+        return export(Asked(**{name: getattr(options, name) for name in Asked.__dataclass_fields__}))

@@ -140,6 +140,22 @@ def ignore_sigterm() -> None:
 
 
 @contextmanager
+def leaving_by_exception() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does, so that what is unfinished is removed on the way. For a process that is
+    alone: one that waits for others inside a collective would not see it.
+    """
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    former = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+@contextmanager
 def exclusive(run_dir: Path) -> Iterator[None]:
     """Hold the run folder for this process; the lock goes with the process and its data workers, however it ends.
 

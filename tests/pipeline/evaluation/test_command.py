@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +25,9 @@ from pipeline.__main__ import main
 from pipeline.config.load import Config, load
 from pipeline.data.augment import evaluation_transform, normalise
 from pipeline.data.decode import decode_rgb
+from pipeline.evaluation.ranks import start_here
+from pipeline.evaluation.result import ResultFolder
+from pipeline.ranks.rendezvous import RendezvousError
 from pipeline.records.figures import draw_evaluation
 from tests.pipeline.evaluation.test_wordnet import write_nouns
 from tests.support.checkpoints import write_checkpoint
@@ -126,18 +134,19 @@ def run_1k(tmp_path_factory: pytest.TempPathFactory, datasets: Datasets) -> tupl
 def test_class_numbers_are_numbers(run_1k: Any, tmp_path: Path) -> None:
     """ImageNet-V2 as it comes: folder 10 is class 10, though by name it comes before 2."""
     run, config, model = run_1k
-    root = tmp_path / "imagenetv2-matched-frequency-format-val"
+    root = tmp_path / "imagenetv2-données"  # a name that no result folder has, but for --name
     files = {
         f"{root}/{number}/{i}.jpeg": IN_1K[number] for number, some in ((2, 1), (10, 3), (999, 2)) for i in range(some)
     }
     draw(files)
-    assert main(["evaluate", str(run), "--data", str(root), "--name", "v2"]) == 0
-    assert {int(row["class"]): int(row["images"]) for row in classes(run, "v2") if row["images"] != "0"} == {
+    assert main(["evaluate", str(run), "--data", str(root)]) == 0
+    name = "step-00000001-ema-imagenetv2-donn-es"
+    assert {int(row["class"]): int(row["images"]) for row in classes(run, name) if row["images"] != "0"} == {
         2: 1,
         10: 3,
         999: 2,
     }
-    found = result(run, "v2")
+    found = result(run, name)
     assert (found["data"]["classes"], found["data"]["name"], found["data"]["dataset_id"]) == (1000, root.name, None)
     logits = logits_by_hand(model, config, [Path(file) for file in files]).flip(1)  # of the head, in the data's order
     labels = torch.tensor([IN_1K.index(wnid) for wnid in files.values()])
@@ -161,8 +170,8 @@ def test_only_the_classes_of_the_set_are_predicted(run_1k: Any, tmp_path: Path) 
     assert found["results"]["top1_percent"] == pytest.approx(100 * float(hits.float().mean()))
     assert {each["wnid"] for picture in found["samples"] for each in picture["predictions"]} <= set(in_a)
     draw({f"{tmp_path}/part/val/{wnid}/0.png": wnid for wnid in in_a[:2]})
-    assert main(["evaluate", str(run), "--data", str(tmp_path / "part"), "--name", "part", "--resolution", "384"]) == 0
-    part = result(run, "part")
+    assert main(["evaluate", str(run), "--data", str(tmp_path / "part"), "--resolution", "384"]) == 0
+    part = result(run, "step-00000001-ema-part-384px")  # beside one at the run's own resolution
     assert (part["data"]["classes"], part["data"]["name"]) == (1000, "part")
     protocol = {key: part["protocol"][key] for key in ("resolution", "resize", "crop_ratio")}
     assert protocol == {"resolution": 384, "resize": "warp", "crop_ratio": 1.0}
@@ -218,6 +227,45 @@ def test_a_22k_head_on_1k(datasets: Datasets, tmp_path: Path, capsys: pytest.Cap
     assert {each["wnid"] for picture in found["samples"] for each in picture["predictions"]} <= set(IN_1K)
 
 
+def test_what_is_not_finished_is_not_left(
+    run_1k: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by a time limit's SIGTERM nor on a full disk, where the figures are told all the same."""
+    run, _, _ = run_1k
+    draw({f"{tmp_path}/set/{IN_1K[0]}/0.png": IN_1K[0]})
+    asked = ["evaluate", str(run), "--data", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def told_to_stop(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResultFolder, "write", full)
+        assert main(asked) == 1
+    out, err = capsys.readouterr()
+    assert "top-1 %" in out
+    assert "evaluations/step-00000001-ema-set cannot be written: No space left on device" in err
+    former = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ResultFolder, "write", told_to_stop)
+    with pytest.raises(SystemExit, match="143"):
+        main(asked)
+    assert signal.getsignal(signal.SIGTERM) == former
+    assert list((tmp_path / "out" / "evaluations").iterdir()) == []
+
+
+def test_a_rank_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel, for memory: it says nothing, so what started it does, and at once."""
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$RANK" = 1 ] && kill -9 $$\nexec sleep 60\n')
+    (tmp_path / "python").chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    started = time.monotonic()
+    with pytest.raises(RendezvousError, match="rank 1 was ended by SIGKILL"):
+        start_here(["evaluate", "run"], 2)
+    assert time.monotonic() - started < 30  # the other one was not waited for
+
+
 def test_a_net_that_gives_no_numbers(datasets: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured as any other: no image is a hit, and what has no number is null, also in the drawing for MLflow."""
     run = tmp_path / "run"
@@ -243,6 +291,7 @@ def test_mistakes_are_one_line(
 ) -> None:
     run, _, _ = run_1k
     draw({f"{tmp_path}/flat/ILSVRC2012_val_00000002.JPEG": IN_1K[0], f"{tmp_path}/odd/dogs/1.jpg": IN_1K[0]})
+    draw({f"{tmp_path}/numbers/{number}/1.jpg": IN_1K[0] for number in (2, 10, 1000)})
     draw({f"{tmp_path}/other/n00000001/1.jpg": IN_1K[0], f"{tmp_path}/damaged/{IN_1K[0]}/1.jpg": IN_1K[0]})
     (tmp_path / "damaged" / IN_1K[0] / "2.jpg").write_bytes(b"no image")
     (tmp_path / "file").write_text("")
@@ -258,6 +307,9 @@ def test_mistakes_are_one_line(
     told = {
         ("--data", f"{tmp_path}/flat"): "without their labels",
         ("--data", f"{tmp_path}/odd"): "holds the folder dogs, which is no class",
+        ("--data", f"{tmp_path}/numbers"): "holds the folder 1000, which is no class",
+        ("--data", f"{tmp_path}/flat", "--real", "--name", "n" * 250): "at most 200 letters",
+        ("--data", f"{tmp_path}/flat", "--real", "--check", "--name", "a b"): "cannot be a folder's name",
         ("--data", f"{tmp_path}/other"): "none of them is among the 1,000",
         ("--data", f"{tmp_path}/damaged"): "2.jpg does not decode",
         ("--data", str(datasets.in22k), "--real"): "ReaL has labels for ILSVRC2012_val_",
