@@ -31,7 +31,7 @@ from pipeline.export.hub import check_repository, preprocessing, push, write_saf
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
 from pipeline.records.run_id import ID_FILE
-from pipeline.records.stage import Stage, is_known, log_stage, register
+from pipeline.records.stage import Stage, is_known, log_stage, register, registered_kind
 
 EXPORTS, FACTS_FILE, CLASSES_FILE, CARD_FILE = "exports", "export.json", "classes.csv", "README.md"
 FORMAT_VERSION = 1
@@ -61,7 +61,7 @@ def export(asked: Asked) -> int:
         check_repository(asked.push_to_hub)
     weights = find_weights(asked.checkpoint, asked.weights)
     if asked.register is not None:
-        _check_name(asked.register, weights)
+        _check_name(asked.register, asked.to, weights)
     tree = weights.meta.config
     tree = tree if asked.resolution is None else at_resolution(tree, asked.resolution)
     config = Config.model_validate(tree if asked.data is None else on_data(tree, asked.data))
@@ -97,12 +97,20 @@ def export(asked: Asked) -> int:
     return 0
 
 
-def _check_name(name: str, weights: Weights) -> None:
+def _check_name(name: str, kind: str, weights: Weights) -> None:
     if not re.fullmatch(r"[\w.+ -]+", name) or name.strip() != name:
         raise ExportError(f"--register {name}: give a model's name of letters, digits, and . - _ alone")
     if not is_known(weights.run):
         raise ExportError(
             f"--register: {weights.run} has no run in MLflow ({ID_FILE}): give the folder of a run that MLflow has"
+        )
+    try:
+        known = registered_kind(weights.run, name)
+    except Exception as error:  # mlflow's, SQLAlchemy's and requests'
+        raise ExportError(f"--register {name}: MLflow does not answer: {' '.join(str(error).split())[:200]}") from None
+    if known not in (None, kind):  # whoever takes the best one, or the newest, counts on what it is
+        raise ExportError(
+            f"--register {name}: its versions are exports --to {known}: register {kind} under another name"
         )
 
 

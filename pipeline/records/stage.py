@@ -99,6 +99,13 @@ def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], sco
     return f"models:/{name}/{version}"
 
 
+def registered_kind(run_dir: Path, name: str) -> str | None:
+    """The "kind" tag of the newest version of a registered model; None where there is none. Raises MLflow's errors."""
+    found = _client(_known(run_dir)).search_model_versions(f"name = '{name}'")
+    newest = max(found, key=lambda version: int(version.version), default=None)
+    return None if newest is None else newest.tags.get("kind")
+
+
 def _log(known: Mapping[str, Any], stage: Stage) -> str:
     entities, client = package().entities, _client(known)
     run = client.get_run(known["run_id"])

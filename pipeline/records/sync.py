@@ -15,7 +15,7 @@ from data_prep.credentials import without_credentials
 from data_prep.manifest import MANIFEST_NAME, Manifest
 from pipeline.config.load import Config, load
 from pipeline.ranks.lifetime import exclusive, holder_of
-from pipeline.records.address import check_address
+from pipeline.records.address import check_address, missing_database
 from pipeline.records.family import Lineage
 from pipeline.records.journal import read_journal, read_unsent
 from pipeline.records.run_id import read_id
@@ -72,6 +72,8 @@ def sync(run_dir: Path) -> str:
         raise SyncError(f"{holder} writes to it, and sends what waits itself: wait for its end")
     known = read_journal(run_dir)
     config = _config(run_dir, known)
+    if read_id(run_dir).get("run_id") and (gone := missing_database(check_address(config))) is not None:
+        raise SyncError(f"MLflow's database {gone}, which knows the run, is not there: put it back, or where it was")
     last = max(_last_step(run_dir / name) for name in _LOGS)
     with ExitStack() as stack:
         stack.enter_context(exclusive(run_dir))

@@ -157,20 +157,24 @@ def test_what_cannot_be_told(
     root, _ = ended
     assert main(["sync-tracking", str(tmp_path)]) == 1
     assert "is no run's folder and has none in it" in capsys.readouterr().err
-    for name in ("damaged", "good", "nobody"):
+    for name in ("damaged", "good", "nobody", "removed"):
         shutil.copytree(root / "failed", tmp_path / name)
     line = '{"time": 1.0, "step": 1, "loss": 1.0}\n'
     (tmp_path / "damaged" / "log.jsonl").write_text(f"{line}{{\n{line}")
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         silent = f"http://127.0.0.1:{closed.getsockname()[1]}"
-    for file in (ID_FILE, JOURNAL_FILE):
-        known = json.loads((tmp_path / "nobody" / file).read_text())
-        (tmp_path / "nobody" / file).write_text(json.dumps({**known, "uri": silent}))
+    database = tmp_path / "removed" / "mlflow.db"
+    for name, uri in (("nobody", silent), ("removed", f"sqlite:///{database}")):
+        for file in (ID_FILE, JOURNAL_FILE):
+            known = json.loads((tmp_path / name / file).read_text())
+            (tmp_path / name / file).write_text(json.dumps({**known, "uri": uri}))
     assert main(["sync-tracking", str(tmp_path)]) == 1
     said = capsys.readouterr()
     assert "log.jsonl: line 2 of 3 is damaged" in said.err
     assert f"{tmp_path / 'nobody'}: MLflow has not got all of it" in said.err
     assert "training goes on" not in said.err
+    assert f"MLflow's database {database}, which knows the run, is not there" in said.err
+    assert not database.exists()
     assert f"{tmp_path / 'good'}: 0 numbers sent" in said.out
     assert (tmp_path / "damaged" / "log.jsonl").read_text() == f"{line}{{\n{line}"

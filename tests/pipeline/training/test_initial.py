@@ -17,6 +17,7 @@ from pipeline.config.load import Config, load
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
 from pipeline.records.family import Lineage
+from pipeline.records.journal import UNSENT
 from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, log_stage, register
 from pipeline.records.tracking import Tracker
@@ -69,6 +70,16 @@ def test_the_registry(trained: tuple[Path, HorNet, str], registered: mlflow.Mlfl
     export, pretrain = registered.get_run(best.run_id), registered.get_run(trained[2])
     assert export.data.tags["mlflow.parentRunId"] == pretrain.data.tags["mlflow.parentRunId"]
     assert (export.info.status, export.data.tags["stage"]) == ("FINISHED", "export")
+
+
+def test_a_name_is_of_one_kind(
+    trained: tuple[Path, HorNet, str], registered: mlflow.MlflowClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`init.checkpoint=models:/NAME@best` counts on what timm loads."""
+    assert main(["export", str(trained[0]), "--to", "safetensors", "--register", "hornet-demo"]) == 1
+    said = "its versions are exports --to timm: register safetensors under another name"
+    assert said in capsys.readouterr().err
+    assert len(registered.search_model_versions("name = 'hornet-demo'")) == 2
 
 
 def test_the_same_score_again_is_the_best(trained: tuple[Path, HorNet, str], registered: mlflow.MlflowClient) -> None:
@@ -143,7 +154,7 @@ def test_a_database_that_is_gone_is_not_made_again(
     (tmp_path / ID_FILE).write_text(json.dumps({"uri": f"sqlite:///{tmp_path}/mlflow.db", "run_id": "x"}))
     assert log_stage(tmp_path, Stage("evaluate", "evaluate x", 1)) is None
     assert "mlflow.db is not there any more" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == [ID_FILE]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ID_FILE, UNSENT]
 
 
 def test_a_password_that_an_error_repeats(
