@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.support.house import THINGS, WIDTH, House
+from tests.support.house import THINGS, WIDTH, House, shown_name
 from tests.support.import_graph import ROOT, Graph, Order, import_graph, read_order
 from tests.support.picture import FILE, draw
 from tests.support.routes import HYPER, IMAGE, ROUTES, RouteError, Stop, check
@@ -38,8 +38,16 @@ def test_nothing_stands_on_something_else(order: Order) -> None:
     for name, box in boxes.items():
         assert box.x >= 8, name
         assert box.x + box.w <= WIDTH - 8, name
-        shown, size = ([name.partition(".")[2]], 13) if name in house.rooms else (THINGS[name].lines, 12)
+        shown, size = ([shown_name(name)], 13) if name in house.rooms else (THINGS[name].lines, 12)
         assert max(map(len, shown)) * 0.6 * size < box.w, f"{name} does not fit into its box"  # in monospace
+
+
+def test_names_are_above_the_lines_that_cross_them(graph: Graph, order: Order) -> None:
+    drawn = draw(graph, order).splitlines()
+    last_line = max(place for place, shape in enumerate(drawn) if 'class="line' in shape and "h28" not in shape)
+    names = [place for place, shape in enumerate(drawn) if "over" in shape and shape.startswith("<text")]
+    assert len(names) > len(House(order).rooms)
+    assert last_line < min(names)
 
 
 def test_every_stop_is_tied_to_the_one_before(graph: Graph) -> None:

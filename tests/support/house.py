@@ -162,7 +162,7 @@ class House:
             wing = WINGS.get(package, WINGS["pipeline"])
             if package not in WINGS:
                 place = len([other for other in self.rooms if other.partition(".")[0] not in WINGS])
-                self.rooms[room] = Box(1016 - 196 * place, 14, 176, 28)  # six of them beside each other
+                self.rooms[room] = Box(1006 - 196 * place, 14, 186, 28)  # six of them beside each other
             elif floor not in self.bands[package]:
                 self.bands[package][floor] = Box(wing.x, TOP + ROOF - 48, wing.width, 30)
                 self.rooms[room] = Box(wing.x + wing.width / 2 - 50, TOP + ROOF - 48, 100, 30)
@@ -184,6 +184,12 @@ class House:
             return self.station(room, number) + shift, box.y + HEAD + 26 + 24 * track
         x = box.x + box.w - 17 if room in MIRRORED else box.x + 17 + 22 * track
         return x, box.y + HEAD + 9 + ROW * number
+
+
+def shown_name(room: str) -> str:
+    """What the picture calls a room: those of other packages by their package too."""
+    package, _, name = room.partition(".")
+    return name if package in WINGS else f"{package}/{name}"
 
 
 def _met() -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
-from tests.support.house import CELLAR, HEAD, MIRRORED, ROOF, ROW, THINGS, TOP, WIDTH, WINGS, House
+from tests.support.house import CELLAR, HEAD, MIRRORED, ROOF, ROW, THINGS, TOP, WIDTH, WINGS, House, shown_name
 from tests.support.import_graph import ROOT, Graph, Order, import_graph, read_order, room_graph
 from tests.support.lines import import_paths, number, rounded, route_legs
 from tests.support.routes import FFCV, HYPER, IMAGE, ROUTES, Route, check
@@ -21,6 +21,7 @@ text{font-family:sans-serif;font-size:12px}
 .title{font-size:15px;font-weight:bold}
 .middle{text-anchor:middle}
 text.number{font-size:10.5px;font-weight:bold;text-anchor:middle}
+.over{paint-order:stroke;stroke-width:4;stroke-linejoin:round}
 path{stroke-linejoin:round;stroke-linecap:round}
 path.thin,path.line,path.halo{fill:none}
 path.thin{stroke-width:1.1}
@@ -38,6 +39,7 @@ COLOURS = {
     ".open": ("#ffffff", "#67645d", "#353a42", "#c3c8d0"),
     ".thing": ("#fbf1dc", "#cfb987", "#3a3426", "#7b6c48"),
     "text": ("#2a2926", "", "#e9e7e2", ""),
+    ".over": ("", "#ffffff", "", "#353a42"),
     "text.soft": ("#6c6860", "", "#a9a7a1", ""),
     "path.thin": ("", "#a39e93", "", "#7a818c"),
     "path.halo": ("", "#f4f2ec", "", "#23272d"),
@@ -67,9 +69,11 @@ def draw(graph: Graph, order: Order, root: Path = ROOT) -> str:
     house = House(order)
     parts = [*_walls(house)]
     parts += [f'<path class="thin" d="{path}"/>' for path in import_paths(house, room_graph(graph))]
-    parts += [*_rooms(house), *_things(house)]
+    parts += [_rect("open" if room in order.open else "room", *box) for room, box in house.rooms.items()]
+    parts += _things(house)
     for route in (FFCV, HYPER, IMAGE):
         parts += _line(house, route, ties[route.title])
+    parts += _names(house)  # above the lines of the routes, which cross them
     for route in ROUTES:
         for what, mark in _discs(route).items():
             parts += _disc(*house.spots[route.style, what], route.style, mark)
@@ -121,23 +125,20 @@ def _walls(house: House) -> Iterator[str]:
                 yield _rect("floor", band.x + 4, band.y - 5, band.w - 8, band.h + 10)
 
 
-def _rooms(house: House) -> Iterator[str]:
+def _names(house: House) -> Iterator[str]:
     for room, box in house.rooms.items():
-        package, _, name = room.partition(".")
-        yield _rect("open" if room in house.order.open else "room", *box)
-        rows, row_like = house.rows[room], house.is_row(room)
+        rows, row_like, name = house.rows[room], house.is_row(room), shown_name(room)
         if not rows:
-            name = name if package in WINGS else f"{package}/{name}"
-            yield _text("mono name middle", box.middle, box.y + box.h / 2 + 4.5, name)
+            yield _text("mono name over middle", box.middle, box.y + box.h / 2 + 4.5, name)
             continue
         left = box.x + (10 if room in MIRRORED or row_like else 10 + 22 * len(house.styles(room)))
-        yield _text("mono name", left, box.y + 20, name)
+        yield _text("mono name over", left, box.y + 20, name)
         for place, module in enumerate(rows):
             stem = module.rpartition(".")[2]
             if row_like:
-                yield _text("mono middle", house.station(room, place), box.y + HEAD + 7, stem)
+                yield _text("mono over middle", house.station(room, place), box.y + HEAD + 7, stem)
             else:
-                yield _text("mono", left, box.y + HEAD + 13 + ROW * place, stem)
+                yield _text("mono over", left, box.y + HEAD + 13 + ROW * place, stem)
 
 
 def _things(house: House) -> Iterator[str]:
