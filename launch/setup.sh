@@ -84,8 +84,11 @@ build_ffcv() {
 # Before pip: installing this project builds the decoder.
 have_jpeg_libraries || install_libraries "the JPEG decoder" "${jpeg_packages[@]}" || true
 # An interrupted download leaves pip able to go on; nothing counts as done before the stamp in the Makefile.
-say "installing the pinned packages into $venv (about 6 GB and 2 minutes the first time)"
-$venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,export,s3,slurm]' \
+say "installing the pinned packages into $venv (about 7 GB and some minutes the first time)"
+# Of what pip tells, what takes long: the large files, and that they are unpacked.
+$venv/bin/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[demo,dev,export,s3,slurm]' \
+  | sed -unE 's#^ *(Downloading|Using cached|Processing) ([^ ]*/)?([^ /]+\.whl) \(([0-9]{3,}\.[0-9] MB)\).*#setup:   \3 (\4)#p
+    s#^Installing collected packages:.*,.*#setup:   unpacking them#p' \
   || fail "pip could not install the packages above; mend that and run 'make setup' again"
 
 $venv/bin/python -c 'import pipeline.data._jpeg' 2>/dev/null || say "$jpeg_hint"

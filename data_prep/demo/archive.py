@@ -46,6 +46,11 @@ class Picture:
     hashes: tuple[int, ...]  # of the picture and of its variants (mirrored, silhouette)
 
 
+def say(text: str) -> None:
+    """A line that is seen at once, also in a log: what follows takes a minute."""
+    print(text, flush=True)
+
+
 def ways_on(failed: str) -> str:
     """The two ways on when the source `failed` ("icons" or "clipart") cannot be had."""
     other = "clipart" if failed == "icons" else "icons"

@@ -31,6 +31,7 @@ from data_prep.demo.archive import (
     perceptual_hash,
     require,
     run_client,
+    say,
     unit_hash,
 )
 
@@ -68,6 +69,7 @@ def fetch(cache: Path, package: str) -> Path:
     def download(folder: Path) -> None:
         folder.chmod(0o755)  # run by root, apt-get gives the download to another user
         hint = "If the package lists are missing or old, run `apt-get update` as root."
+        say(f"clip art: fetching {package} by apt-get, about 150 MB")
         run_client(["apt-get", "download", package], folder, "clipart", hint)
 
     return cached_download(cache, f"{package}_*.deb", download)
@@ -220,6 +222,7 @@ def collect(cache: Path, rules: dict[str, Any]) -> tuple[list[Picture], dict[str
     with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache) as folder:
         folders = {}
         for short, deb in debs.items():
+            say(f"clip art: unpacking {deb.name} and reading its pictures")
             target = Path(folder) / short
             target.mkdir()
             run_client(["dpkg", "-x", str(deb.resolve()), str(target)], Path(folder), "clipart")

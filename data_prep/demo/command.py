@@ -24,7 +24,7 @@ import yaml
 
 from data_prep.demo import clipart as demo_clipart
 from data_prep.demo import icons as demo_icons
-from data_prep.demo.archive import DemoError, Picture, hash_array, near, unit_hash, write_archive
+from data_prep.demo.archive import DemoError, Picture, hash_array, near, say, unit_hash, write_archive
 from data_prep.storage import Folder, refuse_unwritable, user_path
 from data_prep.writer import sole_writer
 
@@ -73,7 +73,7 @@ def _build(
     missing = [name for name in ARCHIVES if not _is_built(output, name, wanted[name], built)]
     for name in ARCHIVES:
         if name not in missing:
-            print(f"{name}.tar, {name}-val.tar: already built in {output}")
+            say(f"{name}.tar, {name}-val.tar: already built in {output}")
     if not missing:
         return
     refuse_unwritable(Folder(cache), "choose another --cache")
@@ -93,12 +93,12 @@ def _build(
     for name in missing:
         train, validation = splits[name]
         for path, pictures in ((f"{name}.tar", train), (f"{name}-val.tar", validation)):
-            print(write_archive(output / path, pictures))
+            say(write_archive(output / path, pictures))
         built[name] = {"built": wanted[name], "attribution": notes[name]}
         _write_text(record, json.dumps(built, indent=1, sort_keys=True) + "\n")
     head = "# Where the demo pictures come from\n"
     _write_text(output / "ATTRIBUTION.md", "\n".join([head, *dict.fromkeys(built[n]["attribution"] for n in ARCHIVES)]))
-    print(f"authors and licences: {output / 'ATTRIBUTION.md'}")
+    say(f"authors and licences: {output / 'ATTRIBUTION.md'}")
 
 
 def _is_built(output: Path, name: str, wanted: str, built: dict[str, Any]) -> bool:

@@ -32,6 +32,7 @@ from data_prep.demo.archive import (
     near,
     perceptual_hash,
     run_client,
+    say,
     unit_hash,
 )
 
@@ -75,6 +76,7 @@ def fetch(cache: Path, version: str) -> Path:
     """The package's .tgz, from the cache or by `npm pack`."""
 
     def download(folder: Path) -> None:
+        say(f"icons: fetching {PACKAGE} by npm, about 100 MB")
         run_client(["npm", "pack", "--silent", f"{PACKAGE}@{version}"], folder, "icons")
 
     return cached_download(cache, f"iconify-json-{version}.tgz", download)
@@ -98,6 +100,7 @@ def permitted(collections: dict[str, Any], rules: dict[str, Any]) -> dict[str, A
 
 def read_icons(package: Path, rules: dict[str, Any]) -> tuple[list[Icon], dict[str, Any]]:
     """All icons of the package that belong to a synset, sorted; and the permitted sets' descriptions."""
+    say(f"icons: reading and drawing those of {package.name}")
     icons: list[Icon] = []
     with tarfile.open(package) as archive:
         described = archive.extractfile("package/collections.json")

@@ -222,6 +222,31 @@ def test_setup_is_told_wrong(checkout: Checkout, environment: dict[str, str], sa
     assert said in checkout.refused(1, "launch/setup.sh", **environment)
 
 
+PIP = """
+echo 'Collecting tqdm'
+echo '  Downloading https://somewhere/whl/torch-2.15.0-cp311.whl (899.8 MB)'
+echo 'Downloading tqdm-4.whl (78 kB)'
+echo 'Installing collected packages: tqdm, torch'
+echo 'ERROR: No space left on device' >&2
+exit 1"""
+
+
+def test_what_takes_long_in_setup_is_said_and_a_pip_that_fails_ends_it(checkout: Checkout) -> None:
+    binaries = checkout.root / ".venv" / "bin"
+    binaries.unlink()
+    binaries.mkdir()
+    (binaries / "python").symlink_to(sys.executable)
+    (binaries / "pip").write_text(f"#!/bin/bash{PIP}\n")
+    (binaries / "pip").chmod(0o755)
+    checkout.host.program("apt-get", "exit 1")  # nothing is installed
+    done = checkout.run("launch/setup.sh")
+    assert done.returncode == 1
+    told = [line for line in done.stdout.splitlines() if line.startswith("setup:   ")]
+    assert told == ["setup:   torch-2.15.0-cp311.whl (899.8 MB)", "setup:   unpacking them"]
+    assert "No space left on device" in done.stderr
+    assert "pip could not install the packages above" in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("script", ["deepspeed.sh", "torchrun.sh"])
 def test_a_configuration_beside_the_caller(tmp_path: Path, script: str) -> None:
     """Found from another folder than the checkout, with a space in its path."""

@@ -272,6 +272,34 @@ def test_finished_archives_are_kept_and_modes_do_not_mix(
         build(only="photos")
 
 
+def test_what_takes_long_is_said_before_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fetching and drawing take minutes on slow machines."""
+    told: list[str] = []
+
+    def client(command: list[str], folder: Path, *_: str) -> str:
+        told.append(capsys.readouterr().out)
+        if command[0] != "dpkg":
+            (folder / ("iconify-json-1.tgz" if command[0] == "npm" else f"{command[-1]}_1_all.deb")).touch()
+        return ""
+
+    for module in (demo_icons, demo_clipart):
+        monkeypatch.setattr(module, "run_client", client)
+    demo_icons.fetch(tmp_path, "1")
+    with pytest.raises(tarfile.ReadError):
+        demo_icons.read_icons(tmp_path / "iconify-json-1.tgz", RULES)
+    assert "drawing those of iconify-json-1.tgz" in capsys.readouterr().out
+    demo_clipart.collect(tmp_path, RULES)
+    assert [line.strip() for line in told] == [
+        "icons: fetching @iconify/json by npm, about 100 MB",
+        "clip art: fetching openclipart-png by apt-get, about 150 MB",
+        "clip art: fetching tuxpaint-stamps-default by apt-get, about 150 MB",
+        "clip art: unpacking openclipart-png_1_all.deb and reading its pictures",
+        "clip art: unpacking tuxpaint-stamps-default_1_all.deb and reading its pictures",
+    ]
+
+
 def test_real_icons_of_a_few_synsets() -> None:
     if shutil.which("npm") is None:
         pytest.skip("npm is not installed: the icons come through it")
