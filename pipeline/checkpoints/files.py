@@ -219,6 +219,12 @@ def locate(path: Path) -> Path:
     raise CheckpointError(_why_none(path))
 
 
+def refuse_missing(path: Path) -> None:
+    """CheckpointError where nothing has that name: for commands that take seconds to import torch before they look."""
+    if not path.exists() and not path.is_symlink():
+        raise CheckpointError(_why_none(path))
+
+
 def _why_none(path: Path) -> str:
     if not path.exists():
         if _ADDRESS.match(str(path)):

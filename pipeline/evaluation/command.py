@@ -59,6 +59,9 @@ def _at_least_one(text: str) -> int:
 
 def command(options: argparse.Namespace) -> int:
     """The command with its options parsed; prints a table, returns the exit code. Raises CheckpointError, DataError."""
+    from pipeline.checkpoints.files import refuse_missing
+
+    refuse_missing(options.checkpoint)
     from pipeline.evaluation.measure import Asked, evaluate_checkpoint
 
     names = ("checkpoint", "data", "weights", "resolution", "real", "name", "out")

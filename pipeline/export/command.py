@@ -51,6 +51,9 @@ def command(options: argparse.Namespace) -> int:
     """The command with its options parsed; prints where it wrote, returns the exit code. Raises CheckpointError and
     ExportError.
     """
+    from pipeline.checkpoints.files import refuse_missing
+
+    refuse_missing(options.checkpoint)
     from pipeline.export.write import Asked, export
 
     with leaving_by_exception():

@@ -138,3 +138,14 @@ def test_it_does_without_torch(run: Path) -> None:
         [sys.executable, "-c", code, "checkpoint", str(run)], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stderr == "[]\n"  # what sys.exit prints of the list
+
+
+@pytest.mark.parametrize("command", [("evaluate",), ("export", "--to", "timm")])
+def test_a_name_that_is_not_there_is_told_without_torch(command: tuple[str, ...]) -> None:
+    """Seconds to import, which a misspelt name need not wait for."""
+    code = "import sys; from pipeline.__main__ import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "runs/none-such"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "1 False\n", done.stderr
+    assert "error: runs/none-such does not exist" in done.stderr
