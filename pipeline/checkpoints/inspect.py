@@ -47,6 +47,8 @@ class TensorFacts(NamedTuple):
 def show(path: Path, hashes: bool, tensors: bool) -> bool:
     """Print what a run folder or a checkpoint folder holds; returns whether all is whole. Raises CheckpointError."""
     console = Console()
+    if not console.is_terminal:  # a log: rich takes it for 80 columns, which break the names of files
+        console = Console(width=max(console.width, 140))
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
     folder = path / "checkpoints"

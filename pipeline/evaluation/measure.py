@@ -225,11 +225,13 @@ def _write(folder: ResultFolder, opened: Opened, images: Images, content: dict[s
 
 def _print(opened: Opened, content: dict[str, Any]) -> None:
     console, found, scored = Console(), content["results"], opened.scored
-    table = Table(title=Text(f"{opened.weights.path} ({opened.weights.which}) on {scored.path}"))
+    table = Table()
     for column in ("top-1 %", "top-5 %", "loss", "images"):
         table.add_column(column, justify="right")
     loss = "" if found["loss"] is None else f"{found['loss']:.4f}"
     table.add_row(f"{found['top1_percent']:.2f}", f"{found['top5_percent']:.2f}", loss, f"{found['images']:.0f}")
+    # not the table's title, which would be folded to its width
+    console.print(Text(f"{opened.weights.path} ({opened.weights.which}) on {scored.path}"), soft_wrap=True)
     console.print(table)
     left, ece = scored.size - found["images"], "-" if found["ece"] is None else f"{found['ece']:.4f}"
     lines = [

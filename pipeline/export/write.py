@@ -134,8 +134,8 @@ def _track(asked: Asked, weights: Weights, facts: dict[str, Any], folder: Path, 
         raise ExportError(
             f"{folder} is written, and was not registered ({reason}): the same command tries again"
         ) from None
-    use = "as init.checkpoint or for mlflow.artifacts" if asked.to == "timm" else "for mlflow.artifacts"
-    console.print(Text(f"{address}, {use}"), soft_wrap=True)
+    takes = "init.checkpoint and mlflow.artifacts take" if asked.to == "timm" else "mlflow.artifacts takes"
+    console.print(Text(f"registered as {address}: {takes} that name"), soft_wrap=True)
 
 
 def _folder(asked: Asked, weights: Weights) -> Path:

@@ -129,6 +129,14 @@ def test_what_is_none(run: Path, capsys: pytest.CaptureFixture[str], path: str, 
     assert error in capsys.readouterr().err
 
 
+def test_a_log_does_not_break_names(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS")
+    assert main(["checkpoint", str(run / "checkpoints" / "latest")]) == 0
+    assert "│ optimizer.safetensors " in capsys.readouterr().out
+
+
 def test_it_does_without_torch(run: Path) -> None:
     code = (
         "import sys; from pipeline.__main__ import main; code = main(sys.argv[1:]);"
