@@ -104,7 +104,7 @@ finetune: $(STAMP)
 endif
 
 adapt: $(STAMP) ## a pretrained net to a larger resolution: CONFIG=configs/adapt_hornet_l_gf_in22k_384.yaml
-	@$(LOOK) "$(or $(CONFIG),$(error adapt takes CONFIG=configs/adapt_... ))" $(ARGS)
+	@$(LOOK) "$(or $(CONFIG),$(error adapt takes CONFIG=configs/adapt_hornet_l_gf_in22k_384.yaml, or another of yours))" $(ARGS)
 	@launch/deepspeed.sh adapt "$(CONFIG)" $(ARGS)
 
 RUN ?= runs/demo-finetune
