@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ID_FILE = "mlflow_run.json"  # of a run folder: where MLflow is, and which run of it this is
+# Of a run folder: where MLflow is, and which run of it this is; what others know a run by, and one that has finished.
+ID_FILE = "mlflow_run.json"
+CONFIG_FILE, LOG_FILE, SUMMARY_FILE = "config.yaml", "log.jsonl", "summary.json"
 
 
 def read_id(run_dir: Path) -> dict[str, Any]:

@@ -18,13 +18,12 @@ from pipeline.ranks.lifetime import exclusive, holder_of
 from pipeline.records.address import check_address, missing_database
 from pipeline.records.family import Lineage
 from pipeline.records.journal import read_journal, read_unsent
-from pipeline.records.run_id import read_id
+from pipeline.records.run_id import CONFIG_FILE, LOG_FILE, read_id
 from pipeline.records.stage import Stage, log_stage
 from pipeline.records.tracking import Tracker
 
-CONFIG_FILE = "config.yaml"
-_LOGS = ("log.jsonl", "system.jsonl")
-_FILES = (CONFIG_FILE, "log.jsonl", MANIFEST_NAME)  # of a run whose end nobody wrote down
+_LOGS = (LOG_FILE, "system.jsonl")
+_FILES = (CONFIG_FILE, LOG_FILE, MANIFEST_NAME)  # of a run whose end nobody wrote down
 _POLL_SECONDS = 0.2
 
 EPILOG = """\
@@ -103,9 +102,9 @@ def sync(run_dir: Path) -> str:
 def _runs(paths: list[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for path in paths:
-        inside = (
-            [path] if (path / CONFIG_FILE).is_file() else sorted(each.parent for each in path.glob(f"*/{CONFIG_FILE}"))
-        )
+        inside = [path]
+        if not (path / CONFIG_FILE).is_file():
+            inside = sorted(each.parent for each in path.glob(f"*/{CONFIG_FILE}"))
         if not inside:
             raise SyncError(f"{path} is no run's folder and has none in it: name output_root/name of a configuration")
         found |= dict.fromkeys(inside)
@@ -115,9 +114,8 @@ def _runs(paths: list[Path]) -> list[Path]:
 def _config(run_dir: Path, known: dict[str, Any]) -> Config:
     """The run's own, for the folder as it is now, and the MLflow that it went to."""
     place = run_dir.absolute()
-    config = load(
-        run_dir / CONFIG_FILE, [f"output_root={json.dumps(str(place.parent))}", f"name={json.dumps(place.name)}"]
-    )
+    here = {"output_root": str(place.parent), "name": place.name}
+    config = load(run_dir / CONFIG_FILE, [f"{key}={json.dumps(value)}" for key, value in here.items()])
     uri = known.get("uri") or read_id(run_dir).get("uri")
     if uri and without_credentials(check_address(config)) != uri:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})

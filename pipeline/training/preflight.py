@@ -10,16 +10,19 @@ import importlib.util
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import Manifest
 from data_prep.storage import Folder, is_url, refuse_unwritable
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
+from pipeline.checkpoints.files import locate, read_meta
 from pipeline.config.load import Config
 from pipeline.data.beton_file import beton_path
 from pipeline.data.opened import check_remote, open_manifest, open_reader, parts_of, training_order
 from pipeline.data.order import validation_samples
 from pipeline.records.address import probe
+from pipeline.records.run_id import CONFIG_FILE, SUMMARY_FILE
 from pipeline.training.initial import fetch, local_init
 
 # RandAugment that is read here and on the device for certain; what else may be, and why not, timm has to say.
@@ -62,6 +65,13 @@ def _check_stream(config: Config, manifest: Manifest, ranks: int | None, splits:
         stream.look_into(found, config.data, split, note)
 
 
+def _tell_of_unfinished(path: Path) -> None:
+    """A run that was stopped is no less a source: that is wanted seldom, and seen late."""
+    if (path / CONFIG_FILE).is_file() and not (path / SUMMARY_FILE).exists():
+        step = read_meta(locate(path)).step
+        note(f"init.checkpoint {path} is a run that has not finished: its weights are those of step {step:,}")
+
+
 def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> None:
     """Check what a run of `config` would trip over on every rank, before any is started. Raises the same errors.
 
@@ -98,6 +108,7 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         fetch(config)
         source = find_source(local_init(config))
         check_model(source, config.model.name)
+        _tell_of_unfinished(config.init.checkpoint)
         if not source.is_ours:
             importlib.import_module("pipeline.checkpoints.transfer").check_fit(config, source, manifest.synsets)
     probe(config, note)

@@ -20,14 +20,12 @@ from pipeline.ranks.log_file import LogFile, say
 from pipeline.records.console import print_summary
 from pipeline.records.family import Lineage
 from pipeline.records.figures import CURVES, SHEET, draw_curves, draw_sheet
-from pipeline.records.run_id import ID_FILE
+from pipeline.records.run_id import CONFIG_FILE, ID_FILE, LOG_FILE, SUMMARY_FILE
 from pipeline.records.system import SystemSampler
 from pipeline.records.tracking import Tracker
 from pipeline.training.initial import local_init
 
-CONFIG_FILE, LOG_FILE, SUMMARY_FILE, GUARD_FILE = "config.yaml", "log.jsonl", "summary.json", "guard.jsonl"
-
-UNMATCHED = "unmatched_classes.tsv"
+GUARD_FILE, UNMATCHED = "guard.jsonl", "unmatched_classes.tsv"
 _FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE)
 
 MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor]]

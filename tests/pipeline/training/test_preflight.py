@@ -13,7 +13,8 @@ from pipeline.config.load import Config, load
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.views import BadSample, BadSampleLedger
 from pipeline.training import preflight
-from tests.support.datasets import Datasets
+from tests.support.checkpoints import write_checkpoint
+from tests.support.datasets import SYNSETS_22K, Datasets
 from tests.support.read_only import run_beside
 from tests.support.runs import ROOT, small_run
 from tests.support.web import web_server
@@ -35,6 +36,18 @@ def test_notes(datasets: Datasets, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     preflight.preflight(configured(datasets), 2, 1, True)
     assert "note: the compiled JPEG decoder is missing" in capsys.readouterr().err
+
+
+def test_a_source_that_has_not_finished(datasets: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "stopped"
+    write_checkpoint(run, configured(datasets), SYNSETS_22K)
+    (run / "config.yaml").touch()
+    config, told = configured(datasets, f"init.checkpoint={run}"), f"note: init.checkpoint {run} is a run that has not"
+    preflight.preflight(config, 2, 1, True)
+    assert f"{told} finished: its weights are those of step 1\n" in capsys.readouterr().err
+    (run / "summary.json").touch()
+    preflight.preflight(config, 2, 1, True)
+    assert told not in capsys.readouterr().err
 
 
 def test_the_check_needs_no_torch(datasets: Datasets, tmp_path: Path) -> None:
