@@ -17,13 +17,14 @@ from pipeline.config.load import Config, load
 from pipeline.ranks.lifetime import exclusive, holder_of
 from pipeline.records.address import check_address, missing_database
 from pipeline.records.family import Lineage
+from pipeline.records.figures import SHEET
 from pipeline.records.journal import read_journal, read_unsent
 from pipeline.records.run_id import CONFIG_FILE, LOG_FILE, read_id
 from pipeline.records.stage import Stage, log_stage
 from pipeline.records.tracking import Tracker
 
 _LOGS = (LOG_FILE, "system.jsonl")
-_FILES = (CONFIG_FILE, LOG_FILE, MANIFEST_NAME)  # of a run whose end nobody wrote down
+_FILES = (CONFIG_FILE, LOG_FILE, MANIFEST_NAME, SHEET)  # of a run whose end nobody wrote down
 _POLL_SECONDS = 0.2
 
 EPILOG = """\

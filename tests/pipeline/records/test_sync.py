@@ -18,6 +18,7 @@ from pipeline.__main__ import main
 from pipeline.config.load import Config, load
 from pipeline.ranks.lifetime import exclusive
 from pipeline.records.family import PARENT_TAG, Lineage
+from pipeline.records.figures import SHEET
 from pipeline.records.journal import JOURNAL_FILE, UNSENT, read_journal
 from pipeline.records.run_id import ID_FILE
 from pipeline.records.stage import Stage, log_stage
@@ -67,6 +68,8 @@ def ended(
         tracker.log(step, {"loss": 1 / step, "lr": float(step)}, "")
     tracker.log_system(STEPS, {"a": {"cpu_percent": 50.0}})
     tracker.event(3, "LEFT OUT")
+    (whole.run_dir / SHEET).touch()
+    tracker.attach(whole.run_dir / SHEET)
     tracker.finish(
         "FINISHED", [whole.run_dir / "config.yaml"], results={"top1": 12.5}, checkpoint=root / "step-00000700"
     )
@@ -114,7 +117,7 @@ def test_all_is_told_once(ended: tuple[Path, mlflow.MlflowClient], capsys: pytes
         assert whole.data.tags["checkpoint"] == str(root / "step-00000700")
         assert "restarts" not in whole.data.tags
         assert whole.inputs.dataset_inputs[0].dataset.name == "in22k"
-        assert {file.path for file in client.list_artifacts(whole.info.run_id)} == {"config.yaml", "events.txt"}
+        assert {file.path for file in client.list_artifacts(whole.info.run_id)} == {"config.yaml", "events.txt", SHEET}
         parent = client.get_run(whole.data.tags[PARENT_TAG])
         assert len(client.get_metric_history(parent.info.run_id, "pretrain_top1")) == 1
         assert in_mlflow(client, "evaluate it").data.metrics == {"top1_percent": 12.5}
