@@ -128,7 +128,8 @@ def _track(asked: Asked, weights: Weights, facts: dict[str, Any], folder: Path, 
     try:
         if run_id is None:
             raise ExportError("MLflow did not take it")
-        address = register(weights.run, run_id, asked.register, {**params, **tags}, top1)
+        card = (folder / CARD_FILE).read_text(encoding="utf-8")
+        address = register(weights.run, run_id, asked.register, {**params, **tags}, top1, card)
     except Exception as error:  # mlflow's, SQLAlchemy's and requests'
         reason = " ".join(str(error).split())[:200]
         raise ExportError(

@@ -22,6 +22,8 @@ from pipeline.records.provenance import provenance
 from pipeline.records.run_id import read_id
 
 _NO_KEY = re.compile(r"[^\w./ :-]")  # what MLflow takes in no name of a metric
+_YAML_HEADER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+_DESCRIPTION_CHARS = 5000  # MLflow's databases (3.17) hold no more
 BEST, NEWEST = "best", "newest"  # aliases of a registered model; MLflow (3.17) keeps `latest` for itself
 
 
@@ -75,8 +77,11 @@ def log_stage(run_dir: Path, stage: Stage) -> str | None:
     return run_id
 
 
-def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], score: float | None) -> str:
-    """Make the artifacts of an export a version of the registered model `name`; returns its address.
+def register(
+    run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], score: float | None, card: str = ""
+) -> str:
+    """Make the artifacts of an export a version of the registered model `name`, described by its Markdown `card`;
+    returns its address.
 
     It becomes the `newest`, and the `best` where its score is at least that of the one before. Raises MLflow's errors.
     """
@@ -88,7 +93,8 @@ def register(run_dir: Path, run_id: str, name: str, tags: Mapping[str, str], sco
     told = {key: without_credentials(value) for key, value in tags.items()}
     if score is not None:
         told["score"] = f"{score:.6g}"
-    version = str(client.create_model_version(name, source, run_id, tags=told).version)
+    described = without_credentials(_YAML_HEADER.sub("", card).strip())[:_DESCRIPTION_CHARS]
+    version = str(client.create_model_version(name, source, run_id, tags=told, description=described).version)
     client.set_registered_model_alias(name, NEWEST, version)
     try:
         best = float(client.get_model_version_by_alias(name, BEST).tags.get("score", "nan"))

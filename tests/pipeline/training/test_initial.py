@@ -67,6 +67,8 @@ def test_the_registry(trained: tuple[Path, HorNet, str], registered: mlflow.Mlfl
     assert {alias: int(version) for alias, version in found.aliases.items()} == {"best": 1, "newest": 2}
     best = registered.get_model_version("hornet-demo", "1")
     assert (best.tags["score"], best.tags["model"]) == ("60", "hornet_nano_gf")
+    assert best.description.startswith("# ")  # the card, without the header that the Hub reads
+    assert 'timm.create_model("local-dir:FOLDER"' in best.description
     export, pretrain = registered.get_run(best.run_id), registered.get_run(trained[2])
     assert export.data.tags["mlflow.parentRunId"] == pretrain.data.tags["mlflow.parentRunId"]
     assert (export.info.status, export.data.tags["stage"]) == ("FINISHED", "export")
