@@ -152,8 +152,8 @@ class Tracker:
         self._finished = True
         self._log.flush()
         ended = round(time.time() * 1000) if ended is None else ended
-        unsent = [*files, *self._files.copy()]
-        self._note_end(status, reason, [file.name for file in unsent], results, checkpoint, ended)
+        names = [file.name for file in (*files, *self._files.copy())]
+        self._note_end(status, reason, names, results, checkpoint, ended)
         self._sender.close()
         self._take_new()
         if not self._reached or self._pending:
