@@ -32,7 +32,7 @@ _COMMANDS = {
     "export": ("pipeline.export.command", "a model handed over: for timm, ONNX, torch.export, with a model card"),
     "stop": ("pipeline.training.stop", "ask a run, on whatever hosts, to save a checkpoint and stop"),
     "review": ("pipeline.review.command", "runs compared: here, as one page for a browser, and in MLflow"),
-    "sync-tracking": ("pipeline.records.sync", "send MLflow what it was not reached for while runs were under way"),
+    "sync-tracking": ("pipeline.records.command", "send MLflow what it was not reached for while runs were under way"),
     "checkpoint": ("pipeline.checkpoints.command", "what is in a run's checkpoints, and whether they are whole"),
     "doctor": (
         "pipeline.doctor.command",
