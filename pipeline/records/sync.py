@@ -41,7 +41,7 @@ def sync(run_dir: Path) -> str:
     known = read_journal(run_dir)
     config = _config(run_dir, known)
     if read_id(run_dir).get("run_id") and (gone := missing_database(check_address(config))) is not None:
-        raise SyncError(f"MLflow's database {gone}, which knows the run, is not there: put it back, or where it was")
+        raise SyncError(f"MLflow's database {gone}, which knows the run, is not there: put it back")
     last = max(_last_step(run_dir / name) for name in _LOGS)
     with ExitStack() as stack:
         stack.enter_context(exclusive(run_dir))
