@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline.models.block import Keep, Saving
+from pipeline.models.block import Block, BlockWeights, Keep, Saving, infers, weights_of
 from pipeline.ops import kernels
 from pipeline.ops.fourier import FourierBasis
 
@@ -37,18 +37,33 @@ class Stage(nn.Sequential):
             policy = "selective"  # the kernels are spelled that way alone: what it recomputes is free there
         # What is recomputed is kept as selective keeps it.
         saving: Saving = "selective" if policy == "block" or policy == "stage" else policy
+        blocks = cast(list[Block], list(self.children()))
+        weights: Sequence[BlockWeights | None] = [None] * len(blocks)
+        if blocks and not infers() and not _shared_out(blocks[0]):
+            weights = weights_of(blocks, keeps, x, basis)
         if policy == "stage" and torch.is_grad_enabled():
-            return _checkpointed(self._blocks, x, keeps, basis, saving, False)
-        return self._blocks(x, keeps, basis, saving, policy == "block" and torch.is_grad_enabled())
+            return _checkpointed(self._blocks, x, keeps, weights, basis, saving, False)
+        return self._blocks(x, keeps, weights, basis, saving, policy == "block" and torch.is_grad_enabled())
 
     def _blocks(
-        self, x: Tensor, keeps: Sequence[tuple[Keep, Keep]], basis: FourierBasis | None, saving: Saving, each: bool
+        self,
+        x: Tensor,
+        keeps: Sequence[tuple[Keep, Keep]],
+        weights: Sequence[BlockWeights | None],
+        basis: FourierBasis | None,
+        saving: Saving,
+        each: bool,
     ) -> Tensor:
         """The blocks in turn, `each` of them checkpointed or not."""
-        for block, keep in zip(self.children(), keeps, strict=True):
-            run = (block, x, keep, basis, saving)
+        for block, keep, prepared in zip(self.children(), keeps, weights, strict=True):
+            run = (block, x, keep, basis, saving, prepared)
             x = _checkpointed(*run) if each else block(*run[1:])
         return x
+
+
+def _shared_out(block: Block) -> bool:
+    """Whether DeepSpeed gathers the parameters block by block (ZeRO stage 3): then no block's are asked for before."""
+    return hasattr(block.gnconv.proj_in.weight, "ds_id")
 
 
 def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:

@@ -7,27 +7,51 @@ as fast; that of a 3x3 is fast as it is. Either is taken in fp32: in bf16 it is 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.ops import kernels
+from pipeline.ops import kernels, products
 
 
-def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+class Taps(NamedTuple):
+    """Weight (C, 1, K, K) and bias (C,) or None of a depthwise convolution, and their values in the maps' dtype.
+
+    The first two are for who asks their gradients, which are sums over the map in float32.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    narrow_weight: Tensor
+    narrow_bias: Tensor | None
+
+
+def depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, narrow: tuple[Tensor, Tensor | None] | None = None
+) -> Tensor:
     """Depthwise convolution, stride 1, zeros around the map: (B, H, W, C) -> (B, H, W, C), contiguous.
 
     Args:
         x: any strides over positions; may be a slice of the channels of a wider map.
         weight: (C, 1, K, K), K odd, of any floating dtype: it is used in that of `x`.
         bias: (C,) or None.
+        narrow: both in the dtype of `x`, where they are at hand.
     """
     if kernels.exported():
         return _plain(x, weight, bias)
-    return _Depthwise.apply(x, weight, bias)
+    return _Depthwise.apply(x, weight, bias, *(narrow or (weight.detach(), None if bias is None else bias.detach())))
+
+
+def kernel_taps(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The values of weights of one shape, laid out as the Triton kernels read them."""
+    from pipeline.ops.triton import depthwise as depthwise_triton
+
+    with torch.no_grad():
+        return depthwise_triton.tap_by_tap(weights)
 
 
 def depthwise_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,6 +81,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    if products.widens(x):
+        return _plain(x.float(), weight, bias).to(x.dtype)
     planes = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=weight.shape[-1] // 2, groups=x.shape[-1])
     return planes.permute(0, 2, 3, 1).contiguous()
 
@@ -66,6 +92,8 @@ def _input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
         from pipeline.ops.triton import depthwise as depthwise_triton
 
         return depthwise_triton.depthwise_backward_input(dy, weight, 1.0, None)
+    if products.widens(dy):
+        return _input_gradient(dy.float(), weight.to(dy.dtype)).to(dy.dtype)
     planes = dy.permute(0, 3, 1, 2)
     dx, _, _ = _convolution_backward(planes, planes, weight.to(dy.dtype), [True, False, False])  # of x the shape alone
     return dx.permute(0, 2, 3, 1).contiguous()
@@ -76,7 +104,7 @@ def _weight_gradients(dy: Tensor, x: Tensor, side: int) -> tuple[Tensor, Tensor]
         from pipeline.ops.triton import depthwise as depthwise_triton
 
         return depthwise_triton.depthwise_backward_weight(dy, x, side, 1.0)
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = products.sum_dtype(x.dtype)
     planes_dy, planes_x = dy.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)
     dtype = x.dtype
     if x.device.type == "cpu":
@@ -113,7 +141,7 @@ def _convolution_backward(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bo
 
 class _Depthwise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, _weight: Tensor, _bias: Any, weight: Tensor, bias: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
         return depthwise_forward(x, weight, bias)
 
@@ -121,7 +149,7 @@ class _Depthwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        return depthwise_backward(dy.contiguous(), x, weight, ctx.needs_input_grad)
+        return *depthwise_backward(dy.contiguous(), x, weight, ctx.needs_input_grad[:3]), None, None
 
 
 # What torch.compile sees: one opaque operator each way, for it has no template of a depthwise convolution, and chooses
@@ -140,7 +168,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.register_fake("hornet_pretraining::depthwise_backward")
 def _(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = products.sum_dtype(x.dtype)
     return x.new_empty(x.shape), weight.new_empty(weight.shape, dtype=wide), x.new_empty(x.shape[-1:], dtype=wide)
 
 

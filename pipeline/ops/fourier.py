@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.ops import kernels
+from pipeline.ops import kernels, products
 
 LARGEST_SIDE = 32  # of a map: holds those of 384 px images (24 and 12), with room; beyond, the cost grows with the side
 
@@ -87,31 +87,46 @@ def inverse(spectrum: Tensor, basis: FourierBasis) -> Tensor:
     return x.view(batch, height, basis.rows_inverse.shape[0], channels)
 
 
-def filter_forward(x: Tensor, filt: Tensor, basis: FourierBasis) -> tuple[Tensor, Tensor]:
-    """(circular convolution of x (B, H, W, C) with the filter (2, H, V, C) of frequencies, spectrum of x)."""
+class SpectrumFilter(NamedTuple):
+    """A filter of frequencies as a product takes it: real part (H, V, C), and (2, H, V, C): imaginary part, with the
+    sign that it has for the real and for the imaginary part of the product.
+    """
+
+    real: Tensor
+    imaginary: Tensor
+
+
+def spectrum_filters(parts: Tensor) -> list[SpectrumFilter]:
+    """Of several filters (n, 2, H, V, C), real and imaginary part."""
+    real, imaginary = parts.unbind(1)
+    signed = torch.stack((-imaginary, imaginary), 1)
+    return [SpectrumFilter(*each) for each in zip(real.unbind(), signed.unbind(), strict=True)]
+
+
+def filter_forward(x: Tensor, filt: SpectrumFilter, basis: FourierBasis) -> tuple[Tensor, Tensor]:
+    """(circular convolution of x (B, H, W, C) with the filter, spectrum of x)."""
     spectrum = transform(x, basis)
-    return inverse(_product(spectrum, filt), basis), spectrum
+    if kernels.exported():  # as four products: who runs the graph may have no fast way to turn a tensor round
+        re, im = spectrum.unbind(1)
+        real, imaginary = re * filt.real + im * filt.imaginary[0], re * filt.imaginary[1] + im * filt.real
+        return inverse(torch.stack((real, imaginary), 1), basis), spectrum
+    product = torch.addcmul(spectrum * filt.real, spectrum.flip(1), filt.imaginary)
+    return inverse(product, basis), spectrum
 
 
-def filter_backward(dy: Tensor, spectrum: Tensor, filt: Tensor, basis: FourierBasis) -> tuple[Tensor, Tensor]:
-    """(dx, gradient of the filter) of `filter_forward`: the same four products, transposed."""
+def filter_backward(
+    dy: Tensor, spectrum: Tensor, filt: SpectrumFilter, basis: FourierBasis
+) -> tuple[Tensor, SpectrumFilter]:
+    """(dx, gradient of the filter, in float32 or better) of `filter_forward`: the same four products, transposed."""
     adjoint = FourierBasis(basis.rows_inverse.t(), basis.columns, basis.rows.t())
     dproduct = transform(dy, adjoint)
-    conjugate = torch.stack((filt[0], -filt[1]))
-    dx = inverse(_product(dproduct, conjugate), adjoint)
-    (re, im), (dre, dim) = spectrum.unbind(1), dproduct.unbind(1)
-    accumulate = torch.promote_types(filt.dtype, torch.float32)
-    parts = torch.addcmul(dre * re, dim, im), torch.addcmul(dim * re, dre, im, value=-1)
-    return dx, torch.stack([part.sum(0, dtype=accumulate) for part in parts]).to(filt.dtype)
-
-
-def _product(spectrum: Tensor, filt: Tensor) -> Tensor:
-    re, im = spectrum.unbind(1)
-    return torch.stack(
-        (torch.addcmul(re * filt[0], im, filt[1], value=-1), torch.addcmul(re * filt[1], im, filt[0])), 1
-    )
+    conjugate = torch.addcmul(dproduct * filt.real, dproduct.flip(1), filt.imaginary, value=-1)
+    wide = products.sum_dtype(spectrum.dtype)
+    real = (dproduct * spectrum).sum((0, 1), dtype=wide)
+    imaginary = (dproduct * spectrum.flip(1)).sum(0, dtype=wide)
+    return inverse(conjugate, adjoint), SpectrumFilter(real, imaginary)
 
 
 def _each(matrix: Tensor, x: Tensor) -> Tensor:
     """`matrix` (M, K) times every one of (N, K, C). Not `matmul`, which may lay C and N out anew for one product."""
-    return torch.bmm(matrix.expand(x.shape[0], -1, -1), x)
+    return products.bmm(matrix.expand(x.shape[0], -1, -1), x)

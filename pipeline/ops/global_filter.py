@@ -5,12 +5,15 @@ Source: HorNet, Rao et al. 2022, section 3.3; the filter is that of GFNet (Rao e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.ops.depthwise import depthwise
-from pipeline.ops.fourier import FourierBasis, filter_forward
+from pipeline.ops.folding import stack
+from pipeline.ops.fourier import FourierBasis, SpectrumFilter, filter_forward, spectrum_filters
 from pipeline.ops.layers import NORM_EPS, interleave, layer_norm, no_autocast, norm_of
 
 
@@ -50,10 +53,21 @@ class GlobalLocalFilter(nn.Module):
             far, _ = filter_forward(far, self.spectrum_filter(x), basis)
         return layer_norm(interleave(near, far), norm_of(self.post_norm, scale))
 
-    def spectrum_filter(self, x: Tensor) -> Tensor:
-        """The filter for a map like `x`, (B, H, W, C), as `fourier.filter_forward` takes it: (2, H, V, dim / 2)."""
-        filt = resize_filter(self.complex_weight, (x.shape[1], x.shape[2] // 2 + 1))
-        return filt.permute(3, 1, 2, 0).to(x.dtype).contiguous()
+    def spectrum_filter(self, x: Tensor) -> SpectrumFilter:
+        """The filter for a map like `x`, (B, H, W, C), in its dtype."""
+        (filt,) = filters_of([self], (x.shape[1], x.shape[2]))
+        return SpectrumFilter(*(part.to(x.dtype) for part in filt))
+
+
+def filters_of(modules: Sequence[GlobalLocalFilter], size: tuple[int, int]) -> list[SpectrumFilter]:
+    """The filters of modules of one width for maps of `size` (H, W), in the dtype of the parameters."""
+    stored = stack([module.complex_weight for module in modules])  # (n, C, h, w, 2)
+    parts = stored.permute(0, 4, 1, 2, 3)  # (n, 2, C, h, w)
+    target = (size[0], size[1] // 2 + 1)
+    if parts.shape[3:] != target:
+        parts = F.interpolate(parts.flatten(0, 1), size=target, mode="bilinear", align_corners=True)
+        parts = parts.unflatten(0, (-1, 2))
+    return spectrum_filters(parts.permute(0, 1, 3, 4, 2).contiguous())
 
 
 def global_filter(x: Tensor, weight: Tensor) -> Tensor:

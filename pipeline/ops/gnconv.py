@@ -6,18 +6,20 @@ that every 1x1 convolution is one matrix product and LayerNorm runs over the las
 published names and shapes.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
-from typing import cast
+from typing import NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
-from pipeline.ops import recompute
-from pipeline.ops.depthwise import depthwise
-from pipeline.ops.fourier import FourierBasis
-from pipeline.ops.global_filter import GlobalLocalFilter
-from pipeline.ops.layers import Norm, linear, norm_of, scaled
+from pipeline.ops import kernels, recompute
+from pipeline.ops.depthwise import Taps, depthwise, kernel_taps
+from pipeline.ops.folding import Layer, cast_layers, copies, fold_into, fold_rows, times
+from pipeline.ops.fourier import FourierBasis, SpectrumFilter
+from pipeline.ops.global_filter import GlobalLocalFilter, filters_of
+from pipeline.ops.layers import Norm, linear, norm_of
 
 
 def gnconv_dims(dim: int, order: int) -> list[int]:
@@ -87,57 +89,131 @@ class GnConv(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, 1)
         self.pws = nn.ModuleList(nn.Conv2d(narrow, wide, 1) for narrow, wide in itertools.pairwise(self.dims))
 
-    def forward(self, x: Tensor, basis: FourierBasis | None = None, layer_scale: Tensor | None = None) -> Tensor:
-        """`basis`: see `GlobalLocalFilter.forward`. `layer_scale`: (dim,), a factor that goes into the last weight."""
+    def forward(self, x: Tensor, basis: FourierBasis | None = None) -> Tensor:
+        """`basis`: see `GlobalLocalFilter.forward`."""
         x = linear(x, self.proj_in.weight, self.proj_in.bias)  # (B, H, W, dims[0] + total)
         gate, context = x.split([self.dims[0], sum(self.dims)], dim=-1)
         if isinstance(self.dwconv, GlobalLocalFilter):
             context = self.dwconv(context, basis, self.scale)
         else:
-            context = depthwise(context, *self._scaled_depthwise())
-        pws = self._pws()
+            conv = cast(nn.Conv2d, self.dwconv)
+            weight, bias = conv.weight, cast(Tensor, conv.bias)
+            # Into the weights: exact up to rounding, and no pass over the map.
+            scaled = (weight, bias) if self.scale == 1 else (weight * self.scale, bias * self.scale)
+            context = depthwise(context, *scaled)
+        pws = [_layer(pw) for pw in self.pws]
         x = recursive_gating(gate, context, [weight for weight, _ in pws], [bias for _, bias in pws])
-        return linear(x, *self._proj_out(layer_scale, x.dtype))
+        return linear(x, *_layer(self.proj_out))
 
     def normed(
-        self, x: Tensor, norm: Norm, layer_scale: Tensor | None, rows: Tensor | None, basis: FourierBasis | None
+        self,
+        x: Tensor,
+        norm: Norm,
+        weights: GnConvWeights,
+        rows: Tensor | None = None,
+        position: Tensor | None = None,
+        basis: FourierBasis | None = None,
+        keep: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(x, `forward` of the LayerNorm of x at the samples `rows`), keeping convolutions and matrix products alone.
+        """(x, `forward` of the LayerNorm of x at the samples `rows`), by `weights` of `weights_of`.
 
+        Keeps convolutions and matrix products alone for the backward pass, or with `keep` what is between them too.
         The `x` returned is for the residual, see `recompute.norm_linear`.
         """
-        dtype = x.dtype
-        layers = [(weight.to(dtype), bias.to(dtype)) for weight, bias in self._proj_in()]
-        x, gate, context = recompute.norm_linear(x, norm, *layers, rows=rows)
-        post = None
-        if not isinstance(self.dwconv, GlobalLocalFilter):
-            context = depthwise(context, *self._scaled_depthwise())
-        elif basis is None:
-            context = self.dwconv(context, None, self.scale)
+        parts = (self.dims[0], sum(self.dims))
+        x, gate, context = recompute.norm_linear(x, norm, weights.proj_in, parts, rows, position, keep)
+        taps, filters, post = weights.context
+        if filters is not None and basis is not None and taps is not None:
+            pre = norm_of(cast(GlobalLocalFilter, self.dwconv).pre_norm)
+            context = recompute.local_global(context, pre, taps, *filters, basis, keep)
+        elif taps is not None:
+            context = depthwise(context, taps.weight, taps.bias, (taps.narrow_weight, taps.narrow_bias))
         else:
-            filt, local = self.dwconv.spectrum_filter(context), self.dwconv.dw.weight
-            context = recompute.local_global(context, norm_of(self.dwconv.pre_norm), local, filt, basis)
-            post = norm_of(self.dwconv.post_norm, self.scale)
-        pws = [(weight.flatten(1).to(dtype), bias.to(dtype)) for weight, bias in self._pws()]
-        return x, recompute.gating(gate, context, post, pws, self._proj_out(layer_scale, dtype))
+            context = self.dwconv(context, None, self.scale)
+        return x, recompute.gating(gate, context, post, weights.pws, weights.proj_out, keep)
 
-    def _proj_in(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight and bias of the part that gives the gate (dims[0] channels), and of that of the context (the rest)."""
-        dims = [self.dims[0], sum(self.dims)]
-        weights, biases = self.proj_in.weight.flatten(1).split(dims), cast(Tensor, self.proj_in.bias).split(dims)
-        return list(zip(weights, biases, strict=True))
 
-    def _scaled_depthwise(self) -> tuple[Tensor, Tensor]:
-        """`scale` goes into the weights: exact up to rounding, and no pass over the map."""
-        conv = cast(nn.Conv2d, self.dwconv)
-        weight, bias = conv.weight, cast(Tensor, conv.bias)
-        return (weight, bias) if self.scale == 1 else (weight * self.scale, bias * self.scale)
+class Filters(NamedTuple):
+    """Of the global half, for gradients, and the same values in the dtype of the maps."""
 
-    def _pws(self) -> list[tuple[Tensor, Tensor]]:
-        return [(pw.weight, cast(Tensor, pw.bias)) for pw in cast(list[nn.Conv2d], list(self.pws))]
+    wide: SpectrumFilter
+    narrow: SpectrumFilter
 
-    def _proj_out(self, layer_scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        weight, bias = self.proj_out.weight.flatten(1), cast(Tensor, self.proj_out.bias)
-        if layer_scale is None:
-            return weight.to(dtype), bias.to(dtype)
-        return scaled(weight, layer_scale, dtype), scaled(bias, layer_scale, dtype)
+
+class ContextWeights(NamedTuple):
+    """Of the depthwise layer: taps; with global filters taken by products those, and the last norm, times `scale`."""
+
+    taps: Taps | None = None
+    filters: Filters | None = None
+    post: Norm | None = None
+
+
+class GnConvWeights(NamedTuple):
+    """What `GnConv.normed` multiplies by; the layers in the dtype of the maps."""
+
+    proj_in: Layer
+    context: ContextWeights
+    pws: list[Layer]
+    proj_out: Layer
+
+
+def weights_of(
+    modules: Sequence[GnConv],
+    norms: Sequence[Norm],
+    scales: Sequence[Tensor] | None,
+    factors: Sequence[float],
+    x: Tensor,
+    size: tuple[int, int] | None,
+) -> tuple[list[Norm], list[GnConvWeights]]:
+    """(the norms in front, weights) of modules of one shape, for maps like `x`: cast, and scales folded in, at once.
+
+    scales: of each module's output, (dim,); None: there are none. factors: the same for all channels. size: (H, W) of
+    the maps where a global filter is taken by products (see `GlobalLocalFilter.forward`).
+    """
+    norms, proj_in = fold_into(norms, [_layer(module.proj_in) for module in modules], x)
+    pws = [layer for module in modules for layer in map(_layer, module.pws)]
+    proj_out = [_layer(module.proj_out) for module in modules]
+    if scales is None:
+        layers = cast_layers([*pws, *proj_out], x.dtype)
+        pws, proj_out = layers[: len(pws)], layers[len(pws) :]
+    else:
+        pws, proj_out = cast_layers(pws, x.dtype), fold_rows(proj_out, scales, factors, x.dtype)
+    steps = len(modules[0].pws)
+    each_pws = [pws[i * steps : (i + 1) * steps] for i in range(len(modules))]
+    each = zip(proj_in, _contexts(modules, x, size), each_pws, proj_out, strict=True)
+    return norms, [GnConvWeights(*parts) for parts in each]
+
+
+def _contexts(modules: Sequence[GnConv], x: Tensor, size: tuple[int, int] | None) -> list[ContextWeights]:
+    layers, scale = [module.dwconv for module in modules], modules[0].scale
+    # The kernels read parameters as they are.
+    exact, count = kernels.usable(x), len(modules)
+    if not isinstance(layers[0], GlobalLocalFilter):
+        wide = times([part for conv in layers for part in _taps(conv)], scale)
+        narrow = copies(wide, wide[0].dtype if exact else x.dtype)
+        narrow[::2] = kernel_taps(narrow[::2]) if exact else narrow[::2]
+        return [ContextWeights(Taps(*wide[i : i + 2], *narrow[i : i + 2])) for i in range(0, 2 * count, 2)]
+    if size is None:
+        return [ContextWeights()] * count
+    filters = filters_of(cast(list[GlobalLocalFilter], layers), size)
+    local: list[Tensor] = [cast(GlobalLocalFilter, layer).dw.weight for layer in layers]
+    narrow = copies([*local, *(part for each in filters for part in each)], x.dtype)
+    near, far = kernel_taps(local) if exact else narrow[:count], narrow[count:]
+    norms = [norm_of(cast(GlobalLocalFilter, layer).post_norm) for layer in layers]
+    affine = times([part for norm in norms for part in norm[:2] if part is not None], scale)
+    return [
+        ContextWeights(
+            Taps(local[i], None, near[i], None),
+            Filters(filters[i], SpectrumFilter(*far[2 * i : 2 * i + 2])),
+            Norm(affine[2 * i], affine[2 * i + 1], norms[i].eps),
+        )
+        for i in range(count)
+    ]
+
+
+def _taps(conv: nn.Module) -> Layer:
+    return cast(Tensor, conv.weight), cast(Tensor, conv.bias)
+
+
+def _layer(module: nn.Module) -> Layer:
+    return cast(Tensor, module.weight).flatten(1), cast(Tensor, module.bias)

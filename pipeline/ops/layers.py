@@ -53,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and not kernels.exported():
         # Whatever the CPU, of which ranks may have several: the order of gradients must not depend on it.
         eager = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if eager or products.by_onednn(x):
+        if eager or products.by_onednn(x) or products.widens(x):
             return _Linear.apply(x, weight, bias)
     return products.linear(x, weight, bias)
 
@@ -73,14 +73,9 @@ def linear_of(module: nn.Module, x: Tensor) -> Tensor:
     return module(x).to(x.dtype)
 
 
-def scaled(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight (out, in) or bias (out,) times `scale` (out,), rounded once, to `dtype`: a factor of the output."""
-    return _Scaled.apply(weight, scale, dtype)
-
-
 def interleave(even: Tensor, odd: Tensor) -> Tensor:
     """(..., C / 2) each -> (..., C), channel by channel."""
-    if even.is_cuda or torch.compiler.is_compiling() or kernels.exported():
+    if even.is_cuda or kernels.usable(even) or torch.compiler.is_compiling() or kernels.exported():
         return torch.stack((even, odd), -1).flatten(-2)
     return _Interleave.apply(even, odd)
 
@@ -121,24 +116,6 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
-
-
-class _Scaled(torch.autograd.Function):
-    """What autograd would do in four passes over the weight and three copies of it, in three and one."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return (weight * (scale[:, None] if weight.ndim == 2 else scale)).to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
-        weight, scale = ctx.saved_tensors
-        wide = dout.to(weight.dtype)
-        dscale = torch.linalg.vecdot(wide, weight) if weight.ndim == 2 else wide * weight
-        scale = scale[:, None] if weight.ndim == 2 else scale
-        return (wide * scale if wide is dout else wide.mul_(scale)), dscale, None
 
 
 class _Linear(torch.autograd.Function):

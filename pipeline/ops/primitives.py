@@ -6,6 +6,9 @@ gradients of affine parameters are float32 (float64 in a float64 model).
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +25,12 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
         y, mean, rstd = block_triton.layer_norm(_rows(x), weight, bias, eps)
         return y.view(x.shape), mean, rstd
+    if weight is None and x.element_size() == 2 and x.device.type == "cpu":
+        weight, bias = _identity(x)
     mixed = weight is not None and weight.dtype != x.dtype
     # CUDA takes one dtype alone; a CPU keeps the statistics in float32 where the parameters are.
     if x.element_size() == 2 and mixed == x.is_cuda:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = products.sum_dtype(x.dtype)
         weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
         y, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], weight, bias, eps)
         return y.to(x.dtype), mean, rstd
@@ -55,9 +60,11 @@ def layer_norm_backward(
         dx, dweight, dbias = block_triton.layer_norm_backward(_rows(dy), _rows(x), mean, rstd, weight, flat)
         return dx.view(x.shape), dweight, dbias
     dtype, affine = x.dtype, weight is not None
-    if x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != dtype)):
+    if not affine and x.element_size() == 2 and x.device.type == "cpu":
+        weight, bias = _identity(x)
+    elif x.element_size() == 2 and (not x.is_cuda or (weight is not None and weight.dtype != dtype)):
         # In bf16 a CPU (torch 2.15) sums the parameters' gradients in bf16: 5 to 50 % off. CUDA takes one dtype alone.
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = products.sum_dtype(dtype)
         dy, x = dy.to(wide), x.to(wide)
         weight, bias = (None if each is None else each.to(wide) for each in (weight, bias))
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
@@ -112,29 +119,63 @@ def gelu(h: Tensor) -> Tensor:
     return F.gelu(h)
 
 
-def gelu_backward(da: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """(dh, gelu(h)): the gradient, and the activation once more for the weight gradient that follows."""
+def gelu_backward(da: Tensor, h: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(dh, a = gelu(h)): the gradient, and the activation, once more if need be, for the weight gradient behind it."""
     if kernels.usable(h):
         from pipeline.ops.triton import block as block_triton
 
-        dh, a = block_triton.gelu_backward(_rows(da), _rows(h))
-        return dh.view(h.shape), a.view(h.shape)
-    return torch.ops.aten.gelu_backward(da, h), F.gelu(h)
+        dh, again = block_triton.gelu_backward(_rows(da), _rows(h))
+        return dh.view(h.shape), again.view(h.shape)
+    return torch.ops.aten.gelu_backward(da, h), F.gelu(h) if a is None else a
 
 
-def add_rows(x: Tensor, f: Tensor, rows: Tensor | None) -> Tensor:
-    """`x` plus `f` at the samples `rows` (int64, ascending) of the batch, the others as they are; None: at all."""
+def add_rows(x: Tensor, f: Tensor, rows: Tensor | None, position: Tensor | None = None) -> Tensor:
+    """`x` plus `f` at the samples `rows` (int64, ascending) of the batch, the others as they are; None: at all.
+
+    position: (B,), where in `rows` each sample is, or -1; made here where it is not given.
+    """
     if kernels.usable(x):
         from pipeline.ops.triton import block as block_triton
 
-        position = None
-        if rows is not None:
+        if rows is not None and position is None:
             position = torch.full((len(x),), -1, device=x.device)
             position[rows] = torch.arange(len(rows), device=x.device)
         flat = block_triton.residual(x.flatten(1, -2), f.flatten(1, -2), position, None, 1.0)
         return flat.view(x.shape)
-    # Not index_add: on a CPU it goes element by element.
-    return x + f if rows is None else torch.index_copy(x, 0, rows, x[rows] + f)
+    return x + f if rows is None else torch.index_add(x, 0, rows, f)
+
+
+def widened_product(a: Tensor, b: Tensor, normed: bool) -> Tensor:
+    """a * b: the gradient of a context, in float32 where a norm's backward pass would make it so (`normed`)."""
+    return torch.mul(a, b, out=_widened(a, a.shape)) if normed and _sums_wide(a) else a * b
+
+
+def widened_pair(a: Tensor, b: Tensor) -> Tensor:
+    """(a, b) side by side along the channels: the gradient of a norm's output, in float32 where it is next."""
+    shape = (*a.shape[:-1], a.shape[-1] + b.shape[-1])
+    return torch.cat((a, b), -1, out=_widened(a, shape)) if _sums_wide(a) else torch.cat((a, b), -1)
+
+
+def _sums_wide(x: Tensor) -> bool:
+    """Whether `layer_norm_backward` of an affine norm goes through float32: see there."""
+    return x.element_size() == 2 and not x.is_cuda and not kernels.usable(x) and not torch.compiler.is_compiling()
+
+
+def _widened(like: Tensor, shape: Any) -> Tensor:
+    return like.new_empty(shape, dtype=products.sum_dtype(like.dtype))
+
+
+def _identity(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and shift that change nothing: with them a CPU keeps a norm's statistics in float32, without in bf16."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:  # what is traced, or fake, must not stay
+        return x.new_ones(x.shape[-1], dtype=torch.float32), x.new_zeros(x.shape[-1], dtype=torch.float32)
+    return _kept_identity(x.shape[-1])
+
+
+@cache
+def _kept_identity(channels: int) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.ones(channels, device="cpu"), torch.zeros(channels, device="cpu")
 
 
 def _rows(x: Tensor) -> Tensor:

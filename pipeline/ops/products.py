@@ -3,6 +3,9 @@
 PyTorch's products in float32 are MKL's on x86, and MKL has its AVX-512 kernels for Intel's CPUs alone: on AMD's, oneDNN
 is about twice as fast (figures: tests/bench/RESULTS.md). PyTorch takes it for convolutions, and for products in bf16.
 
+A CPU without AVX-512 has no oneDNN for 16 bits, and what PyTorch 2.15 does instead runs at a hundredth of float32's
+speed: there, products and convolutions of 16-bit maps go through float32, and their results are rounded once.
+
 No function here is differentiable where oneDNN runs: `layers.linear` is, and the operators of `recompute.py`.
 """
 
@@ -19,8 +22,15 @@ from pipeline.ops import kernels
 _LEAST_WORK = 2**23  # multiply-adds of a weight gradient, below which oneDNN's preparations cost more than they gain
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which sums over a map of `dtype` are kept: float32 or better."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in) -> (..., out); weight (out, in), all of one dtype."""
+    if widens(x):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     if not by_onednn(x):
         return F.linear(x, weight, bias)
     return (_operators.linear if torch.compiler.is_compiling() else _linear)(x, weight, bias)
@@ -28,7 +38,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def input_gradient(dout: Tensor, weight: Tensor) -> Tensor:
     """Of `linear`: (..., out) -> (..., in)."""
-    return linear(dout, weight.t(), None) if by_onednn(dout) else dout @ weight
+    return linear(dout, weight.t(), None) if by_onednn(dout) or widens(dout) else dout @ weight
+
+
+def bmm(a: Tensor, b: Tensor) -> Tensor:
+    """torch.bmm."""
+    return torch.bmm(a.float(), b.float()).to(a.dtype) if widens(a) else torch.bmm(a, b)
 
 
 def weight_gradients(dout: Tensor, inputs: Tensor | None, wanted: tuple[bool, ...]) -> list[Tensor | None]:
@@ -38,7 +53,9 @@ def weight_gradients(dout: Tensor, inputs: Tensor | None, wanted: tuple[bool, ..
     """
     weight = None
     if wanted[0] and inputs is not None:
-        if not by_onednn(dout):
+        if widens(dout):
+            weight = (dout.flatten(0, -2).t().float() @ inputs.flatten(0, -2).float()).to(dout.dtype)
+        elif not by_onednn(dout):
             weight = dout.flatten(0, -2).t() @ inputs.flatten(0, -2)
         else:
             weight = (_operators.weight_gradient if torch.compiler.is_compiling() else _weight_gradient)(dout, inputs)
@@ -52,6 +69,19 @@ def by_onednn(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or not kernels.under_a_mode()
 
 
+def widens(x: Tensor) -> bool:
+    """Whether 16-bit products of `x` go through float32: on a CPU that has none."""
+    if x.dtype not in SLOW or x.device.type != "cpu" or kernels.exported():
+        return False
+    return torch.compiler.is_compiling() or not kernels.under_a_mode()
+
+
+def _slow_dtypes() -> tuple[torch.dtype, ...]:
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    known = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in asked.items()}
+    return tuple(dtype for dtype, supported in known.items() if supported is None or not supported())
+
+
 def _onednn_is_faster() -> bool:
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkldnn.is_available():
         return False
@@ -63,7 +93,7 @@ def _onednn_is_faster() -> bool:
         return False
 
 
-ONEDNN = _onednn_is_faster()  # asked once: torch.compile could not look
+ONEDNN, SLOW = _onednn_is_faster(), _slow_dtypes()  # asked once: torch.compile could not look
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

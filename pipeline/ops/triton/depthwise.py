@@ -27,6 +27,8 @@ same inputs give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -83,6 +85,12 @@ def depthwise_backward_input(
     return out
 
 
+def tap_by_tap(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Weights (C, 1, K, K) of one shape as the kernels read them, (K * K, C) in memory: without a copy at each call."""
+    stacked = torch.stack([weight.flatten(1) for weight in weights]).float()
+    return [taps.t().view(weights[0].shape) for taps in stacked.transpose(1, 2).contiguous()]
+
+
 def depthwise_backward_weight(
     dy: Tensor,
     x: Tensor,
@@ -134,9 +142,10 @@ def _convolve(
     batch, height, width, channels = x.shape
     if not out.numel():
         return
-    # Tap by tap, channels contiguous: one small copy, so that a program's loads of its taps are whole lines.
-    taps = torch.empty((kernel_size * kernel_size, channels), dtype=torch.float32, device=x.device)
-    taps.copy_(weight.reshape(channels, -1).t())
+    # Tap by tap, channels contiguous, so that a program's loads of its taps are whole lines.
+    taps = weight.flatten(1).t()
+    if taps.dtype != torch.float32 or not taps.is_contiguous():  # else `tap_by_tap` has made it so
+        taps = torch.empty((kernel_size * kernel_size, channels), dtype=torch.float32, device=x.device).copy_(taps)
     tile = tile or _tile(width, TILE_WIDTHS[kernel_size])
     grid = (batch * triton.cdiv(width, tile), triton.cdiv(channels, block))
     shape = (width, channels, x_stride, _pixel_stride(out), kernel_size, tile, block, bias is not None, flip)

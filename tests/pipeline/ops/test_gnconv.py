@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import pipeline.models  # noqa: F401 - registers the family
-from pipeline.ops.fourier import LARGEST_SIDE, filter_forward, fourier_basis, transform
+from pipeline.ops.fourier import (
+    LARGEST_SIDE,
+    SpectrumFilter,
+    filter_forward,
+    fourier_basis,
+    spectrum_filters,
+    transform,
+)
 from pipeline.ops.global_filter import GlobalLocalFilter, global_filter, global_filter_size, resize_filter
 from pipeline.ops.gnconv import GnConv, gnconv_dims
 
@@ -90,7 +97,7 @@ def test_products_of_matrices_are_the_fft(size: tuple[int, int]):
     x = torch.randn(2, height, width, 3, dtype=torch.float64)
     weight = torch.randn(3, height, width // 2 + 1, 2, dtype=torch.float64)
     basis = fourier_basis(height, width, x.dtype, x.device)
-    planes, filt = x.permute(0, 3, 1, 2), weight.permute(3, 1, 2, 0)
+    planes, (filt,) = x.permute(0, 3, 1, 2), spectrum_filters(weight.permute(3, 1, 2, 0)[None])
     spectrum = torch.view_as_real(torch.fft.rfft2(planes, norm="ortho")).permute(0, 4, 2, 3, 1)
     torch.testing.assert_close(transform(x, basis), spectrum, rtol=1e-12, atol=1e-12)
     expected = global_filter(planes, weight).permute(0, 2, 3, 1)
@@ -98,7 +105,8 @@ def test_products_of_matrices_are_the_fft(size: tuple[int, int]):
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     errors = {}
     for dtype in (torch.float32, torch.bfloat16):
-        narrow, _ = filter_forward(x.to(dtype), filt.to(dtype), fourier_basis(height, width, dtype, x.device))
+        rounded = SpectrumFilter(*(part.to(dtype) for part in filt))
+        narrow, _ = filter_forward(x.to(dtype), rounded, fourier_basis(height, width, dtype, x.device))
         errors[dtype] = float((narrow.double() - expected).norm() / expected.norm())
     assert errors[torch.float32] < 1e-6
     assert errors[torch.bfloat16] < 1.5e-2
