@@ -24,7 +24,7 @@ _FREE_KEYS = re.compile(
     r"output_root|data\.(path|format|workers_per_rank|on_bad_sample|bad_samples_max|cache_folder|cache_gb|ffcv_cache)"
     r"|data\.stream_(val|classes|samples_per_epoch|cache)"  # what they say of the set, its dataset_id says too
     r"|train\.(micro_batch|zero_stage|precision)"
-    r"|model\.(activation_checkpointing|checkpointing|compile)|(evaluate|init|guard|checkpoint|tracking)\..*"
+    r"|model\.(activation_checkpointing|checkpointing|compile|cuda_graphs)|(evaluate|init|guard|checkpoint|tracking)\..*"
 )
 # Keys that configurations of before did not have, as what they were taken for.
 _FORMER = {"data.reader": "indexed", "data.stream_shuffle_samples": 1000}

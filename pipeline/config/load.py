@@ -82,6 +82,7 @@ class Config(Section):
                 "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "
                 "over the ranks; set one of model.compile=false and train.zero_stage=2"
             )
+        self._check_graphs()
         if optimizer.lr_final > optimizer.lr_peak:
             raise ValueError(
                 f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"
@@ -92,6 +93,26 @@ class Config(Section):
                 f"even, or augment.mixup_alpha and augment.cutmix_alpha 0"
             )
         return self
+
+    def _check_graphs(self) -> None:
+        """A CUDA graph has its kernels, sizes and addresses once and for all."""
+        if not self.model.cuda_graphs:
+            return
+        if self.train.zero_stage == 3:
+            raise ValueError(
+                "model.cuda_graphs with train.zero_stage 3: weights that are gathered from the ranks are at other "
+                "addresses each time; set one of model.cuda_graphs=false and train.zero_stage=2"
+            )
+        if self.model.compile:
+            raise ValueError(
+                "model.cuda_graphs with model.compile: a graph is captured of blocks as they are; set one of the two "
+                "to false"
+            )
+        if len(set((self.data.resolution_by_epoch or {}).values())) > 1:
+            raise ValueError(
+                f"model.cuda_graphs with data.resolution_by_epoch {self.data.resolution_by_epoch}: a graph is of one "
+                "size; set one of model.cuda_graphs=false and data.resolution_by_epoch=null"
+            )
 
     def flat(self) -> dict[str, Any]:
         """Every key by its dotted name, with values as JSON has them."""

@@ -70,6 +70,11 @@ class Model(Section):
         "inputs of each block or of the stage (33 % more)"
     )
     compile: bool = Field(description="torch.compile each block; minutes at the start, and a C++ compiler on the host")
+    cuda_graphs: bool = Field(
+        default=False,
+        description="on a GPU, forward and backward of a micro-batch as one CUDA graph each: what a host too slow to "
+        "launch the kernels gains by",
+    )
 
     @field_validator("name")
     @classmethod

@@ -114,16 +114,18 @@ class HorNet(nn.Module):
         """Set every parameter to its initial value; for a model built on `meta`, call it after `to_empty`."""
         self.apply(_init_module)
 
-    def forward_features(self, x: Tensor) -> Tensor:
+    def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         """(B, in_chans, H, W) -> the last stage's map (B, dims[-1], H / 32, W / 32).
+
+        `masks`: see `forward`.
 
         Raises:
             ValueError: H or W is not a multiple of 32; integers; without autocast, another dtype than the weights'.
         """
         last = len(self.stages) - 1
-        return self._stage_maps(x, last + 1, [last])[0]
+        return self._stage_maps(x, last + 1, [last], masks)[0]
 
-    def _stage_maps(self, x: Tensor, stages: int, wanted: Collection[int]) -> list[Tensor]:
+    def _stage_maps(self, x: Tensor, stages: int, wanted: Collection[int], masks: Tensor | None = None) -> list[Tensor]:
         """The `wanted` ones of the maps after the first `stages` stages, (B, C, H, W) in channels_last memory."""
         _check_image_size(*x.shape[-2:])
         maps: list[Tensor] = []
@@ -132,22 +134,39 @@ class HorNet(nn.Module):
             raise ValueError(f"images are {x.dtype} and weights {weights}: convert one of them, or use autocast")
         with no_autocast(x.device.type):
             x = x.permute(0, 2, 3, 1).to(dtype or x.dtype)
-            keeps = self._draw_keeps(x)
+            keeps = self._draw_keeps(x, masks)
             for i in range(stages):
                 x = self._forward_stage(i, x, keeps[i])
                 if i in wanted:
                     maps.append(x.permute(0, 3, 1, 2))
         return maps
 
-    def _draw_keeps(self, x: Tensor) -> list[list[tuple[Keep, Keep]]]:
-        """For each block of each stage, what drop path leaves of its two branches."""
-        stages = [[cast(Block, block).drop_path_rate for block in stage.children()] for stage in self.stages]
+    def draw_masks(self, batch: int) -> Tensor:
+        """What drop path leaves of `batch` images, as `forward` takes it: (draws, batch, 1, 1, 1), float32, on the CPU.
+
+        The draws are those that `forward` makes, in their order: of each branch that may be dropped, see `Keep.mask`.
+        """
+        drawn = draw_keeps(self.drop_path_rates(), batch, torch.empty(0, device="cpu"), masks=True)
+        masks = [keep.mask for keep in drawn if keep.mask is not None]
+        return torch.stack(masks) if masks else torch.empty(0, batch, 1, 1, 1, device="cpu")
+
+    def drop_path_rates(self) -> list[float]:
+        """Of the two branches of every block, in turn."""
+        blocks = (cast(Block, block) for stage in self.stages for block in stage.children())
+        return [block.drop_path_rate for block in blocks for _ in range(2)]
+
+    def _draw_keeps(self, x: Tensor, given: Tensor | None) -> list[list[tuple[Keep, Keep]]]:
+        """For each block of each stage, what drop path leaves of its two branches. `given`: masks, see `forward`."""
         if not self.training:
-            return [[(KEEP_ALL, KEEP_ALL)] * len(rates) for rates in stages]
-        both = [rate for rates in stages for rate in rates for _ in range(2)]
-        masks = torch.compiler.is_compiling() or any(cast(Stage, stage).compiled for stage in self.stages)
-        drawn = iter(draw_keeps(both, len(x), x, masks=masks))
-        return [[(next(drawn), next(drawn)) for _ in rates] for rates in stages]
+            return [[(KEEP_ALL, KEEP_ALL) for _ in stage.children()] for stage in self.stages]
+        rates = self.drop_path_rates()
+        if given is None:
+            masks = torch.compiler.is_compiling() or any(cast(Stage, stage).compiled for stage in self.stages)
+            drawn = iter(draw_keeps(rates, len(x), x, masks=masks))
+        else:
+            each = iter(given.to(torch.promote_types(x.dtype, torch.float32)))
+            drawn = iter([Keep(mask=next(each)) if rate > 0 else KEEP_ALL for rate in rates])
+        return [[(next(drawn), next(drawn)) for _ in stage.children()] for stage in self.stages]
 
     def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
         """(B, H, W, C) -> (B, H', W', C')."""
@@ -177,8 +196,9 @@ class HorNet(nn.Module):
         x = x if pre_logits else self.head(x)
         return x if self.global_pool == "avg" else x.permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+    def forward(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`masks`: of `draw_masks`, on the device of `x`; None: drawn here. No effect in eval mode."""
+        return self.forward_head(self.forward_features(x, masks))
 
     def forward_intermediates(
         self,

@@ -211,6 +211,12 @@ class Planner(Footprint):
             found.insert(3, f"speed: {asked.gpu.kind} as measured, where --gpu-rates has it")
         if asked.gpu.has_kernels and not config.model.compile and "none" in each_stage(config.model.checkpointing):
             found.append("model.checkpointing none keeps what selective does where our kernels run")
+        if config.model.cuda_graphs:
+            twice = FP32 * sum(self.parameters) / GIB
+            found.append(
+                f"model.cuda_graphs: counted are neither the {twice:.1f} GiB that gradients take once more, nor the "
+                "launches that it saves, nor what drop path drops"
+            )
         return found
 
 

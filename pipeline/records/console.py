@@ -90,7 +90,8 @@ def print_plan(
     table.add_row(
         "engine",
         f"DeepSpeed ZeRO-{config.train.zero_stage}, {device}, checkpointing {_policy(config.model.checkpointing)}"
-        + (", compiled blocks" if config.model.compile else ""),
+        + (", compiled blocks" if config.model.compile else "")
+        + (", CUDA graphs" if config.model.cuda_graphs else ""),
     )
     table.add_row("guard", _guard_row(config.guard))
     table.add_row("weights", origin)

@@ -38,6 +38,8 @@ if _mlflow_is_new:
     del sys.modules["mlflow"]
 
 from pipeline.config.load import Config
+from pipeline.models.graphs import capture
+from pipeline.models.hornet import HorNet
 from pipeline.ops import kernels
 from pipeline.ranks.collectives import (
     Ranks,
@@ -168,6 +170,11 @@ class Engine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model.to(device), optimizer=optimizer, config=deepspeed_config(config, ranks.count, self.bf16)
         )
+        if config.model.cuda_graphs:
+            # Now: DeepSpeed has moved the weights to where they stay, and no thread of a loader uses the GPU yet.
+            assert isinstance(model, HorNet)
+            side, autocast = config.data.resolution, torch.bfloat16 if self.bf16 else None
+            capture(model, config.train.micro_batch, side, autocast)
         self.updates = 0  # made so far, over all tries of the run: AdamW's step count
         self._clip_at = config.optimizer.clip_grad_norm
         self._inner: AdamWithEma = self.optimizer.optimizer if self.zero_stage else self.optimizer

@@ -84,6 +84,12 @@ def test_published_numbers(name: str) -> None:
         (["model.checkpointing=[block, none]"], ["model.checkpointing ['block', 'none']", "one a stage"]),
         (["model.activation_checkpointing=block"], ["did you mean 'model.checkpointing'"]),
         (["model.compile=true", "train.zero_stage=3"], ["model.compile", "train.zero_stage=2"]),
+        (["model.cuda_graphs=true", "train.zero_stage=3"], ["model.cuda_graphs", "train.zero_stage=2"]),
+        (["model.cuda_graphs=true", "model.compile=true"], ["model.cuda_graphs with model.compile"]),
+        (
+            ["model.cuda_graphs=true", "data.resolution_by_epoch={0: 32, 9: 64}"],
+            ["model.cuda_graphs", "{0: 32, 9: 64}", "data.resolution_by_epoch=null"],
+        ),
         (["train.epochs=[1"], ["YAML"]),
         (["optimizer.lr_peak=.nan"], ["optimizer.lr_peak"]),
         (["train.epochs=on"], ["train.epochs", "'on'"]),
@@ -173,6 +179,7 @@ def test_progressive_resolution() -> None:
     assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
     assert config.data.path == "s3://bucket/set"
     assert load(DEMO).data.resolution_at(5) == 64
+    assert load(DEMO, ["data.resolution_by_epoch={0: 64}", "model.cuda_graphs=true"]).model.cuda_graphs
 
 
 def test_ranks_must_divide_the_batch() -> None:
