@@ -131,7 +131,7 @@ lint: $(STAMP) ## ruff (lint and format), mypy and shellcheck
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run .githooks/*
+	@$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch tests/gpu/*.sh .ci/run .githooks/*
 	@$(BIN)/shellcheck --severity warning findings/*.sh
 
 picture: $(STAMP) ## .readme/house.svg, drawn anew from the imports

@@ -24,6 +24,7 @@ RANKS = [
     for file in (
         "pipeline/training/test_resume.py",
         "test_end_to_end.py",
+        "gpu/test_dry_run.py",
         "pipeline/training/test_engine.py",
         "launch/test_slurm.py",
         "launch/test_launchers.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,14 @@ def drawing(wnid: str, seed: int, side: int = 48) -> bytes:
     return file.getvalue()
 
 
-def archive(path: Path, synsets: tuple[str, ...], count: int, first_seed: int = 0) -> Path:
-    """A tar of per-synset tars, as ImageNet comes."""
+def archive(
+    path: Path,
+    synsets: tuple[str, ...],
+    count: int,
+    first_seed: int = 0,
+    picture: Callable[[str, int], bytes] = drawing,
+) -> Path:
+    """A tar of per-synset tars, as ImageNet comes. picture: a JPEG of a synset and a seed."""
 
     def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
         info = tarfile.TarInfo(name)
@@ -54,7 +61,7 @@ def archive(path: Path, synsets: tuple[str, ...], count: int, first_seed: int = 
             inner_file = io.BytesIO()
             with tarfile.open(fileobj=inner_file, mode="w") as inner:
                 for i in range(count):
-                    add(inner, f"{wnid}_{i}.JPEG", drawing(wnid, first_seed + i))
+                    add(inner, f"{wnid}_{i}.JPEG", picture(wnid, first_seed + i))
             add(outer, f"{wnid}.tar", inner_file.getvalue())
     return path
 

@@ -209,6 +209,7 @@ def test_nothing_waits_for_the_device():
         assert (out.shape, out.dtype) == ((300, 3, 30, 41), torch.float32)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_cuda_gives_the_bits_of_the_cpu_without_waiting(interpolation):

@@ -23,6 +23,8 @@ import_kernels()
 from pipeline.ops import kernels, recompute, selfcheck  # noqa: E402
 from pipeline.ops.triton import block as block_triton  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 
 def test_a_model_with_kernels(monkeypatch: pytest.MonkeyPatch):
     """All of them at once, through every dispatch, with samples dropped; fp32 against plain autograd.

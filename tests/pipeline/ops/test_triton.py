@@ -31,6 +31,8 @@ from pipeline.ops.triton import block as block_triton  # noqa: E402
 from pipeline.ops.triton import depthwise as depthwise_triton  # noqa: E402
 from pipeline.ops.triton import gnconv as gnconv_triton  # noqa: E402
 
+pytestmark = pytest.mark.gpu
+
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Largest relative error of one rounding: half the distance of neighbours. The interpreter cuts bf16 off instead.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-7 if INTERPRETED else 2**-8}

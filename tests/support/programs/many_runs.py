@@ -6,6 +6,7 @@ JOBS is a list of objects: "arguments", as for `python -m pipeline`; and what ha
 alone, at steps counted from 1:
 
     stop_at     it sends itself SIGUSR1 in that step
+    kill_at     it sends itself SIGKILL in that step, once what it has saved is on disk; no job comes after it
     nan         steps whose first image is NaN
     loud        steps whose loss is a hundred times as large
     raises      the name of the error that ends the run
@@ -65,6 +66,9 @@ def disturb_and_record(run: Run, job: dict[str, Any]) -> None:
         step = number
         if last_rank and step + 1 == job.get("stop_at"):
             os.kill(os.getpid(), signal.SIGUSR1)
+        if last_rank and step + 1 == job.get("kill_at"):
+            run.writer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
         return feed_step(number)
 
     def trained(*arguments: Any) -> Any:

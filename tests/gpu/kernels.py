@@ -1,6 +1,6 @@
-"""What bench_gpu.py runs of pipeline/ops/triton/: each kernel's inputs, its float64 truth and its bytes.
+"""What is run of pipeline/ops/triton/: each kernel's inputs, its float64 truth and its bytes.
 
-No program of its own. A kernel that is not there is passed over, so that any of them can be measured while others are
+A kernel that is not there is passed over, so that any of them can be measured while others are
 being written. Inputs are what the model gives: NHWC flattened to rows, slices of wider tensors where the model slices,
 affine parameters in fp32.
 """

@@ -1,4 +1,4 @@
-"""How bench_gpu.py measures and reports: seconds of work on the device, rows as Markdown and JSON. No program."""
+"""How the parts measure and report: seconds of work on the device, rows as Markdown and JSON."""
 
 import argparse
 import gc
@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +18,19 @@ SLEEP_CYCLES = 500_000  # of the device, a repetition: a quarter of a millisecon
 class Bench:
     """Where rows go, how long a part may take, and what sizes there are.
 
-    `tiny`: the dry run, on the CPU, whose times mean nothing.
+    `tiny`: the dry run, on the CPU, whose times mean nothing. `work`: a folder that the parts of a run share.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.tiny = args, args.dry_run
+    def __init__(self, args: argparse.Namespace, part: str) -> None:
+        self.args, self.tiny, self.work = args, args.dry_run, Path(args.work)
         self.device = torch.device("cpu" if self.tiny else "cuda")
-        self._begun, self._part = time.monotonic(), ""
-        self._out = open(args.output, "a") if args.output else None  # noqa: SIM115
+        self._begun, self._part = time.monotonic(), part
+        self._out = open(args.file, "a", encoding="utf-8")  # noqa: SIM115
         self._peaks: dict[str, float] = {}
-
-    def begin(self, part: str) -> None:
-        """From here on the part's time runs."""
-        self._part, self._begun = part, time.monotonic()
+        if self.tiny:
+            torch.set_num_threads(1)
+        else:
+            self.write(device=torch.cuda.get_device_name(), torch=torch.__version__)
 
     def heading(self, title: str, columns: str) -> None:
         print(f"\n## {title}\n\n| {columns} |\n|{'---|' * (columns.count('|') + 1)}", flush=True)
@@ -45,9 +46,13 @@ class Bench:
         self.write(note=text)
 
     def write(self, **fields: Any) -> None:
-        if self._out:
-            self._out.write(json.dumps({"part": self._part, **fields}) + "\n")
-            self._out.flush()
+        self._out.write(json.dumps({"part": self._part, **fields}) + "\n")
+        self._out.flush()
+
+    @property
+    def left(self) -> float:
+        """Seconds until nothing new is to begin."""
+        return self.args.seconds - (time.monotonic() - self._begun)
 
     def late(self, what: str, share: float = 1.0) -> bool:
         """Whether that share of the part's time is over; if so, `what` is noted as left out."""

@@ -1,17 +1,17 @@
-"""The models that bench_gpu.py runs: ours, the published structure, ConvNeXt-L; their train step. No program."""
+"""The models that are run: ours, the published structure, ConvNeXt-L; their train step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
-from gpu_timing import Bench
-from published import DEPTHS, GF_STAGES, PublishedHorNet, widths
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.models.hornet import HorNet
+from tests.bench.published import DEPTHS, GF_STAGES, PublishedHorNet, widths
+from tests.gpu.timing import Bench
 
 POLICIES = ("none", "selective", "selective_mlp", "block")
 
@@ -50,23 +50,24 @@ def set_policy(model: nn.Module, policy: str) -> bool:
     return True
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Each block by itself, as our own method does."""
+def compile_blocks(model: nn.Module, tiny: bool) -> None:
+    """Each block by itself, as our own method does. tiny: without a compiler, which takes a CPU a minute a model."""
+    options = {"backend": "aot_eager"} if tiny else {}
     if hasattr(model, "compile_blocks"):
-        model.compile_blocks()
+        model.compile_blocks(**options)
         return
     torch._dynamo.config.recompile_limit = 64
     for module in model.modules():
         if type(module).__name__.endswith("Block"):
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, **options)
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def measure_step(bench: Bench, model: nn.Module, batch: int, px: int, quick: bool = False) -> tuple[float, int] | str:
-    """(images per second, peak bytes) of a train step in bf16, or why there is none."""
+def train_step(bench: Bench, model: nn.Module, batch: int, px: int) -> Callable[[], None]:
+    """Forward, cross-entropy, backward in bf16 autocast on images that stay; no optimizer."""
     x = torch.randn(batch, 3, px, px, device=bench.device)
     labels = torch.randint(0, 1000, (batch,), device=bench.device)
     # Its search pays for shapes that stay, as the baselines' do; ours change with what drop path leaves.
@@ -78,13 +79,24 @@ def measure_step(bench: Bench, model: nn.Module, batch: int, px: int, quick: boo
             loss = F.cross_entropy(model(x).float(), labels)
         loss.backward()
 
+    return step
+
+
+def measure_step(bench: Bench, model: nn.Module, batch: int, px: int, quick: bool = False) -> tuple[float, int] | str:
+    """(images per second, peak bytes) of a train step in bf16, or why there is none."""
+    step = train_step(bench, model, batch, px)
     if not bench.tiny:
         torch.cuda.reset_peak_memory_stats()
-    options = {"warm_up": 1, "budget": 0.0, "least": 2} if quick else {"warm_up": 4, "budget": 4.0}
+    options: dict[str, Any] = {"warm_up": 1, "budget": 0.0, "least": 2} if quick else {"warm_up": 3, "budget": 2.0}
     took = bench.attempt(step, **options)
     if isinstance(took, str):
         return took
     return batch / took, 0 if bench.tiny else torch.cuda.max_memory_allocated()
+
+
+def batch_at(bench: Bench, px: int) -> int:
+    """As many pixels at every size as `--batch` has at 384."""
+    return max(1, round(bench.args.batch * (384 / px) ** 2 / 8) * 8)
 
 
 def search(bench: Bench, model: nn.Module, px: int) -> tuple[int, float, int] | None:
