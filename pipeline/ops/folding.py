@@ -4,9 +4,9 @@ A layer scale, and drop path's factor, go into the rows of the weight before the
 affine part of a LayerNorm goes into the columns of the weight behind it, for 16-bit maps, which saves the norm its two
 sums over the map in the backward pass. Either is exact up to rounding, and what is folded is rounded once.
 
-All layers of one shape are done together, in the same few operations for one as for twenty, forward and backward: a GPU
-launches five kernels where each layer by itself would launch hundreds. Gradients arrive in the dtype of the maps and
-leave in that of the parameters. Nothing is kept for the backward pass but the parameters themselves.
+All layers of one shape are done together, in the same few operations for one as for twenty, forward and backward, where
+each layer by itself would take some of its own (tests/bench/bench_launches.py). Gradients arrive in the dtype of the
+maps and leave in that of the parameters. Nothing is kept for the backward pass but the parameters themselves.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _flat(layers: Sequence[Layer]) -> list[Tensor]:
     return [weight for weight, _ in layers] + [bias for _, bias in layers]
 
 
-def _quarters(tensors: Sequence[Any], count: int) -> list[Sequence[Any]]:
+def _chunks(tensors: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [tensors[i * count : (i + 1) * count] for i in range(len(tensors) // count)]
 
 
@@ -156,7 +156,7 @@ class _FoldRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, factors: tuple[float, ...], *parameters: Tensor) -> Any:
-        weights, biases, scales = _quarters(parameters, len(factors))
+        weights, biases, scales = _chunks(parameters, len(factors))
         ctx.factors = factors
         ctx.save_for_backward(*parameters)
         weight, bias = _stacked(weights, biases, weights[0].dtype)
@@ -168,7 +168,7 @@ class _FoldRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        weights, biases, scales = _quarters(ctx.saved_tensors, len(ctx.factors))
+        weights, biases, scales = _chunks(ctx.saved_tensors, len(ctx.factors))
         weight, bias = _stacked(weights, biases, weights[0].dtype)
         scale = _FoldRows._scale(scales, ctx.factors)
         dweight, dbias = _stacked(grads[::2], grads[1::2], weight.dtype)
@@ -208,6 +208,6 @@ class _FoldNorms(torch.autograd.Function):
 
     @staticmethod
     def _stacks(parameters: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weights, biases, slopes, shifts = _quarters(parameters, count)
+        weights, biases, slopes, shifts = _chunks(parameters, count)
         dtype = weights[0].dtype
         return *_stacked(weights, biases, dtype), *_stacked(slopes, shifts, dtype)

@@ -3,8 +3,8 @@
 PyTorch's products in float32 are MKL's on x86, and MKL has its AVX-512 kernels for Intel's CPUs alone: on AMD's, oneDNN
 is about twice as fast (figures: tests/bench/RESULTS.md). PyTorch takes it for convolutions, and for products in bf16.
 
-A CPU without AVX-512 has no oneDNN for 16 bits, and what PyTorch 2.15 does instead runs at a hundredth of float32's
-speed: there, products and convolutions of 16-bit maps go through float32, and their results are rounded once.
+A CPU without AVX-512 has no oneDNN for 16 bits, and what PyTorch 2.15 does instead runs at a fifth to a hundredth of
+float32's speed: there, products and convolutions of 16-bit maps go through float32, and their results are rounded once.
 
 No function here is differentiable where oneDNN runs: `layers.linear` is, and the operators of `recompute.py`.
 """
