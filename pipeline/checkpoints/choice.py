@@ -15,7 +15,7 @@ from data_prep.labels.spaces import KNOWN_SPACES, LabelError, label_space
 from data_prep.manifest import SYNSET_PATTERN
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta, locate, read_meta
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import Init
 
 # What a run may change between two starts and still be the same run. The guard is free because the run that it ended
@@ -33,7 +33,7 @@ _LABEL_WORDS = ("checkpoint", "none", "published-22k")
 
 
 def newest_of_run(
-    config: Config, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
+    config: RunConfig, dataset_id: str, resume: bool, hashes: bool = True, quarantine: bool = False
 ) -> tuple[Path, Meta] | tuple[None, None]:
     """The newest whole checkpoint that the run of `config` goes on from, or (None, None) where it has none at all.
 
@@ -73,7 +73,7 @@ def _set_aside(path: Path) -> None:
     files.sync(path.parent)
 
 
-def _check_same_run(path: Path, meta: Meta, config: Config, dataset_id: str) -> None:
+def _check_same_run(path: Path, meta: Meta, config: RunConfig, dataset_id: str) -> None:
     changes = differing_keys(meta.config, config.model_dump(mode="json"))
     changes = {key: values for key, values in changes.items() if not _FREE_KEYS.fullmatch(key)}
     changes = {key: (_FORMER.get(key) if old is None else old, new) for key, (old, new) in changes.items()}

@@ -10,83 +10,40 @@ from __future__ import annotations
 import difflib
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, overload
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ValidationError, model_validator
 
 from pipeline.config.data import Data, MixedSet
-from pipeline.config.fields import LocalPath, Section
-from pipeline.config.sections import (
-    Augment,
-    Checkpoint,
-    ConfigError,
-    Evaluate,
-    Guard,
-    Init,
-    Model,
-    Optimizer,
-    Tracking,
-    Train,
-)
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import Augment, ConfigError, Evaluate, Model
 
 
-class Config(Section):
-    """One run."""
+class Config(RunConfig):
+    """One run that learns to classify."""
 
-    name: Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = Field(
-        description="folder under output_root"
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**31)]
-    output_root: LocalPath = Path("runs")
     data: Data
     augment: Augment
     model: Model
-    optimizer: Optimizer
-    train: Train
     evaluate: Evaluate
-    init: Init
-    guard: Guard
-    # Factories: an instance made here would have its section built at import (see Section).
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    tracking: Tracking = Field(default_factory=Tracking)
-
-    @property
-    def run_dir(self) -> Path:
-        return self.output_root / self.name
 
     @model_validator(mode="after")
     def _relations(self) -> Config:
-        optimizer, train = self.optimizer, self.train
-        if optimizer.warmup_epochs >= train.epochs:
-            raise ValueError(
-                f"optimizer.warmup_epochs {optimizer.warmup_epochs:g} is not less than train.epochs {train.epochs}"
-            )
-        if train.global_batch % self.data.shuffle_lanes:
-            raise ValueError(
-                f"train.global_batch {train.global_batch} is not divisible by data.shuffle_lanes "
-                f"{self.data.shuffle_lanes}"
-            )
+        train = self.train
         late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
         if late:
             raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
-        if self.checkpoint.best_metric and self.evaluate.every_epochs is None:
-            raise ValueError(
-                f"checkpoint.best_metric {self.checkpoint.best_metric} is measured by evaluations, and "
-                f"evaluate.every_epochs is null: set checkpoint.best_metric=null too"
-            )
+        if self.checkpoint.best_metric == "miou":
+            raise ValueError("checkpoint.best_metric miou is of a segmentation: set top1, top5 or val_loss, or null")
         if self.model.compile and train.zero_stage == 3:
             raise ValueError(
                 "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "
                 "over the ranks; set one of model.compile=false and train.zero_stage=2"
             )
         self._check_graphs()
-        if optimizer.lr_final > optimizer.lr_peak:
-            raise ValueError(
-                f"optimizer.lr_final {optimizer.lr_final:g} is above optimizer.lr_peak {optimizer.lr_peak:g}"
-            )
         if (self.augment.mixup_alpha or self.augment.cutmix_alpha) and train.micro_batch % 2:
             raise ValueError(
                 f"mixup and cutmix pair the images of a micro-batch: train.micro_batch {train.micro_batch} must be "
@@ -114,17 +71,22 @@ class Config(Section):
                 "size; set one of model.cuda_graphs=false and data.resolution_by_epoch=null"
             )
 
-    def flat(self) -> dict[str, Any]:
-        """Every key by its dotted name, with values as JSON has them."""
-        return dict(_flat(self.model_dump(mode="json")))
 
-    def to_yaml(self) -> str:
-        """The whole configuration as YAML that `load` reads back to an equal Config."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+_AnyConfig = TypeVar("_AnyConfig", bound=RunConfig)
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+@overload
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config: ...
+
+
+@overload
+def load(path: Path | str, overrides: Sequence[str], kind: type[_AnyConfig]) -> _AnyConfig: ...
+
+
+def load(path: Path | str, overrides: Sequence[str] = (), kind: type[RunConfig] = Config) -> RunConfig:
     """Read a YAML file, apply `key.sub=value` overrides (values in YAML syntax), and check the result.
+
+    `kind`: the configuration of which task.
 
     Raises ConfigError with one line per fault: the file, the key, what is wrong, and the nearest known key.
     """
@@ -145,19 +107,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(_value(tree)).__name__}")
     for override in overrides:
-        _apply(tree, override)
+        _apply(tree, override, kind)
     try:
-        return Config.model_validate(_as_declared(tree, Config))
+        return kind.model_validate(_as_declared(tree, kind))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, path))) from None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
+        raise ConfigError("; ".join(_explain(error, path, kind))) from None
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
@@ -170,11 +124,11 @@ def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[
             yield prefix + name
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(tree: dict[str, Any], override: str, config: type[RunConfig]) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"override {override!r} is not of the form key.sub=value")
-    known = set(known_keys())
+    known = set(known_keys(config))
     if key not in known:
         raise ConfigError(f"override {override!r}: no key {key!r}{_nearest(key, known)}")
     *sections, leaf = key.split(".")
@@ -182,7 +136,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(section, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"override {override!r}: {section!r} is not a section in the file")
-    kind = _declared(key)
+    kind = _declared(key, config)
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
@@ -212,8 +166,8 @@ def _as_declared(tree: Any, kind: Any) -> Any:
     return tree
 
 
-def _declared(key: str) -> Any:
-    kind: Any = Config
+def _declared(key: str, config: type[RunConfig]) -> Any:
+    kind: Any = config
     for part in key.split("."):
         kind = kind.model_fields[part].annotation
     return kind
@@ -259,8 +213,8 @@ def _takes_text(kind: Any, value: Any) -> bool:
     return kind in (str, Path) or (isinstance(value, bool) and kind in (int, float))
 
 
-def _explain(error: ValidationError, path: Path) -> Iterator[str]:
-    known = set(known_keys())
+def _explain(error: ValidationError, path: Path, kind: type[RunConfig]) -> Iterator[str]:
+    known = set(known_keys(kind))
     sections = {key.rpartition(".")[0] for key in known} - {""}
     faults = error.errors(include_url=False)
     places = [fault["loc"] for fault in faults]

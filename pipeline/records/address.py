@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from data_prep.credentials import without_credentials
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import ConfigError
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # those of MLflow 3.17
@@ -34,13 +34,13 @@ _WRONG_NAME = b"Invalid Host header"  # of MLflow 3.17
 _LOCKS = {"postgresql": "SELECT pg_advisory_lock(5138008)", "mysql": "SELECT GET_LOCK('hornet-mlflow', 600)"}
 
 
-def tracking_uri(config: Config) -> str:
+def tracking_uri(config: RunConfig) -> str:
     """MLflow's address for a run: `tracking.uri`, else MLFLOW_TRACKING_URI, else a database file in `output_root`."""
     default = f"sqlite:///{config.output_root.resolve() / 'mlflow.db'}"
     return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
-def is_default(config: Config) -> bool:
+def is_default(config: RunConfig) -> bool:
     """Whether it is that file."""
     return not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI"))
 
@@ -59,7 +59,7 @@ def missing_database(uri: str) -> Path | None:
     return file if file is not None and not file.exists() else None
 
 
-def check_address(config: Config) -> str:
+def check_address(config: RunConfig) -> str:
     """`tracking_uri`, refused where no later try could reach it: an unknown scheme, a missing driver, no file.
 
     Nothing is sent. Raises ConfigError.
@@ -123,7 +123,7 @@ def _check_driver(key: str, shown: str, uri: str) -> None:
         raise ConfigError(f"{key} {shown}: {without_credentials(str(error), uri)}") from None
 
 
-def probe(config: Config, note: Callable[[str], None]) -> None:
+def probe(config: RunConfig, note: Callable[[str], None]) -> None:
     """Ask what is at the address whether it will take the run. Raises ConfigError where it never will.
 
     A server that does not answer is a `note`: training does not wait for it, and its numbers are sent later.

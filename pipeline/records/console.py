@@ -14,13 +14,14 @@ from rich.table import Table
 from data_prep.credentials import without_credentials
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import Guard
 from pipeline.data.order import validation_samples
 from pipeline.ranks.log_file import say
 from pipeline.records.address import database_file, is_default, tracking_uri
 
 
-def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> None:
+def print_summary(config: RunConfig, summary: dict[str, Any], page: str | None) -> None:
     """The table at the end of a run: what happened, where it is, what to type next. `page` is its address in MLflow."""
     table = Table(title=f"{summary['stage']} {summary['name']}: done", show_header=False)
     table.add_column()
@@ -28,13 +29,15 @@ def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> 
     if "top1" in summary:
         accuracy = f"{summary['top1']:.2f} % / {summary['top5']:.2f} % of {summary['val_samples']:.0f}"
         table.add_row("top-1 / top-5", accuracy)
+    if "miou" in summary:
+        table.add_row("mIoU", f"{summary['miou']:.2f} % of {summary['val_samples']:.0f} images")
     table.add_row("images seen", f"{summary['samples_seen']:,}")
     table.add_row("time", f"{summary['seconds'] / 60:.1f} min")
     table.add_row("checkpoint", summary["checkpoint"])
     table.add_row("log", str(config.run_dir / "log.jsonl"))
     table.add_row("MLflow run", summary["mlflow_run_id"] or "not reached")
     review = _review(config)
-    if summary["stage"] == "finetune":
+    if summary["stage"] in ("finetune", "segment"):
         table.add_row("next", review)
     elif config.name == "demo-pretrain":
         table.add_row("next", f"make finetune    then: {review}")
@@ -46,7 +49,7 @@ def print_summary(config: Config, summary: dict[str, Any], page: str | None) -> 
         say(f"MLflow{first}: {page}", sys.stdout)
 
 
-def _review(config: Config) -> str:
+def _review(config: RunConfig) -> str:
     """What shows the run: a command for a database file, else where MLflow is."""
     uri = tracking_uri(config)
     if database_file(uri) is None:
@@ -55,32 +58,14 @@ def _review(config: Config) -> str:
 
 
 def print_plan(
-    command: str,
-    config: Config,
-    manifest: Manifest,
-    steps: int,
-    ranks: int,
-    parameters: int,
-    device: str,
-    origin: str,
+    command: str, config: RunConfig, subject: Mapping[str, str], steps: int, ranks: int, device: str, origin: str
 ) -> None:
-    """The table at the start of a run: what will be trained on what, how, from where."""
-    validation, every = validation_samples(config, manifest), config.evaluate.every_epochs
+    """The table at the start of a run: what will be trained on what, how, from where. `subject`: its first rows."""
     table = Table(title=f"{command} {config.name}", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
-    table.add_row("model", f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.data.resolution} px")
-    table.add_row(
-        "data",
-        f"{manifest.name} ({config.data.format}): {manifest.split('train').samples:,} training images, "
-        f"{manifest.num_classes:,} classes",
-    )
-    table.add_row(
-        "validation",
-        f"{validation:,} images, {'each epoch' if every == 1 else f'every {every} epochs and at the end'}"
-        if validation
-        else "none (evaluate.every_epochs is null)",
-    )
+    for name, text in subject.items():
+        table.add_row(name, text)
     accumulation = config.train.accumulation_steps(ranks)
     table.add_row(
         "batch",
@@ -97,6 +82,24 @@ def print_plan(
     table.add_row("weights", origin)
     table.add_row("run folder", str(config.run_dir))
     _show(table, 140)
+
+
+def classification_rows(config: Config, manifest: Manifest, parameters: int) -> dict[str, str]:
+    """The first rows of the table at the start, of a classification."""
+    images, classes = manifest.split("train").samples, manifest.num_classes
+    return {
+        "model": f"{config.model.name}, {parameters / 1e6:.2f} M parameters, {config.data.resolution} px",
+        "data": f"{manifest.name} ({config.data.format}): {images:,} training images, {classes:,} classes",
+        "validation": validation_row(validation_samples(config, manifest), config.evaluate.every_epochs),
+    }
+
+
+def validation_row(images: int, every_epochs: int | None) -> str:
+    """How many images are measured on, and when."""
+    if not images:
+        return "none (evaluate.every_epochs is null)"
+    when = "each epoch" if every_epochs == 1 else f"every {every_epochs} epochs and at the end"
+    return f"{images:,} images, {when}"
 
 
 def _show(table: Table, width: int) -> None:
@@ -162,8 +165,8 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}"
 
 
-def evaluation_line(done: int, metrics: dict[str, float]) -> str:
-    """One console line of an evaluation."""
+def evaluation_line(done: int, metrics: Mapping[str, float]) -> str:
+    """One console line of an evaluation of a classification."""
     raw = f" (without EMA {metrics['top1_model']:.2f})" if "top1_model" in metrics else ""
     return (
         f"step {done}  validation: top-1 {metrics['top1']:.2f} %{raw}  top-5 {metrics['top5']:.2f} %  "

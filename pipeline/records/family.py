@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_prep.credentials import without_credentials
 from data_prep.ledger import LEDGER_NAME, count_actions
-from data_prep.manifest import MANIFEST_NAME, Manifest, dataset_folder
+from data_prep.manifest import MANIFEST_NAME, dataset_folder
 from pipeline.records.run_id import read_id
 
 PARENT_TAG = "mlflow.parentRunId"  # MLflow's own: its pages show children under their parent
@@ -26,6 +26,27 @@ KEY_TAG = "pipeline.key"
 DATA_PREP = "data_prep"
 _DIGEST_CHARS = 36  # MLflow 3.17 takes no more
 _VALUE_CHARS = 500
+
+
+class DataSet(Protocol):
+    """What a run has to know of its data set: `Manifest` and `DenseManifest` are such."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dataset_id(self) -> str: ...
+
+    @property
+    def num_classes(self) -> int: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    @property
+    def splits(self) -> Mapping[str, Any]: ...
+
+    def save(self, directory: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,7 @@ class Lineage:
     """
 
     stage: str
-    manifest: Manifest | None = None
+    manifest: DataSet | None = None
     data: str = ""
     origin: Path | None = None
     hosts: tuple[str, ...] = ()

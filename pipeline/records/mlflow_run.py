@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data_prep.credentials import without_credentials
 from data_prep.storage import atomic_write
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.records.address import check_address, database_file, make_database
 from pipeline.records.family import (
     KEY_TAG,
@@ -61,7 +61,7 @@ class MlflowRun:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         tags: Mapping[str, str],
         first_step: int,
         lineage: Lineage | None = None,

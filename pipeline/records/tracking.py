@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from data_prep.credentials import without_credentials
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.ranks.lifetime import ignore_sigterm
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.records.family import Lineage
@@ -36,7 +36,7 @@ class Tracker:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         tags: Mapping[str, str],
         first_step: int,
         lineage: Lineage | None = None,

@@ -82,5 +82,6 @@ def command(options: argparse.Namespace) -> int:
         return 0
     stop = StopRequest()  # before what takes seconds to import
     from pipeline.training import run
+    from pipeline.training.classification import CLASSIFICATION
 
-    return run.main(options.command, config, resume, stop)
+    return run.main(options.command, config, CLASSIFICATION, resume, stop)

@@ -7,7 +7,7 @@ ledger and one line for the console. Nothing here is a collective or changes the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, cast
@@ -15,37 +15,37 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from data_prep.manifest import Manifest
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.data.augment import normalise
-from pipeline.data.loader import training_batches
-from pipeline.data.mixture import TrainingOrder
-from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import Batch
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
 from pipeline.training.recipe import seed_micro_batch
+from pipeline.training.task import Task
 
 _PARTS_KEPT = 8  # of hundreds of ranks: a fault of the data is in one or two, one of the weights looks alike in all
 _SAMPLES_SHOWN = 4
 
 
 @torch.no_grad()
-def stage_statistics(model: HorNet, images: Tensor) -> list[dict[str, Any]]:
+def stage_statistics(model: nn.Module, images: Tensor, backbone: HorNet | None = None) -> list[dict[str, Any]]:
     """What leaves the gnConvs of each stage for `images` (B, 3, H, W), normalised, in the mode the model is in.
+
+    `backbone`: the part of the model that has the stages; None: the model itself.
 
     A dict a stage: stage (from 1), rms and max_abs of its finite elements (nan without any), non_finite (the count of
     the others) and first_bad_block (from 0, None if all is finite). A fault in a block's MLP shows in the next block.
     Raises ValueError for sizes that the model does not take.
     """
-    seen: list[list[tuple[float, float, int, int]]] = [[] for _ in model.stages]
+    backbone = cast(HorNet, model) if backbone is None else backbone
+    seen: list[list[tuple[float, float, int, int]]] = [[] for _ in backbone.stages]
 
     def look(stage: int) -> Callable[[nn.Module, Any, Tensor], None]:
         return lambda _, __, output: seen[stage].append(_moments(output))
 
     hooks = []
     try:
-        for stage, blocks in enumerate(model.stages):
+        for stage, blocks in enumerate(backbone.stages):
             hooks += [cast(nn.Module, block.gnconv).register_forward_hook(look(stage)) for block in blocks.children()]
         model(images)
     finally:
@@ -55,13 +55,12 @@ def stage_statistics(model: HorNet, images: Tensor) -> list[dict[str, Any]]:
 
 
 def diagnose(
-    config: Config,
-    manifest: Manifest,
-    order: TrainingOrder,
+    config: RunConfig,
+    task: Task,
     ranks: Ranks,
     step: int,
     micro_losses: list[float],
-    model: HorNet,
+    model: nn.Module,
     place: Callable[[Batch], tuple[Tensor, Tensor]],
     device: torch.device,
     bf16: bool,
@@ -80,14 +79,11 @@ def diagnose(
     assert len(micro_losses) == accumulation, (len(micro_losses), accumulation)
     micro = max(range(accumulation), key=lambda i: (_badness(micro_losses[i]), -i))
     size = config.train.micro_batch
-    planned = list(order.micro_batches(step, step + 1, ranks.rank, ranks.count, size))[micro]
+    planned = list(task.order.micro_batches(step, step + 1, ranks.rank, ranks.count, size))[micro]
     part = {"rank": ranks.rank, "micro_batch": micro, "loss": micro_losses[micro], "samples": planned.samples.tolist()}
-    # In this process: starting workers for one batch takes longer than decoding it (FFCV's reader needs its one).
-    here = config.model_copy(update={"data": config.data.model_copy(update={"workers_per_rank": 0})})
     try:
-        lengths = ShardLengths.of_run(config.run_dir) if config.data.reader == "stream" else None
-        batches = training_batches(here, manifest, order, ranks, step, step + 1, lengths)
-        with closing(cast(Generator[Batch, None, None], batches)):  # it ends its reader when it is closed
+        batches = task.again(step)
+        with closing(batches):  # it ends its reader when it is closed
             batch = next(islice(batches, micro, None))
         part["samples"] = batch.samples.tolist()  # with those that stood in for bad ones
         images, _ = place(batch)
@@ -96,7 +92,7 @@ def diagnose(
         seed_micro_batch((config.seed, step, (ranks.rank * accumulation + micro) * size))  # drop path, as in the step
         model.to(device).train()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return {**part, "stages": stage_statistics(model, images)}
+            return {**part, "stages": stage_statistics(model, images, task.backbone(model))}
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: the device's memory has no room for it
         return {**part, "stages": [], "error": str(error).partition("\n")[0]}
     finally:

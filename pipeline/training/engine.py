@@ -37,7 +37,7 @@ from deepspeed.utils import (
 if _mlflow_is_new:
     del sys.modules["mlflow"]
 
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.models.graphs import capture
 from pipeline.models.hornet import HorNet
 from pipeline.ops import kernels
@@ -118,7 +118,7 @@ def stop_ranks() -> None:
         dist.destroy_process_group()
 
 
-def deepspeed_config(config: Config, ranks: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(config: RunConfig, ranks: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's dictionary for this run."""
     # At stage 0 DeepSpeed clips without telling the norm: `_clip` does both.
     clip = config.optimizer.clip_grad_norm if config.train.zero_stage else 0.0
@@ -163,7 +163,7 @@ class _Verdict:
 class Engine:
     """A model under DeepSpeed ZeRO: one call a step, and its whole state as full tensors by parameter name."""
 
-    def __init__(self, config: Config, model: nn.Module, optimizer: AdamWithEma, ranks: Ranks, device: torch.device):
+    def __init__(self, config: RunConfig, model: nn.Module, optimizer: AdamWithEma, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
         self.bf16 = config.train.bf16_on(device.type)
         self.zero_stage = config.train.zero_stage

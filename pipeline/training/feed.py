@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 
 from data_prep.manifest import Manifest
 from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.data.device_augment import DeviceAugment
 from pipeline.data.keyed import view_keys
 from pipeline.data.loader import training_batches, validation_batches
@@ -20,19 +22,14 @@ from pipeline.data.stream.reader import read_again
 from pipeline.data.stream.route import ShardLengths
 from pipeline.data.views import BadSampleLedger, Batch
 from pipeline.ranks.collectives import Ranks, from_rank_0, max_over_ranks
-from pipeline.ranks.lifetime import StopRequest
 from pipeline.ranks.log_file import say
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.meter import Meter
 from pipeline.training.recipe import Mixing, seed_micro_batch
+from pipeline.training.task import EvaluationStopped, Judging, Place
 
 _ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU
-
-Place = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
-
-
-class EvaluationStopped(Exception):
-    """Some rank was asked to stop in the middle of an evaluation: all ranks leave it, and do it again when resumed."""
+_Item = TypeVar("_Item")
 
 
 def placing(config: Config, device: torch.device) -> Place:
@@ -55,7 +52,7 @@ class Feed:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         ranks: Ranks,
         batches: Iterator[Batch],
         place: Place,
@@ -104,16 +101,22 @@ def run_batches(
     return training_batches(config, manifest, order, ranks, first_step, steps, lengths)
 
 
-def evaluation_batches(
-    config: Config, manifest: Manifest, ranks: Ranks, device: torch.device, stop: StopRequest, watchdog: Watchdog
-) -> Iterator[Batch]:
+def evaluation_batches(config: Config, manifest: Manifest, judging: Judging) -> Iterator[Batch]:
     """This rank's validation batches. A collective. Raises EvaluationStopped on all ranks if one was asked to stop."""
-    most = -(-manifest.split("val").samples // ranks.count)  # of one rank
-    batches = validation_batches(config, manifest, ranks)
-    for number in range(-(-most // config.evaluate.micro_batch)):  # as often on every rank: some have a batch less
-        watchdog.tick(f"evaluating, batch {number + 1}")
+    most = -(-manifest.split("val").samples // judging.ranks.count)  # of one rank
+    batches = validation_batches(config, manifest, judging.ranks)
+    return until_stopped(batches, -(-most // config.evaluate.micro_batch), judging)
+
+
+def until_stopped(batches: Iterator[_Item], most: int, judging: Judging) -> Iterator[_Item]:
+    """`batches`, of which no rank has more than `most`. A collective: each rank is asked as often as any other.
+
+    Raises EvaluationStopped on all ranks if one was asked to stop.
+    """
+    for number in range(most):
+        judging.watchdog.tick(f"evaluating, batch {number + 1}")
         if number % _ASK_EVERY_BATCHES == 0:
-            asked = torch.tensor(float(stop.requested), device=device)
+            asked = torch.tensor(float(judging.stop.requested), device=judging.device)
             if max_over_ranks(asked).item():
                 raise EvaluationStopped
         batch = next(batches, None)

@@ -16,7 +16,7 @@ from data_prep.credentials import without_credentials
 from data_prep.storage import atomic_folder
 from pipeline.checkpoints.choice import TIMM_CONFIG
 from pipeline.checkpoints.files import CheckpointError
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import Init
 from pipeline.records.address import check_address, missing_database
 from pipeline.records.run_id import ID_FILE
@@ -26,7 +26,7 @@ _MODEL = re.compile(r"models:/+(?P<name>[^/@]+)(?:@(?P<alias>[^/]+)|/(?P<version
 _RUN = re.compile(r"runs:/+(?P<run>[0-9a-f]+)(?:/(?P<path>.+))?")
 
 
-def local_init(config: Config) -> Init:
+def local_init(config: RunConfig) -> Init:
     """`config.init`, with what it names in MLflow as the path that `fetch` has brought it to."""
     if not _address(config.init):
         return config.init
@@ -34,12 +34,12 @@ def local_init(config: Config) -> Init:
     return config.init.model_copy(update={"checkpoint": Path(_source(place).get("path") or place)})
 
 
-def found_in_mlflow(config: Config) -> str:
+def found_in_mlflow(config: RunConfig) -> str:
     """What an address was when it was fetched ("models:/NAME/3" for an alias); '' for a path."""
     return str(_source(config.run_dir / FOLDER).get("found", "")) if _address(config.init) else ""
 
 
-def fetch(config: Config) -> None:
+def fetch(config: RunConfig) -> None:
     """Bring what `init.checkpoint` names in MLflow into the run folder, where it is not there yet.
 
     Nothing is fetched for paths, nor for a run whose checkpoint is still where that run has left it. Raises

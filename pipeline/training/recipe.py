@@ -13,7 +13,7 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import Augment, Optimizer
 
 Mixing = Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
@@ -80,7 +80,7 @@ def schedule(optimizer: Any, config: Optimizer, steps_per_epoch: int, steps: int
     )
 
 
-def optimizer(groups: list[dict[str, Any]], config: Config) -> AdamWithEma:
+def optimizer(groups: list[dict[str, Any]], config: RunConfig) -> AdamWithEma:
     """AdamW, with the EMA where the config asks for one. `groups` are those of `parameter_groups`."""
     settings = config.optimizer
     options: dict[str, Any] = {"lr": settings.lr_peak, "betas": settings.betas, "eps": settings.eps}

@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from data_prep.labels.spaces import lemma
-from data_prep.manifest import MANIFEST_NAME, Manifest
+from data_prep.manifest import MANIFEST_NAME
 from data_prep.storage import atomic_write
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.ranks.collectives import Ranks, gather
 from pipeline.ranks.log_file import LogFile, say
 from pipeline.records.console import print_summary
-from pipeline.records.family import Lineage
+from pipeline.records.family import DataSet, Lineage
 from pipeline.records.figures import CURVES, SHEET, draw_curves, draw_sheet
 from pipeline.records.run_id import CONFIG_FILE, ID_FILE, LOG_FILE, SUMMARY_FILE
 from pipeline.records.system import SystemSampler
@@ -50,8 +50,8 @@ class Nodes:
 
 def begin(
     command: str,
-    config: Config,
-    manifest: Manifest,
+    config: RunConfig,
+    data: DataSet,
     first_step: int,
     origin: str,
     hosts: Sequence[str],
@@ -63,9 +63,9 @@ def begin(
     """
     with atomic_write(config.run_dir / CONFIG_FILE) as file:
         file.write(config.to_yaml().encode())
-    manifest.save(config.run_dir)
-    tags = {"stage": command, "dataset": manifest.name, "dataset_id": manifest.dataset_id, "origin": origin}
-    lineage = Lineage(command, manifest, str(config.data.path), _run_of(local_init(config).checkpoint), tuple(hosts))
+    data.save(config.run_dir)
+    tags = {"stage": command, "dataset": data.name, "dataset_id": data.dataset_id, "origin": origin}
+    lineage = Lineage(command, data, str(config.data.path), _run_of(local_init(config).checkpoint), tuple(hosts))
     tracker = stack.enter_context(Tracker(config, tags, first_step, lineage))
     ledger = LogFile(config.run_dir / GUARD_FILE)
     ledger.cut(lambda line: json.loads(line)["step"] <= first_step)
@@ -106,8 +106,8 @@ def files(run_dir: Path) -> list[Path]:
 def end(
     tracker: Tracker,
     command: str,
-    config: Config,
-    manifest: Manifest,
+    config: RunConfig,
+    dataset_id: str,
     metrics: Mapping[str, float],
     steps: int,
     seconds: float,
@@ -122,7 +122,7 @@ def end(
         "seconds": round(seconds, 1),
         "mlflow_run_id": tracker.run_id,
         "checkpoint": str(checkpoint),
-        "dataset_id": manifest.dataset_id,
+        "dataset_id": dataset_id,
     }
     run_dir = config.run_dir
     try:

@@ -1,4 +1,4 @@
-"""The run, top to bottom: pretraining and fine-tuning are the same code with another configuration."""
+"""The run, top to bottom, of any task: pretraining and fine-tuning are the same code with another configuration."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ import json
 import os
 import time
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
 
-from data_prep.foreign.index import ensure_indexed
-from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
+from pipeline.checkpoints.choice import newest_of_run
 from pipeline.checkpoints.files import CheckpointError, Meta, find_rewind, step_folders
 from pipeline.checkpoints.state import CheckpointWriter, read_optimizer, read_tensors
-from pipeline.checkpoints.transfer import load_into
-from pipeline.config.load import Config
-from pipeline.data.opened import training_order
-from pipeline.data.order import validation_samples
+from pipeline.config.run import RunConfig
 from pipeline.data.views import BadSampleLedger, check_bad_samples
-from pipeline.models.build import build_model
 from pipeline.ranks.collectives import Ranks, barrier, from_rank_0, gather, max_over_ranks, sum_over_ranks
 from pipeline.ranks.lifetime import (
     EXIT_REQUEUE,
@@ -33,25 +27,26 @@ from pipeline.ranks.lifetime import (
 from pipeline.ranks.peers import is_lost_peer
 from pipeline.ranks.rendezvous import meet
 from pipeline.ranks.watchdog import Watchdog
-from pipeline.records.console import evaluation_line, interrupted_line, print_plan, step_line
-from pipeline.records.flops import peak_flops, training_flops_per_image
+from pipeline.records.console import interrupted_line, print_plan, step_line
+from pipeline.records.flops import peak_flops
 from pipeline.records.meter import Eta, Meter
 from pipeline.records.tracking import Tracker
 from pipeline.training import engine, record
 from pipeline.training.diagnose import diagnose, incident, incident_line
-from pipeline.training.feed import Feed, placing, run_batches, run_manifest
+from pipeline.training.feed import Feed
 from pipeline.training.guard import Guard, GuardError, GuardState, explain_end
-from pipeline.training.initial import fetch, found_in_mlflow, local_init
-from pipeline.training.recipe import mixing_and_loss, optimizer, parameter_groups, schedule
+from pipeline.training.initial import fetch
+from pipeline.training.recipe import optimizer, parameter_groups, schedule
+from pipeline.training.task import Judging, Kind
 from pipeline.training.validation import Validation
 
 BAD_SAMPLES, STACKS, CHECKPOINTS = "bad_samples", "stacks", "checkpoints"
 _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the ledger names the others too
 
 
-def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
-    """Run `command` (pretrain, adapt, finetune) on the ranks that the launcher started, from its newest checkpoint if
-    it has one.
+def main(command: str, config: RunConfig, kind: Kind, resume: bool, stop: StopRequest) -> int:
+    """Run `command` (pretrain, adapt, finetune, segment) on the ranks that the launcher started, from its newest
+    checkpoint if it has one. `kind` makes its task.
 
     Returns 0, or EXIT_REQUEUE where the run was asked to stop and the same command goes on with it. Raises ConfigError,
     ManifestError, DataError, CheckpointError, GuardError, RendezvousError or RunBusyError for what a user can mend,
@@ -70,15 +65,13 @@ def main(command: str, config: Config, resume: bool, stop: StopRequest) -> int:
             if ranks.rank == 0:
                 stack.enter_context(exclusive(config.run_dir))
                 heed_stop_file(config.run_dir, stop)
-                if config.data.reader == "indexed":
-                    with watchdog.busy("indexing the tars"):  # once, and for hours where there are many
-                        for each in config.data.sets:
-                            ensure_indexed(each.path)
+                with watchdog.busy("indexing the tars"):
+                    kind.prepare(config)
                 if not step_folders(config.run_dir / CHECKPOINTS):
                     with watchdog.busy("fetching the weights to start from"):
                         fetch(config)
             barrier()
-            code = Run(command, config, ranks, device, resume, stack, watchdog).train()
+            code = Run(command, config, kind, ranks, device, resume, stack, watchdog).train()
         except RuntimeError as error:
             if meeting.count > 1 and is_lost_peer(error):
                 watchdog.mourn(error)  # returns where nobody is
@@ -94,7 +87,8 @@ class Run:
     def __init__(
         self,
         command: str,
-        config: Config,
+        config: RunConfig,
+        kind: Kind,
         ranks: Ranks,
         device: torch.device,
         resume: bool,
@@ -105,44 +99,34 @@ class Run:
         self.command, self.config, self.ranks, self.device = command, config, ranks, device
         assert watchdog.stop is not None
         self.watchdog, self.stop = watchdog, watchdog.stop
-        self.manifest = manifest = run_manifest(config, ranks)
-        self.order = training_order(config, manifest)
-        validation_samples(config, manifest)
+        self.task = task = kind.make(config, ranks)
+        self.order = task.order
         self.steps = self.order.steps_per_epoch * config.train.epochs
 
         # Weights: the run's own newest checkpoint, else the configured start, else random.
         torch.manual_seed(config.seed)
-        model = build_model(config.model, manifest.num_classes, config.data.resolution)
-        self.twin = build_model(config.model, manifest.num_classes, config.data.resolution)  # full weights, to look at
+        model = task.net()
+        self.twin = task.net()  # full weights, to look at
         # Rank 0 chooses: on a network file system, hosts may for a while see different listings.
         last, meta = from_rank_0(self._newest(resume) if ranks.rank == 0 else None)
-        origin, unmatched = "random weights", None
+        origin, unmatched = "random weights", list[str]()
         if last is not None:
             model.load_state_dict(read_tensors(last / "model.safetensors"))
             origin = f"resumed from {last}"
         elif config.init.checkpoint is not None:
-            source = find_source(local_init(config))
-            check_model(source, config.model.name)
-            fitted = load_into(model, source, manifest.synsets)
-            name = found_in_mlflow(config)
-            origin, unmatched = f"{name}: {fitted.report}" if name else fitted.report, fitted.unmatched
-            if command == "adapt" and unmatched:
-                raise CheckpointError(
-                    f"adapt keeps the classes, and {len(unmatched)} of {manifest.num_classes} are not in "
-                    f"{source.weights} ({', '.join(unmatched[:3])}): `finetune` trains rows of their own for them"
-                )
+            origin, unmatched = task.start(model, command)
         if config.model.compile:
-            model.compile_blocks()
+            task.backbone(model).compile_blocks()
         self.first_step = meta.step if meta else 0
         self.seconds_before = meta.seconds if meta else 0.0
-        self.validation = Validation(config, manifest, self.steps, self.order.steps_per_epoch, meta)
+        self.validation = Validation(config, task, self.steps, self.order.steps_per_epoch, meta)
 
         adamw = optimizer(parameter_groups(model, config.optimizer), config)
         self.engine = engine.Engine(config, model, adamw, ranks, device)
         if last is not None:
             self.engine.load_state(read_optimizer(last), meta.updates)
         self.rates = schedule(self.engine.optimizer, config.optimizer, self.order.steps_per_epoch, self.steps)
-        mix, self.loss = mixing_and_loss(config.augment, manifest.num_classes)
+        self.loss = task.loss
 
         # What watches over it.
         self.guard = Guard(config.guard, GuardState.model_validate(meta.guard) if meta else None)
@@ -151,12 +135,13 @@ class Run:
         self.tracker: Tracker | None = None
         if ranks.rank == 0:
             self.tracker, self.ledger = record.begin(
-                command, config, manifest, self.first_step, origin, watchdog.hosts, stack
+                command, config, task.data, self.first_step, origin, watchdog.hosts, stack
             )
-            if unmatched is not None:
+            if unmatched:
                 record.write_unmatched(config.run_dir, unmatched)
             where = f"{device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
-            print_plan(command, config, manifest, self.steps, ranks.count, self.engine.parameters, where, origin)
+            subject = task.described(self.engine.parameters)
+            print_plan(command, config, subject, self.steps, ranks.count, where, origin)
             if last is not None:
                 self.tracker.event(self.first_step, f"RESUMED from {last.name} on {ranks.count} ranks")
         self.nodes = record.Nodes(ranks, watchdog.hosts, config.run_dir, stack)
@@ -168,15 +153,15 @@ class Run:
         stack.push(watchdog)  # the others are told of a failure before anything else that has to be closed is
 
         peak = peak_flops(device, self.engine.bf16)
-        flops = partial(training_flops_per_image, config.model, manifest.num_classes) if peak else None
+        flops = task.flops_per_image if peak else None
         self.meter = Meter(config.train.global_batch, ranks, device, sum_over_ranks, max_over_ranks, flops, peak)
         self.eta = Eta()
         if self.first_step:
             self.eta.add(self.first_step, self.seconds_before)
         self._timed = (self.first_step, self.seconds_before)
-        batches = run_batches(config, manifest, self.order, ranks, self.first_step, self.steps)
-        self.place = placing(config, device)
-        self.feed = Feed(config, ranks, batches, self.place, mix, self.bad_samples, self.meter, self.watchdog)
+        batches = task.batches(self.first_step, self.steps)
+        self.place = task.place(device)
+        self.feed = Feed(config, ranks, batches, self.place, task.mix, self.bad_samples, self.meter, self.watchdog)
         self.started = time.monotonic()
 
     def train(self) -> int:
@@ -189,8 +174,8 @@ class Run:
             self._save(self.first_step)
         for step in range(self.first_step, self.steps):
             done, epoch = step + 1, step // per_epoch
-            resolution = config.data.resolution_at(epoch)
-            if step % per_epoch == 0 and epoch and resolution != config.data.resolution_at(epoch - 1):
+            resolution = self.task.resolution_at(epoch)
+            if step % per_epoch == 0 and epoch and resolution != self.task.resolution_at(epoch - 1):
                 self.guard.forget()  # losses at another resolution are other losses
             self.rates.step_update(step)
             self.bad_samples.begin(epoch)
@@ -224,7 +209,7 @@ class Run:
         return self._finished()
 
     def _newest(self, resume: bool) -> Any:
-        return newest_of_run(self.config, self.manifest.dataset_id, resume, quarantine=True)
+        return newest_of_run(self.config, self.task.data.dataset_id, resume, quarantine=True)
 
     def _log(self, done: int, grad_norm: float) -> None:
         logged = self.meter.read(done, self.bad_samples.count)
@@ -254,11 +239,11 @@ class Run:
     def _evaluate(self, done: int) -> bool:
         """Returns False where some rank was asked to stop meanwhile: it is done again when the run goes on."""
         with self.meter.paused():
-            measured = self.validation.measure(
-                *(done, self.engine, self.twin, self.ranks, self.device, self.stop, self.watchdog)
-            )
+            judging = Judging(self.ranks, self.device, self.engine.bf16, self.stop, self.watchdog)
+            measured = self.validation.measure(done, self.engine, self.twin, judging)
         if measured and self.tracker:
-            self.tracker.log(done, self.validation.metrics, evaluation_line(done, self.validation.metrics))
+            metrics = self.validation.metrics
+            self.tracker.log(done, metrics, self.task.evaluation_line(done, metrics))
         return measured
 
     def _save(self, done: int) -> None:
@@ -270,9 +255,9 @@ class Run:
                 samples_seen=done * self.config.train.global_batch,
                 updates=self.engine.updates,
                 seconds=self._seconds,
-                num_classes=self.manifest.num_classes,
-                synsets=self.manifest.synsets,
-                dataset_id=self.manifest.dataset_id,
+                num_classes=self.task.data.num_classes,
+                synsets=self.task.class_names,
+                dataset_id=self.task.data.dataset_id,
                 metrics=self.validation.metrics,
                 metrics_step=self.validation.step,
                 guard=guard.model_dump(),
@@ -288,7 +273,7 @@ class Run:
             with self.meter.paused():
                 self.twin.load_state_dict(self.engine.full_state("model", everywhere=True))
                 own = diagnose(
-                    *(self.config, self.manifest, self.order, self.ranks, step, result.micro_losses.tolist()),
+                    *(self.config, self.task, self.ranks, step, result.micro_losses.tolist()),
                     *(self.twin, self.place, self.device, self.engine.bf16),
                 )
                 parts = gather(own)
@@ -353,7 +338,7 @@ class Run:
             )
         if self.tracker:
             record.end(
-                *(self.tracker, self.command, self.config, self.manifest, self.validation.metrics, self.steps),
-                *(self._seconds, self.writer.last),
+                *(self.tracker, self.command, self.config, self.task.data.dataset_id, self.validation.metrics),
+                *(self.steps, self._seconds, self.writer.last),
             )
         return 0

@@ -1,29 +1,23 @@
-"""Accuracy on the validation split when the configuration asks for it: once each time, however often a run restarts."""
+"""The validation split, measured on when the configuration asks for it: once, however often a run restarts."""
 
 from __future__ import annotations
 
 import math
 
-import torch
+from torch import nn
 
-from data_prep.manifest import Manifest
 from pipeline.checkpoints.files import Meta
-from pipeline.config.load import Config
-from pipeline.evaluation.accuracy import evaluate
-from pipeline.models.hornet import HorNet
-from pipeline.ranks.collectives import Ranks, sum_over_ranks
-from pipeline.ranks.lifetime import StopRequest
-from pipeline.ranks.watchdog import Watchdog
+from pipeline.config.run import RunConfig
 from pipeline.training.engine import Engine
-from pipeline.training.feed import EvaluationStopped, evaluation_batches
+from pipeline.training.task import EvaluationStopped, Judging, Task
 
 
 class Validation:
-    """What a run knows of its accuracy: the newest `metrics`, measured at `step`, and whether they are its best."""
+    """What a run knows of how good it is: the newest `metrics`, measured at `step`, and whether they are its best."""
 
-    def __init__(self, config: Config, manifest: Manifest, steps: int, steps_per_epoch: int, meta: Meta | None) -> None:
+    def __init__(self, config: RunConfig, task: Task, steps: int, steps_per_epoch: int, meta: Meta | None) -> None:
         """`meta` is that of the checkpoint which the run goes on from."""
-        self.config, self.manifest, self.steps, self.steps_per_epoch = config, manifest, steps, steps_per_epoch
+        self.config, self.task, self.steps, self.steps_per_epoch = config, task, steps, steps_per_epoch
         self.metrics: dict[str, float] = dict(meta.metrics) if meta else {}
         self.step = meta.metrics_step if meta else None
         self.is_best = False
@@ -37,17 +31,8 @@ class Validation:
         due = done == self.steps or (done > 0 and rest == 0 and epochs % every == 0)
         return due and self.step != done
 
-    def measure(
-        self,
-        done: int,
-        engine: Engine,
-        twin: HorNet,
-        ranks: Ranks,
-        device: torch.device,
-        stop: StopRequest,
-        watchdog: Watchdog,
-    ) -> bool:
-        """Accuracy of the EMA where there is one (and of the raw weights as `top1_model`), else of the weights.
+    def measure(self, done: int, engine: Engine, twin: nn.Module, judging: Judging) -> bool:
+        """Of the EMA where there is one (and the score of the raw weights, as `top1_model`), else of the weights.
 
         `twin` is a replica that takes the full weights. A collective. Returns False, and leaves all as it was, where
         some rank was asked to stop meanwhile.
@@ -55,10 +40,9 @@ class Validation:
         results = {}
         try:
             for state in ("model", *(["ema"] if "ema" in engine.state_names else [])):
-                watchdog.tick("gathering weights to evaluate")
+                judging.watchdog.tick("gathering weights to evaluate")
                 twin.load_state_dict(engine.full_state(state, everywhere=True))
-                batches = evaluation_batches(self.config, self.manifest, ranks, device, stop, watchdog)
-                results[state] = evaluate(twin.to(device), batches, device, engine.bf16, sum_over_ranks)
+                results[state] = self.task.measure(twin.to(judging.device), judging)
         except EvaluationStopped:
             return False
         finally:
@@ -66,7 +50,8 @@ class Validation:
         self.step = done
         metrics = dict(results["model"])
         if "ema" in results:
-            metrics = {**results["ema"], "top1_model": results["model"]["top1"]}
+            score = self.task.score
+            metrics = {**results["ema"], f"{score}_model": results["model"][score]}
         self.metrics = self._with_best(metrics)
         return True
 

@@ -18,7 +18,7 @@ from pipeline.config.sections import Model
 from pipeline.ranks.collectives import Ranks
 from pipeline.records import console as report
 from pipeline.records import flops
-from pipeline.records.console import evaluation_line, interrupted_line, print_plan, step_line
+from pipeline.records.console import classification_rows, evaluation_line, interrupted_line, print_plan, step_line
 from pipeline.records.meter import Eta, Meter
 
 CPU = torch.device("cpu")
@@ -174,7 +174,8 @@ def test_plan_tells_the_guard(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
     def plan(*overrides: str) -> str:
         config = load("configs/demo_pretrain.yaml", ["guard.stall_seconds=600", *overrides])
-        print_plan("pretrain", config, manifest, 100, 1, 10**6, "cpu, fp32", "resumed from step 7")
+        subject = classification_rows(config, manifest, 10**6)
+        print_plan("pretrain", config, subject, 100, 1, "cpu, fp32", "resumed from step 7")
         rows = dict(row.strip(" │").split("│") for row in capsys.readouterr().out.splitlines() if "│" in row)
         told = {key.strip(): value.strip() for key, value in rows.items()}
         assert told["weights"] == "resumed from step 7"

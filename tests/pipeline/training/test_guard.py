@@ -25,6 +25,7 @@ from pipeline.data.views import Batch
 from pipeline.models.build import build_model
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
+from pipeline.training.classification import Classification
 from pipeline.training.diagnose import diagnose, incident, incident_line, stage_statistics
 from pipeline.training.guard import Guard, GuardState, explain_end
 from tests.support.datasets import Datasets
@@ -229,7 +230,7 @@ def test_the_worst_micro_batch_is_run_again(datasets: Datasets, where: str, loss
 
     torch.manual_seed(1)
     model = build_model(config.model, manifest.num_classes, config.data.resolution).eval()
-    arguments = (config, manifest, order, ranks, step, losses, model, place, device, True)
+    arguments = (config, Classification(config, ranks), ranks, step, losses, model, place, device, True)
     part = diagnose(*arguments)
     epoch, in_epoch = divmod(step, order.steps_per_epoch)
     mine = order.rank_steps(epoch, in_epoch, in_epoch + 1, 1, 2)[0][0]
@@ -245,10 +246,11 @@ def test_the_worst_micro_batch_is_run_again(datasets: Datasets, where: str, loss
 
 def test_data_that_cannot_be_read_again_does_not_end_the_run(datasets: Datasets, tmp_path: Path) -> None:
     config, manifest, order = configured(datasets)
-    gone = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "gone")})})
+    task = Classification(config, Ranks())
+    task.config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(tmp_path / "gone")})})
     model = build_model(config.model, manifest.num_classes, config.data.resolution)
     losses = [1.0, 4.0, math.nan, 2.0]
-    arguments = (gone, manifest, order, Ranks(), 0, losses, model, lambda batch: batch, torch.device("cpu"), False)
+    arguments = (config, task, Ranks(), 0, losses, model, lambda batch: batch, torch.device("cpu"), False)
     part = diagnose(*arguments)
     assert part["samples"] == order.rank_steps(0, 0, 1, 0, 1)[0][0][8:12].tolist()
     assert part["stages"] == []

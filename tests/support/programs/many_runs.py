@@ -34,6 +34,7 @@ from pipeline.ranks.collectives import barrier
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.training import engine
+from pipeline.training.classification import CLASSIFICATION
 from pipeline.training.run import Run
 
 
@@ -98,7 +99,7 @@ def main() -> None:
                 if ranks.rank == 0:
                     stack.enter_context(exclusive(config.run_dir))
                 barrier()
-                run = Run(options.command, config, ranks, device, True, stack, watchdog)
+                run = Run(options.command, config, CLASSIFICATION, ranks, device, True, stack, watchdog)
                 disturb_and_record(run, job)
                 code = run.train()
         except ValueError as error:
