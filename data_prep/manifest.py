@@ -32,6 +32,7 @@ from data_prep.storage import DataPrepError, Folder, atomic_write, user_path
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION = 2  # 1 had neither `key.cls` nor `_info.json`: it is read as before, `index --upgrade` adds them
+DENSE = "dense"  # `kind` in the manifest of the other sort of data set: dense_set.py
 SYNSET_PATTERN = re.compile(r"n\d{8}")  # a WordNet id of a noun: n01440764
 
 
@@ -155,22 +156,14 @@ class Manifest(_Frozen):
         """Read `dataset.json` of a dataset folder. Raises ManifestError when it is missing or invalid, or when an
         upgrade of the data set has not ended (unless `unfinished`).
         """
+        path, raw = read_manifest(directory)
         directory = dataset_folder(directory)
-        path = f"{str(directory).rstrip('/')}/{MANIFEST_NAME}"
-        try:
-            raw = json.loads(_read(path))
-        except (FileNotFoundError, NotADirectoryError):
-            place = Path(directory)
-            what = "holds no" if place.is_dir() or "://" in str(directory) else "does not exist, so there is no"
-            what = "is a file, and no folder with a" if place.is_file() else what
+        if kind_of(raw) == DENSE:
             raise ManifestError(
-                f"{directory} {what} {MANIFEST_NAME}: give a folder built by `python -m data_prep shard`, "
-                "or build it first (an interrupted build is finished by running the same command again)"
-            ) from None
-        except ValueError as error:
-            raise ManifestError(f"{path} is not readable JSON ({error}): rebuild the dataset with --force") from None
-        except Exception as error:  # each store has its own
-            raise _unreadable(path, error) from None
+                f"{directory} is a data set of masks or boxes, built by `python -m data_prep shard-dense`, and images "
+                "of classes are wanted here: give a folder built by `shard` (masks and boxes are for `python -m "
+                "pipeline segment` and `detect`)"
+            )
         version = raw.get("format_version") if isinstance(raw, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ManifestError(
@@ -220,12 +213,39 @@ class Manifest(_Frozen):
         return index
 
 
-def _unreadable(path: str | Path, error: Exception) -> ManifestError:
+def read_manifest(directory: str | Path) -> tuple[str, Any]:
+    """(path, parsed JSON) of the `dataset.json` of a data set of either kind. Raises ManifestError."""
+    directory = dataset_folder(directory)
+    path = f"{str(directory).rstrip('/')}/{MANIFEST_NAME}"
+    try:
+        return path, json.loads(read_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        place = Path(directory)
+        what = "holds no" if place.is_dir() or "://" in str(directory) else "does not exist, so there is no"
+        what = "is a file, and no folder with a" if place.is_file() else what
+        raise ManifestError(
+            f"{directory} {what} {MANIFEST_NAME}: give a folder built by `python -m data_prep shard`, "
+            "or build it first (an interrupted build is finished by running the same command again)"
+        ) from None
+    except ValueError as error:
+        raise ManifestError(f"{path} is not readable JSON ({error}): rebuild the dataset with --force") from None
+    except Exception as error:  # each store has its own
+        raise unreadable(path, error) from None
+
+
+def kind_of(raw: Any) -> str:
+    """What a parsed `dataset.json` describes: DENSE, or "" for images of classes, which were there first."""
+    return str(raw.get("kind", "")) if isinstance(raw, dict) else ""
+
+
+def unreadable(path: str | Path, error: Exception) -> ManifestError:
+    """The error that says what a disk or a store said of a file."""
     text = " ".join(str(error).split()) or type(error).__name__
     return ManifestError(f"{path} cannot be read ({text}): see to the disk, or the network and the store")
 
 
-def _read(path: str | Path) -> bytes:
+def read_file(path: str | Path) -> bytes:
+    """All bytes of a file, local or behind a URL."""
     if "://" not in str(path):
         return Path(path).read_bytes()
     folder, _, name = str(path).rpartition("/")
@@ -268,14 +288,14 @@ class ShardIndex:
     def load(cls, path: str | Path) -> Self:
         """Read an index file. Raises ManifestError naming the file when it is missing or damaged."""
         try:
-            data = _read(path)
+            data = read_file(path)
         except FileNotFoundError:
             raise ManifestError(
                 f"shard index {path} is missing: `python -m data_prep index --upgrade DIR` makes it again, of a data "
                 "set built by `shard`; for tars of others, `index DIR --force`"
             ) from None
         except Exception as error:  # each store has its own
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         return cls.from_bytes(data, path)
 
     @classmethod

@@ -55,7 +55,17 @@ def test_packages_keep_apart(graph: Graph, order: Order) -> None:
     taken = {room_of(target) for module in graph if module.startswith("pipeline") for target in graph[module]}
     allowed = {
         f"data_prep.{name}"
-        for name in ("manifest", "labels", "storage", "foreign", "credentials", "images", "tar_header", "ledger")
+        for name in (
+            "manifest",
+            "dense_set",
+            "labels",
+            "storage",
+            "foreign",
+            "credentials",
+            "images",
+            "tar_header",
+            "ledger",
+        )
     }
     assert {room for room in taken if room.startswith("data_prep")} <= allowed
     assert {room for room in order.open if room.startswith("data_prep")} == allowed
