@@ -25,6 +25,7 @@ _COMMANDS = {
         "the same net and classes at a larger resolution, from init.checkpoint, step by step if asked",
     ),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
+    "segment": ("pipeline.dense.command", "train a segmentation on a HorNet backbone, from a set with masks"),
     "evaluate": (
         "pipeline.evaluation.command",
         "a checkpoint measured: accuracy, calibration, confusion; on test sets as they are published",
@@ -79,7 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif rank == "0" or kind in _OF_ONE_RANK or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ and options.command in ("pretrain", "adapt", "finetune", "evaluate"):
+        if "RANK" in os.environ and options.command in ("pretrain", "adapt", "finetune", "segment", "evaluate"):
             os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
 

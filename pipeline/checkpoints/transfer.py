@@ -12,7 +12,7 @@ from data_prep.labels.spaces import KNOWN_SPACES, LabelMap, label_space, lemma, 
 from pipeline.checkpoints.choice import Source
 from pipeline.checkpoints.files import CheckpointError
 from pipeline.checkpoints.weights import HEAD, Tensors, read_weights
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.models.build import build_model
 from pipeline.ops.global_filter import resize_global_filters
 
@@ -42,7 +42,7 @@ def load_into(model: nn.Module, source: Source, synsets: Sequence[str]) -> Fitte
     return fitted
 
 
-def check_fit(config: Config, source: Source, synsets: Sequence[str]) -> None:
+def check_fit(config: RunConfig, source: Source, synsets: Sequence[str]) -> None:
     """Raise what `load_into` would, without the time and memory that building the model takes."""
     with torch.device("meta"):
         model = build_model(config.model, len(synsets), config.data.resolution)

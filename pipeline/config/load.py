@@ -106,12 +106,23 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[RunConfig] 
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} must hold a mapping of sections, not {type(_value(tree)).__name__}")
+    _check_task(tree, path, kind)
     for override in overrides:
         _apply(tree, override, kind)
     try:
         return kind.model_validate(_as_declared(tree, kind))
     except ValidationError as error:
         raise ConfigError("; ".join(_explain(error, path, kind))) from None
+
+
+def _check_task(tree: dict[str, Any], path: Path, kind: type[RunConfig]) -> None:
+    """A file of another task lacks and has keys by the dozen: that is one fault."""
+    found = _value(tree.get("task"))
+    wanted = get_args(field.annotation)[0] if (field := kind.model_fields.get("task")) else None
+    if isinstance(found, str | types.NoneType) and found != wanted:
+        what = "a classification (it has no key `task`)" if found is None else f"`task: {found}`"
+        command = "pretrain, adapt or finetune" if found is None else found
+        raise ConfigError(f"{path} is the configuration of {what}: give it to `python -m pipeline` {command}")
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

@@ -69,7 +69,7 @@ def training_batches(
     if config.data.format == "ffcv":
         assert isinstance(order, SampleOrder)
         path = beton_path(config.data.folder, manifest, "train")
-        return _batches(TrainingBeton(path, config, order, *span), 1, batch_size=None)
+        return worker_batches(TrainingBeton(path, config, order, *span), 1, batch_size=None)
     reader: EncodedReader
     if config.data.reader == "stream":
         assert isinstance(order, SampleOrder)
@@ -80,11 +80,11 @@ def training_batches(
     views = Views(config, reader)
     workers = config.data.workers_per_rank
     if config.augment.where == "device":
-        return _batches(TrainingCrops(config, views, order, *span), min(workers, 1), batch_size=None)
+        return worker_batches(TrainingCrops(config, views, order, *span), min(workers, 1), batch_size=None)
     items: Iterable[Any] = order.micro_batches(first_step, last_step, *span[:2], config.train.micro_batch)
     if isinstance(reader, StreamReader):  # a stream has one reader: workers get their images from its process
-        items = _batches(_Streamed(reader, items), min(workers, 1), batch_size=None, pinned=False)
-    return _batches(_TrainingImages(config, views, order, *span[:2]), workers, batch_sampler=items)
+        items = worker_batches(_Streamed(reader, items), min(workers, 1), batch_size=None, pinned=False)
+    return worker_batches(_TrainingImages(config, views, order, *span[:2]), workers, batch_sampler=items)
 
 
 def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iterator[Batch]:
@@ -101,21 +101,25 @@ def validation_batches(config: Config, manifest: Manifest, ranks: Ranks) -> Iter
     batches = [mine[i : i + config.evaluate.micro_batch] for i in range(0, len(mine), config.evaluate.micro_batch)]
     if config.data.format == "ffcv":
         path = beton_path(config.data.folder, manifest, "val")
-        return _batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
+        return worker_batches(EvaluationBeton(path, config, batches), 1, batch_size=None)
     reader: EncodedReader
     if config.data.reader == "stream":
         begin, end = (int(mine[0]), int(mine[-1]) + 1) if len(mine) else (0, 0)
         reader = StreamReader.evaluation(config, streamed_set(config.data, manifest), begin, end)
     else:
         reader = open_reader(config.data, manifest, "val")
-    return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
+    return worker_batches(
+        EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None
+    )
 
 
 def seekable_batches(config: Config, reader: EncodedReader, samples: np.ndarray, ranks: Ranks) -> Iterator[Batch]:
     """This rank's part of `samples` (ids of a reader that can seek), as `validation_batches` gives that of a split."""
     mine, size = samples[ranks.rank :: ranks.count], config.evaluate.micro_batch
     batches = [mine[i : i + size] for i in range(0, len(mine), size)]
-    return _batches(EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None)
+    return worker_batches(
+        EvaluationImages(config, reader, batches), min(config.data.workers_per_rank, 1), batch_size=None
+    )
 
 
 class _Streamed(IterableDataset[Any]):
@@ -194,13 +198,18 @@ def _end_by_sigterm(parent: int) -> None:
     os._exit(0)  # any other code would be a failure to a rank that takes no more batches
 
 
-def _batches(
+def worker_batches(
     source: Dataset[Any],
     workers: int,
     batch_size: int | None = 1,
     batch_sampler: Iterable[Any] | Sequence[Any] | None = None,
     pinned: bool = True,
 ) -> Iterator[Any]:
+    """What `source` yields, made by so many processes, which end with the rank; 0: by the rank itself.
+
+    `source` hands over what it cannot read as an exception, which is raised here. Raises DataError where the workers
+    are gone, or silent.
+    """
     # The omp layer of numba, which FFCV compiles with, does not survive a fork; read when numba is first imported.
     os.environ.setdefault("NUMBA_THREADING_LAYER", "workqueue")
     options: dict[str, Any] = {"batch_size": batch_size}

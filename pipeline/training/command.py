@@ -1,4 +1,4 @@
-"""The commands `pretrain`, `adapt` and `finetune`: their options, the check before a launch, the run.
+"""The commands `pretrain`, `adapt` and `finetune`: options, the check before a launch, the run; other tasks share them.
 
 What takes seconds to import is imported where it is used: options and wrong keys need not wait for it.
 """
@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.ranks.environment import travelling
 from pipeline.ranks.handover import as_word, remove, write
 from pipeline.ranks.lifetime import StopRequest
+
+if TYPE_CHECKING:
+    from pipeline.config.run import RunConfig
+    from pipeline.training.task import Kind
 
 EPILOG = """\
 examples
@@ -46,11 +52,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """Either command with its options parsed; returns the exit code. Raises what `run.main` and `preflight` raise."""
+    from pipeline.config.load import Config
+
+    def check(*arguments: Any) -> None:
+        from pipeline.training.preflight import preflight
+
+        preflight(*arguments)
+
+    def kind() -> Kind:
+        from pipeline.training.classification import CLASSIFICATION
+
+        return CLASSIFICATION
+
+    return carry_out(options, Config, check, kind, needs_weights=options.command != "pretrain")
+
+
+def carry_out(
+    options: argparse.Namespace,
+    config_kind: type[RunConfig],
+    check: Callable[..., None],
+    kind: Callable[[], Kind],
+    needs_weights: bool = False,
+) -> int:
+    """What the options of a training command ask for. `check` takes what `preflight` does; it and `kind` may import
+    what takes seconds.
+    """
     from data_prep.credentials import without_credentials
     from pipeline.config.load import load
     from pipeline.config.sections import ConfigError
 
-    config = load(options.config, options.overrides)
+    config = load(options.config, options.overrides, config_kind)
     shown = next((each for each in options.overrides if without_credentials(each) != each), None)
     if shown is not None:
         raise ConfigError(
@@ -61,16 +92,14 @@ def command(options: argparse.Namespace) -> int:
     if options.print_config:
         print(config.to_yaml(), end="")
         return 0
-    if options.command != "pretrain" and config.init.checkpoint is None:
+    if needs_weights and config.init.checkpoint is None:
         raise ConfigError(
             f"{options.config}: {options.command} starts from weights, and init.checkpoint is null: set it to a run "
             f"folder, a checkpoint, a weight file or a model of MLflow's; training from random weights is `pretrain`"
         )
     resume = options.resume == "auto"
     if options.check:
-        from pipeline.training.preflight import preflight
-
-        preflight(config, options.ranks, options.nodes, resume)
+        check(config, options.ranks, options.nodes, resume)
         if options.hand_over:
             more = ["--resume", options.resume, *(["--debug"] if options.debug else [])]
             folder = write(config.run_dir, options.command, config.to_yaml(), more, travelling(os.environ))
@@ -82,6 +111,5 @@ def command(options: argparse.Namespace) -> int:
         return 0
     stop = StopRequest()  # before what takes seconds to import
     from pipeline.training import run
-    from pipeline.training.classification import CLASSIFICATION
 
-    return run.main(options.command, config, CLASSIFICATION, resume, stop)
+    return run.main(options.command, config, kind(), resume, stop)

@@ -65,7 +65,7 @@ def _check_stream(config: Config, manifest: Manifest, ranks: int | None, splits:
         stream.look_into(found, config.data, split, note)
 
 
-def _tell_of_unfinished(path: Path) -> None:
+def tell_of_unfinished(path: Path) -> None:
     """A run that was stopped is no less a source: that is wanted seldom, and seen late."""
     if (path / CONFIG_FILE).is_file() and not (path / SUMMARY_FILE).exists():
         step = read_meta(locate(path)).step
@@ -108,7 +108,7 @@ def preflight(config: Config, ranks: int | None, nodes: int, resume: bool) -> No
         fetch(config)
         source = find_source(local_init(config))
         check_model(source, config.model.name)
-        _tell_of_unfinished(config.init.checkpoint)
+        tell_of_unfinished(config.init.checkpoint)
         if not source.is_ours:
             importlib.import_module("pipeline.checkpoints.transfer").check_fit(config, source, manifest.synsets)
     probe(config, note)

@@ -109,7 +109,7 @@ class Run:
         self.twin = task.net()  # full weights, to look at
         # Rank 0 chooses: on a network file system, hosts may for a while see different listings.
         last, meta = from_rank_0(self._newest(resume) if ranks.rank == 0 else None)
-        origin, unmatched = "random weights", list[str]()
+        origin, unmatched = "random weights", None
         if last is not None:
             model.load_state_dict(read_tensors(last / "model.safetensors"))
             origin = f"resumed from {last}"
@@ -137,7 +137,7 @@ class Run:
             self.tracker, self.ledger = record.begin(
                 command, config, task.data, self.first_step, origin, watchdog.hosts, stack
             )
-            if unmatched:
+            if unmatched is not None:
                 record.write_unmatched(config.run_dir, unmatched)
             where = f"{device.type}, {'bf16 autocast' if self.engine.bf16 else 'fp32'}"
             subject = task.described(self.engine.parameters)

@@ -28,10 +28,12 @@ class EvaluationStopped(Exception):
 
 
 class Start(NamedTuple):
-    """Weights that a net was given: where they came from, in words, and the classes that they knew nothing of."""
+    """Weights that a net was given: where they came from, in words, and the classes that their head knew nothing of;
+    None where no head was wanted.
+    """
 
     origin: str
-    unmatched: list[str]
+    unmatched: list[str] | None
 
 
 class Judging(NamedTuple):

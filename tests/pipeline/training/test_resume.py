@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,8 @@ from pipeline.checkpoints.files import read_meta
 from pipeline.config.load import load
 from pipeline.data.opened import training_order
 from tests.support.datasets import Datasets, has_ffcv, needs_ffcv
-from tests.support.runs import ROOT, log_of, small_run
+from tests.support.jobs import Job, Recorded, launch_jobs
+from tests.support.runs import log_of, small_run
 
 STAGES = (0, 1, 2, 3)
 STEPS = {stage: int(os.environ.get("RESUME_STEPS", 54 if stage == 1 else 18)) for stage in STAGES}
@@ -38,23 +38,9 @@ FFCV_STEPS, FFCV_CUT = 7, 3
 GRAPHS = "model.cuda_graphs=true"
 pytestmark = pytest.mark.timeout(3600)  # the fixture's share, and of a busy machine
 
-Job = dict[str, Any]
-
 
 @dataclass(frozen=True)
-class Line:
-    """One step, as its ranks knew it: what is bit-equal is equal as text."""
-
-    step: int
-    loss: float
-    exact: str
-    samples: tuple[int, ...]
-    ranks: int
-
-
-@dataclass(frozen=True)
-class Runs:
-    root: Path
+class Runs(Recorded):
     datasets: Datasets
 
     def job(self, name: str, stage: int, *more: str, steps: int = 54, data: str = "webdataset", **fate: Any) -> Job:
@@ -70,58 +56,6 @@ class Runs:
             f"data.workers_per_rank={1 if data == 'ffcv' else 0}",
         )
         return {"arguments": small_run(self.datasets, self.root, *options, *more), **fate}
-
-    def lines(self, name: str) -> list[Line]:
-        """Every step of a run in order, with the samples of all ranks together."""
-        by_step: dict[int, list[dict]] = {}
-        for path in sorted((self.root / name).glob("record-*.jsonl")):
-            for text in path.read_text().splitlines():
-                line = json.loads(text)
-                by_step.setdefault(line["step"], []).append(line)
-        found = []
-        for step, lines in sorted(by_step.items()):
-            assert len(lines) == lines[0]["ranks"], f"step {step} of {name} was done more than once"
-            assert len({(line["loss"], line["grad_norm"]) for line in lines}) == 1, "ranks differ"
-            exact = f"{lines[0]['loss']} {lines[0]['grad_norm']}"
-            samples = tuple(sample for line in lines for sample in line["samples"])
-            found.append(Line(step, float.fromhex(lines[0]["loss"]), exact, samples, lines[0]["ranks"]))
-        return found
-
-    def folder(self, name: str, step: int) -> Path:
-        return self.root / name / "checkpoints" / f"step-{step:08d}"
-
-    def tensors(self, name: str, step: int) -> dict[str, torch.Tensor]:
-        files = ("model", "ema", "optimizer")
-        return {
-            f"{file}:{key}": tensor
-            for file in files
-            for key, tensor in load_file(self.folder(name, step) / f"{file}.safetensors").items()
-        }
-
-    def bit_equal(self, name: str, other: str, step: int) -> bool:
-        ours, theirs = self.tensors(name, step), self.tensors(other, step)
-        assert {key.partition(":")[0] for key in theirs} == {"model", "ema", "optimizer"}
-        assert ours.keys() == theirs.keys()
-        return all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def launch_jobs(ranks: int, root: Path, jobs: list[Job]) -> str:
-    path = root / "jobs.json"
-    # By stage: DeepSpeed's stage 3 leaves its own F.linear behind in the process, whose last bits differ.
-    jobs = sorted(jobs, key=lambda job: next(text for text in job["arguments"] if "zero_stage" in text))
-    path.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "programs" / "many_runs.py"), str(path)],
-        cwd=ROOT,
-        env={**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert done.stdout.endswith("done\n")
-    return done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -28,8 +28,11 @@ from typing import Any
 import torch
 
 from pipeline.__main__ import _parse
-from pipeline.config.load import load
+from pipeline.config.dense import SegmentConfig
+from pipeline.config.load import Config, load
+from pipeline.config.run import RunConfig
 from pipeline.data.views import Batch
+from pipeline.dense.segmentation import SEGMENTATION
 from pipeline.ranks.collectives import barrier
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive
 from pipeline.ranks.watchdog import Watchdog
@@ -89,7 +92,8 @@ def main() -> None:
     ranks, device = engine.start_ranks()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         options = _parse(job["arguments"])
-        config = load(options.config, options.overrides)
+        config_kind, task = (SegmentConfig, SEGMENTATION) if options.command == "segment" else (Config, CLASSIFICATION)
+        config: RunConfig = load(options.config, options.overrides, config_kind)
         stop, code, raised = StopRequest(), None, None
         stacks = config.run_dir / "stacks"
         watchdog = Watchdog(ranks.rank, ranks.count, config.guard.stall_seconds, stacks, stop=stop)
@@ -99,7 +103,7 @@ def main() -> None:
                 if ranks.rank == 0:
                     stack.enter_context(exclusive(config.run_dir))
                 barrier()
-                run = Run(options.command, config, CLASSIFICATION, ranks, device, True, stack, watchdog)
+                run = Run(options.command, config, task, ranks, device, True, stack, watchdog)
                 disturb_and_record(run, job)
                 code = run.train()
         except ValueError as error:

@@ -1,0 +1,122 @@
+"""`segment` for real: DeepSpeed on two gloo ranks, killed and gone on; from a pretrained backbone; what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config.dense import SegmentConfig
+from pipeline.config.load import load
+from pipeline.models.build import build_model
+from tests.support.dense_sets import CLASSES, build_semantic
+from tests.support.jobs import Recorded, launch_jobs
+from tests.support.runs import launch, run_module
+
+CONFIG = "configs/demo_segment.yaml"
+STEPS, STOP = 10, 4  # of two epochs of five; in the midst of the first
+pytestmark = pytest.mark.timeout(3600)
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_semantic(tmp_path_factory.mktemp("dense"))
+
+
+def small(squares: Path, root: Path, *more: str) -> list[str]:
+    """Arguments of a run of seconds, with accumulation, drop path, layer decay and an EMA."""
+    return [
+        "segment",
+        CONFIG,
+        *(f"data.path={squares}", f"output_root={root}", "data.resolution=64", "init.checkpoint=null"),
+        *("augment.short_side_px=64", "evaluate.short_side_px=64", "model.head_channels=16", "train.epochs=2"),
+        *("train.global_batch=8", "train.micro_batch=2", "optimizer.warmup_epochs=0.5", "evaluate.every_epochs=2"),
+        *("model.drop_path_rate=0.2", "optimizer.layer_decay=0.8", "checkpoint.every_steps=100"),
+        *more,
+    ]
+
+
+def test_a_stopped_run_goes_on_bit_by_bit(squares: Path, tmp_path: Path) -> None:
+    """The same losses and weights, each sample once an epoch, one evaluation; also for masks read by workers."""
+    stages = {"uper-1": ("model.head=uper", "train.zero_stage=1"), "gn-3": ("train.zero_stage=3",)}
+
+    def jobs(name: str, **fate: object) -> list[dict]:
+        more = {stage: (*options, f"name={name}-{stage}") for stage, options in stages.items()}
+        return [{"arguments": small(squares, tmp_path, *options), **fate} for options in more.values()]
+
+    launch_jobs(2, tmp_path, jobs("whole") + jobs("cut", stop_at=STOP))
+    launch_jobs(2, tmp_path, jobs("cut"))
+    runs = Recorded(tmp_path)
+    for stage in stages:
+        whole, cut = runs.lines(f"whole-{stage}"), runs.lines(f"cut-{stage}")
+        assert [line.exact for line in cut] == [line.exact for line in whole]
+        assert len(whole) == STEPS
+        for epoch in (whole[:5], whole[5:]):
+            assert sorted(sample for line in epoch for sample in line.samples) == list(range(40))
+        assert runs.bit_equal(f"cut-{stage}", f"whole-{stage}", STEPS)
+        metrics = [
+            json.loads((runs.folder(f"{name}-{stage}", STEPS) / "checkpoint.json").read_text())["metrics"]
+            for name in ("whole", "cut")
+        ]
+        assert metrics[0] == metrics[1]
+        assert metrics[0]["val_samples"] == 7
+        assert {"miou", "miou_model", "macc", "pixel_accuracy"} <= metrics[0].keys()
+
+
+def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path) -> None:
+    config = load(CONFIG, [f"data.path={squares}"], SegmentConfig)
+    torch.manual_seed(5)
+    backbone = build_model(config.model, 7, 64)
+    torch.save({"model": backbone.state_dict()}, tmp_path / "backbone.pth")
+    more = ("name=learns", f"init.checkpoint={tmp_path / 'backbone.pth'}", "data.workers_per_rank=1")
+    length = ("train.epochs=16", "train.micro_batch=4", "evaluate.every_epochs=16", "optimizer.layer_decay=null")
+    done = launch(*small(squares, tmp_path, *more, *length, "model.drop_path_rate=0", "optimizer.lr_peak=3e-3"))
+    assert done.returncode == 0, done.stderr
+    assert f"backbone: weights from {tmp_path / 'backbone.pth'}" in done.stdout
+    assert "head: fresh" in done.stdout
+    run = tmp_path / "learns"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["miou"] > 50  # ground alone is 32
+    assert summary["mlflow_run_id"]
+    rows = list(csv.DictReader((run / "classes.csv").read_text().splitlines()))
+    assert {row["class"] for row in rows} == set(CLASSES)
+    assert [float(row["iou"]) for row in rows] == sorted(float(row["iou"]) for row in rows)
+    assert sum(float(row["iou"]) for row in rows) / 3 == pytest.approx(summary["miou"], abs=0.01)
+    # On one rank the same is measured.
+    weights = load_file(Path(summary["checkpoint"]) / "ema.safetensors")
+    assert not [name for name in weights if name.startswith(("backbone.norm.", "backbone.head."))]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["data.resolution=100"], ["data.resolution 100 is not a multiple of 32", "nearest: 96"]),
+        (["model.compile=true"], ["model.compile is for classification"]),
+        (["evaluate.mode=slide", "evaluate.stride_px=65"], ["evaluate.stride_px 65 is above data.resolution 64"]),
+        (["checkpoint.best_metric=top1"], ["checkpoint.best_metric top1 is of a classification"]),
+        (["augment.scale_min=3"], ["augment.scale_min 3 is above augment.scale_max 1.5"]),
+        (["train.global_batch=64"], ["40 training samples do not fill one global batch of 64"]),
+        (["augment.mixup_alpha=1"], ["no key 'augment.mixup_alpha'"]),
+        (["data.path=s3://bucket/x"], ["s3://bucket/x: sets with masks are read from local folders"]),
+    ],
+)
+def test_refused_before_anything_starts(squares: Path, tmp_path: Path, more: list[str], told: list[str]) -> None:
+    done = run_module("pipeline", *small(squares, tmp_path, *more), "--check", "--ranks", "2")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert all(text in done.stderr for text in told), done.stderr
+
+
+def test_configurations_of_other_tasks(squares: Path) -> None:
+    """Each command says of which the other's file is."""
+    done = run_module("pipeline", "pretrain", CONFIG, "--check")
+    assert "demo_segment.yaml is the configuration of `task: segment`" in done.stderr
+    assert "`python -m pipeline` segment" in done.stderr
+    done = run_module("pipeline", "segment", "configs/demo_pretrain.yaml", "--check")
+    assert "is the configuration of a classification" in done.stderr
+    done = run_module("pipeline", "pretrain", "configs/demo_pretrain.yaml", f"data.path={squares}", "--check")
+    assert "is a data set of masks or boxes" in done.stderr
