@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_prep.manifest import (
     DENSE,
     MANIFEST_NAME,
+    Manifest,
     ManifestError,
     ShardEntry,
     dataset_folder,
@@ -257,3 +258,9 @@ class DenseIndex:
         """Write the index atomically to a local path."""
         with atomic_write(path) as file:
             file.write(self.to_bytes())
+
+
+def load_set(directory: str | Path) -> Manifest | DenseManifest:
+    """The manifest of a data set of either kind. Raises ManifestError."""
+    _, raw = read_manifest(directory)
+    return DenseManifest.load(directory) if kind_of(raw) == DENSE else Manifest.load(directory)

@@ -124,6 +124,11 @@ def find_source(init: Init) -> Source:
             return Source(path, None, None, init.weights, by_size=True)
         return Source(path, None, _label_space(init.label_space), init.weights)
     meta = read_meta(path.parent if path.is_file() else path)
+    if "task" in meta.config:
+        raise CheckpointError(
+            f"init.checkpoint {init.checkpoint} is of a run that learned to {meta.config['task']}: give one of a "
+            f"classification"
+        )
     synsets = meta.synsets if init.label_space == "checkpoint" else _label_space(init.label_space)
     if path.is_file():
         return Source(path, meta.model_name, synsets, init.weights)

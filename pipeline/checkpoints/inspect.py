@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from safetensors import SafetensorError, safe_open
 
-from data_prep.manifest import Manifest
+from data_prep.dense_set import load_set
 from data_prep.storage import DataPrepError
 from pipeline.checkpoints import files
 from pipeline.checkpoints.files import META_FILE, CheckpointError, Meta
@@ -83,7 +83,7 @@ def show_run(run: Path, hashes: bool, console: Console) -> bool:
             f"{meta.step / steps_per_epoch:.2f}" if meta and steps_per_epoch else "",
             f"{meta.samples_seen:,}" if meta else "",
             _written(path),
-            _top1(meta) if meta else "",
+            _score(meta) if meta else "",
             decimal(_bytes(path)),
             "set aside" if aside else ", ".join(kept.get(meta.step, ["nothing: goes next"])) if meta else "",
             Text("good", "green") if meta else Text(f"damaged: {'; '.join(faults[path])}", "red"),
@@ -162,10 +162,13 @@ def _tensors(file: Path, norms: bool) -> list[TensorFacts] | None:
     return found
 
 
+_SCORES = {"top1": "", "miou": " mIoU"}  # and how it is said which
+
+
 def _steps_per_epoch(run: Path, meta: Meta) -> int | None:
     """From the copy of the data set's manifest in the run folder; None where that is gone or of another data set."""
     try:
-        manifest = Manifest.load(run)
+        manifest = load_set(run)
         samples = manifest.split("train").samples if manifest.dataset_id == meta.dataset_id else 0
     except DataPrepError:
         return None
@@ -189,11 +192,12 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
 
 
-def _top1(meta: Meta) -> str:
+def _score(meta: Meta) -> str:
     """Of its own step; with the step it was measured at where that is an earlier one."""
-    if "top1" not in meta.metrics:
+    score = next((name for name in _SCORES if name in meta.metrics), None)
+    if score is None:
         return ""
-    return f"{meta.metrics['top1']:.2f}" + (
+    return f"{meta.metrics[score]:.2f}{_SCORES[score]}" + (
         f" (at {meta.metrics_step:,})" if meta.metrics_step not in (None, meta.step) else ""
     )
 

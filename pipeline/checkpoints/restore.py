@@ -36,8 +36,10 @@ class Weights:
         return folder.parent if folder.name == "checkpoints" else folder
 
 
-def find_weights(path: Path, which: str | None) -> Weights:
+def find_weights(path: Path, which: str | None, task: str | None = None) -> Weights:
     """In a run folder (its newest checkpoint) or a checkpoint folder; by default the EMA where there is one.
+
+    task: what its run has to have learned, as its configuration has it; None: to classify.
 
     Raises CheckpointError.
     """
@@ -45,6 +47,11 @@ def find_weights(path: Path, which: str | None) -> Weights:
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give a run folder or one of its checkpoints")
     meta = read_meta(path)
+    if (learned := meta.config.get("task")) != task:
+        command = "evaluate" if learned is None else f"evaluate-{learned}"
+        raise CheckpointError(
+            f"{path} is of a run that learned to {learned or 'classify'}: `python -m pipeline {command}` measures it"
+        )
     found = Weights(path, meta, which or ("ema" if "ema.safetensors" in meta.files else "raw"))
     if found.file.name not in meta.files:
         raise CheckpointError(f"{path} has no {found.file.name}: leave --weights out")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -41,13 +41,11 @@ class DenseData(Section):
             )
         return side
 
-    @property
-    def on_bad_sample(self) -> str:
-        return "raise"
-
-    @property
-    def bad_samples_max(self) -> int:
-        return 0
+    # What those ask who know sets of images of classes: a dense set is a local folder, read by seeks.
+    reader: ClassVar[str] = "indexed"
+    is_remote: ClassVar[bool] = False
+    stream_cache: ClassVar[bool] = False
+    bad_samples_max: ClassVar[int] = 0
 
     @property
     def how_to_check(self) -> str:

@@ -52,11 +52,11 @@ def command(options: argparse.Namespace) -> int:
     try:
         hosts = read_hostfile(options.hostfile) if options.hostfile else None
         with reached(hosts, options.ssh_port) as agents:
-            from pipeline.config.load import load  # while the hosts begin
+            from pipeline.config.kinds import load_any  # while the hosts begin
             from pipeline.doctor.examine import Examination
 
             examined = Examination(agents, hosts, port, options.fast)
-            config = load(options.config, options.overrides)
+            config = load_any(options.config, options.overrides)
             with _progress(options.quiet or options.json) as tell:
                 examined.run(config, options.ranks, tell)
         findings, reports = examined.findings, examined.reports

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,21 @@ from data_prep.foreign.index import ensure_indexed
 from data_prep.manifest import MANIFEST_NAME, Manifest, dataset_folder, index_path
 from data_prep.storage import Folder, is_url
 from pipeline.config.data import Data
+from pipeline.config.dense import SegmentConfig
 from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.data.opened import check_remote, open_manifest, parts_of, training_order
+from pipeline.dense.opened import dense_order, open_dense
 from pipeline.doctor.report import Finding, Report, Reports, answered, differing, each, odd
 
 _VERIFY = "`python -m data_prep verify` looks into every byte of it"
 
 
-def look(config: Config, is_first: bool, fast: bool) -> Report:
+def look(config: RunConfig, is_first: bool, fast: bool) -> Report:
     """Of each set: what its manifest is, and which files are not as it says. Raises what opening them raises."""
+    if isinstance(config, SegmentConfig):
+        return _of_dense(config, is_first)
+    assert isinstance(config, Config)
     data = config.data
     if data.reader == "stream":
         return {"streamed": True} | ({} if fast else _of_stream(config))
@@ -30,8 +36,22 @@ def look(config: Config, is_first: bool, fast: bool) -> Report:
     if is_first:
         training_order(config, manifest)
     check_remote(data, manifest)
-    sets = {part.folder: _of_set(part, part_manifest) for part, part_manifest in parts_of(data, manifest)}
+    sets = {
+        part.folder: _of_set(part.folder, part_manifest.dataset_id, _files(part, part_manifest))
+        for part, part_manifest in parts_of(data, manifest)
+    }
     return {"sets": sets, "classes": manifest.num_classes}
+
+
+def _of_dense(config: SegmentConfig, is_first: bool) -> Report:
+    manifest, folder = open_dense(config), config.data.path
+    if is_first:
+        dense_order(config, manifest)
+    shards = [entry for split in manifest.splits.values() for entry in split.shards]
+    files = [(folder, entry.file, entry.bytes) for entry in shards]
+    indexes = [(folder, str(index_path(Path(entry.file))), None) for entry in shards]
+    told = _of_set(folder, manifest.dataset_id, [*files, *indexes])
+    return {"sets": {folder: told}, "classes": manifest.num_classes}
 
 
 def _of_stream(config: Config) -> Report:
@@ -45,12 +65,12 @@ def _of_stream(config: Config) -> Report:
     return {"notes": notes, "sets": {config.data.folder: told}, "classes": manifest.num_classes}
 
 
-def _of_set(data: Data, manifest: Manifest) -> dict[str, Any]:
-    folder = Folder(dataset_folder(data.folder))
+def _of_set(path: str, dataset_id: str, files: Iterable[tuple[str, str, int | None]]) -> dict[str, Any]:
+    folder = Folder(dataset_folder(path))
     faults: list[str] = []
     number = 0
     listed: dict[str, dict[str, int | None]] = {}
-    for place, name, size in _files(data, manifest):
+    for place, name, size in files:
         number += 1
         if is_url(place):
             continue  # looked at by check_remote
@@ -62,7 +82,7 @@ def _of_set(data: Data, manifest: Manifest) -> dict[str, Any]:
         elif size is not None and there != size:
             faults.append(f"{place}/{name} has {there:,} bytes, the manifest says {size:,}")
     return {
-        "dataset_id": manifest.dataset_id,
+        "dataset_id": dataset_id,
         "manifest": hashlib.sha256(folder.read(MANIFEST_NAME)).hexdigest()[:12],
         "files": number,
         "faults": faults,

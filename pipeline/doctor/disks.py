@@ -12,7 +12,8 @@ from typing import Any
 
 from data_prep.storage import TEMP_MARK
 from pipeline.checkpoints.files import Meta, newest_good, step_folders
-from pipeline.config.load import Config
+from pipeline.config.dense import SegmentConfig
+from pipeline.config.run import RunConfig
 from pipeline.doctor.report import Finding, Report, Reports, answered, differing, each, named, odd
 
 _LOCK_TEXT = re.compile(r"process (\d+) on (\S+)")
@@ -30,7 +31,7 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def look(config: Config, is_first: bool, classes: int | None) -> Report:
+def look(config: RunConfig, is_first: bool, classes: int | None) -> Report:
     """Room by folder (bytes; inodes, None where the file system does not count them), limits, the run's lock.
 
     classes: for the size of a checkpoint that there is none of yet; None: it is not asked for.
@@ -64,7 +65,7 @@ def _room(folder: Path) -> dict[str, Any]:
     }
 
 
-def _checkpoint_bytes(config: Config, classes: int | None) -> int | None:
+def _checkpoint_bytes(config: RunConfig, classes: int | None) -> int | None:
     """Of one checkpoint: as the last one, or computed from the model. None: not known without torch."""
     found, _ = newest_good(config.run_dir / "checkpoints", hashes=False)
     if found is not None:
@@ -73,13 +74,21 @@ def _checkpoint_bytes(config: Config, classes: int | None) -> int | None:
         return None
     import torch
 
-    from pipeline.models.build import build_model
-
     import_models()
     with torch.device("meta"):  # shapes alone
-        model = build_model(config.model, classes, config.data.resolution)
+        model = _net(config, classes)
     copies = _COPIES + (config.optimizer.ema_decay is not None)
     return 4 * copies * sum(weight.numel() for weight in model.parameters())
+
+
+def _net(config: RunConfig, classes: int) -> Any:
+    if isinstance(config, SegmentConfig):
+        from pipeline.dense.segmentor import Segmentor
+
+        return Segmentor(config.model, classes, config.data.resolution)
+    from pipeline.models.build import build_model
+
+    return build_model(config.model, classes, config.data.resolution)
 
 
 def _bytes(meta: Meta) -> int:
@@ -145,7 +154,7 @@ def _holds(path: Path, text: str) -> bool:
         return False
 
 
-def judge(reports: Reports, config: Config) -> list[Finding]:
+def judge(reports: Reports, config: RunConfig) -> list[Finding]:
     """Room, limits and the lock."""
     told, findings = answered("disk", reports, "disks")
     if not told:
@@ -155,7 +164,7 @@ def judge(reports: Reports, config: Config) -> list[Finding]:
     return [*findings, *_limits(told), *_held(told, config)]
 
 
-def _rooms(told: dict[str, Report], config: Config, size: int | None) -> list[Finding]:
+def _rooms(told: dict[str, Report], config: RunConfig, size: int | None) -> list[Finding]:
     keep = config.checkpoint
     wanted = keep.keep_last + 1 + (keep.best_metric is not None)  # the new one comes before an old one goes
     full, short, inodes = {}, {}, {}
@@ -204,7 +213,7 @@ def _limits(told: dict[str, Report]) -> list[Finding]:
     return findings or [Finding("limits", "pass", f"{min(files.values()):,} open files, room in /dev/shm")]
 
 
-def _held(told: dict[str, Report], config: Config) -> list[Finding]:
+def _held(told: dict[str, Report], config: RunConfig) -> list[Finding]:
     """The lock of the run folder: held, or its writer still lives where file systems know no locks of other hosts."""
     by = next((report["lock"]["by"] for report in told.values() if report["lock"]["held"]), None)
     if by is None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.doctor import data, disks, gpus, names, network, settings, software
 from pipeline.doctor.reach import HERE, Agent, HostError, ask_all, clock_offset
 from pipeline.doctor.report import Finding, Report, failed
@@ -27,7 +28,7 @@ class Examination:
         self.findings: list[Finding] = []
         self.reports: dict[str, Report] = {}
 
-    def run(self, config: Config, ranks: int | None, tell: Callable[[str], None]) -> None:
+    def run(self, config: RunConfig, ranks: int | None, tell: Callable[[str], None]) -> None:
         """One round after the other, each told to `tell`; hosts that are lost on the way are left out of the next."""
         tell("versions, GPUs, names, data and disks of each host")
         self._look(config)
@@ -49,7 +50,7 @@ class Examination:
     def _slots(self) -> dict[str, int]:
         return {host: len(slots) for host, slots in (self.hosts or {}).items()}
 
-    def _look(self, config: Config) -> None:
+    def _look(self, config: RunConfig) -> None:
         agents = self._agents
         offsets: dict[str, tuple[float, float]] = {}
         lost: dict[str, HostError] = {}
@@ -91,7 +92,7 @@ class Examination:
         if several:
             self.findings += names.judge_clocks(offsets)
 
-    def _judge(self, config: Config, ranks: int | None) -> None:
+    def _judge(self, config: RunConfig, ranks: int | None) -> None:
         reports = self.reports
         slots = self._slots
         if not slots:
@@ -186,11 +187,12 @@ def _free_port() -> int:
     return any_free_port()
 
 
-def _whole(config: Config) -> dict[str, Any]:
+def _whole(config: RunConfig) -> dict[str, Any]:
     """The configuration with what `model_dump` leaves out: passwords in addresses. It goes through a pipe alone."""
     tree = config.model_dump(mode="json")
     path = config.data.path
     tree["data"]["path"] = path if isinstance(path, str) else [{"path": one.path, "weight": one.weight} for one in path]
-    tree["data"]["stream_val"] = config.data.stream_val
+    if isinstance(config, Config):
+        tree["data"]["stream_val"] = config.data.stream_val
     tree["tracking"]["uri"] = config.tracking.uri
     return tree

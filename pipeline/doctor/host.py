@@ -43,10 +43,10 @@ class _Host:
     ) -> dict[str, Any]:
         # What the ranks of a run are given too; what stands in this host's own environment they have as well.
         os.environ.update(environment)
-        from pipeline.config.load import Config
+        from pipeline.config.kinds import validated
         from pipeline.doctor import data, disks, gpus, names, network, settings, software
 
-        read = Config.model_validate(config)
+        read = validated(config)
         told: dict[str, Any] = {
             "software": _told(software.look),
             "gpus": _told(gpus.look),
@@ -97,7 +97,7 @@ def _told(look: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 def _import() -> None:
     """What `look` needs, while the clocks are compared and the configuration is read."""
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
-    import pipeline.config.load
+    import pipeline.config.kinds
     import pipeline.doctor.data
     import pipeline.doctor.disks  # noqa: F401
 

@@ -7,7 +7,7 @@ import urllib.parse
 from collections.abc import Mapping
 
 from data_prep.credentials import without_credentials
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import ConfigError
 from pipeline.doctor.report import Finding, Report, Reports, answered, each
 from pipeline.records.address import database_file, probe, tracking_uri
@@ -16,7 +16,7 @@ _DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 _CONNECT_SECONDS = 3.0
 
 
-def judge_batch(config: Config, slots: Mapping[str, int], ranks: int | None) -> list[Finding]:
+def judge_batch(config: RunConfig, slots: Mapping[str, int], ranks: int | None) -> list[Finding]:
     """slots: ranks of each host; `ranks` of all, where it is known in another way."""
     number = ranks or sum(slots.values())
     lanes, nodes = config.data.shuffle_lanes, max(1, len(slots))
@@ -38,7 +38,7 @@ def judge_batch(config: Config, slots: Mapping[str, int], ranks: int | None) -> 
     return [*findings, Finding("batch", "pass", text)]
 
 
-def look_mlflow(config: Config) -> Report:
+def look_mlflow(config: RunConfig) -> Report:
     """What the run's MLflow says to the host of rank 0. Raises ConfigError where it never will take the run."""
     notes: list[str] = []
     probe(config, notes.append)

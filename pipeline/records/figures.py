@@ -20,7 +20,14 @@ SHEET, CURVES = "training_images.jpg", "curves.png"
 RELIABILITY, CONFUSION = "reliability.png", "confusion.png"
 _SHOWN_IMAGES, _ROW = 32, 8
 _LEAST_SIDE, _MOST_SIDE = 96, 192
-_ACCURACIES = {"top1": "top-1", "top1_model": "top-1 of raw weights", "top5": "top-5"}
+_ACCURACIES = {
+    "top1": "top-1",
+    "top1_model": "top-1 of raw weights",
+    "top5": "top-5",
+    "miou": "mIoU",
+    "miou_model": "mIoU of raw weights",
+    "pixel_accuracy": "pixels",
+}
 
 
 def draw_sheet(images: torch.Tensor, path: Path) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from data_prep.credentials import without_credentials
-from data_prep.manifest import MANIFEST_NAME, Manifest
-from pipeline.config.load import Config, load
+from data_prep.dense_set import load_set
+from data_prep.manifest import MANIFEST_NAME
+from pipeline.config.kinds import load_any
+from pipeline.config.run import RunConfig
 from pipeline.ranks.lifetime import exclusive, holder_of
 from pipeline.records.address import check_address, missing_database
 from pipeline.records.family import Lineage
@@ -68,11 +70,11 @@ def sync(run_dir: Path) -> str:
     return f"{tracker.sent:,} numbers{also} sent; MLflow has all, {end['status']}: {tracker.mlflow.address}"
 
 
-def _config(run_dir: Path, known: dict[str, Any]) -> Config:
+def _config(run_dir: Path, known: dict[str, Any]) -> RunConfig:
     """The run's own, for the folder as it is now, and the MLflow that it went to."""
     place = run_dir.absolute()
     here = {"output_root": str(place.parent), "name": place.name}
-    config = load(run_dir / CONFIG_FILE, [f"{key}={json.dumps(value)}" for key, value in here.items()])
+    config = load_any(run_dir / CONFIG_FILE, [f"{key}={json.dumps(value)}" for key, value in here.items()])
     uri = known.get("uri") or read_id(run_dir).get("uri")
     if uri and without_credentials(check_address(config)) != uri:
         config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": uri})})
@@ -85,7 +87,7 @@ def _lineage(run_dir: Path, known: dict[str, Any]) -> Lineage | None:
     origin = known.get("origin")
     return Lineage(
         known["stage"],
-        Manifest.load(run_dir) if (run_dir / MANIFEST_NAME).is_file() else None,
+        load_set(run_dir) if (run_dir / MANIFEST_NAME).is_file() else None,
         known.get("data", ""),
         Path(origin) if origin else None,
         tuple(known.get("hosts", ())),

@@ -42,7 +42,7 @@ class Run:
     lines: int
     damaged: int
     last: dict[str, float]
-    best_top1: float | None
+    best_score: float | None  # the largest of `score`
     images_per_second: float | None
     timeline: Timeline
     summary: dict[str, Any]
@@ -50,6 +50,11 @@ class Run:
     checkpoints: list[dict[str, Any]]
     mlflow: str | None
     global_batch: float | None
+
+    @property
+    def score(self) -> float | None:
+        """What stands for how good it is, percent: top-1, of a segmentation the mIoU."""
+        return self.last.get("miou" if self.stage == SEGMENT else "top1")
 
     @property
     def state(self) -> str:
@@ -121,7 +126,7 @@ def read_run(
         lines=len(log.steps),
         damaged=log.damaged,
         last={key: float(column.values[-1]) for key, column in log.columns.items()},
-        best_top1=log.largest("top1"),
+        best_score=log.largest("miou" if stage == SEGMENT else "top1"),
         images_per_second=log.median("images_per_second"),
         timeline=timeline,
         summary=summary,

@@ -60,8 +60,8 @@ def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
             "state": run.state,
             "step": f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}",
             "loss": number(run.last.get("loss"), ".4f"),
-            "top-1": number(run.last.get("top1"), ".2f"),
-            "best": number(run.best_top1, ".2f"),
+            "top-1": _score(run, run.score),
+            "best": _score(run, run.best_score),
             "images/s": number(run.images_per_second, ",.0f"),
             "data wait": number(data_share(run), ".0%"),
             "hours": hours(run),
@@ -69,6 +69,11 @@ def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
         }
         table.add_row(*(escape(cells[name]) for name in shown))
     return table
+
+
+def _score(run: Run, percent: float | None) -> str:
+    unit = " mIoU" if run.stage == SEGMENT and percent is not None else ""
+    return number(percent, ".2f") + unit
 
 
 def _width(table: Table, console: Console, runs: list[Run]) -> int:
