@@ -1,1 +1,1 @@
-"""Segmentation on HorNet: sets with masks, heads, the task that a run learns, how it is measured."""
+"""HorNet for tasks with an answer a position: decoders over its four maps, segmentation as a task, its measure."""

@@ -1,9 +1,9 @@
 """Recursive gated convolution (gnConv) and its global-local filter.
 
 Source: HorNet, Rao et al. 2022, sections 3.1 (gnConv) and 3.3 (global filter variant). `GnConv.forward` is the readable
-path; `GnConv.normed` is the same function with less kept for the backward pass. Activations are NHWC throughout, so
-that every 1x1 convolution is one matrix product and LayerNorm runs over the last dimension; parameters keep their
-published names and shapes.
+path; `GnConv.normed` and `GnConv.lean` are the same function with less kept for the backward pass. Activations are NHWC
+throughout, so that every 1x1 convolution is one matrix product and LayerNorm runs over the last dimension; parameters
+keep their published names and shapes.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class GnConv(nn.Module):
 
     Args:
         dim: channels, a multiple of `2**(order - 1)`.
+        in_dim: channels of the input where they are not `dim`: (B, H, W, in_dim) -> (B, H, W, dim).
         order: how many gating steps; 1 is an ordinary gated convolution.
         filter_size: None for a 7x7 depthwise convolution, or (h, w) of the stored global filter (see
             `GlobalLocalFilter`).
@@ -74,13 +75,18 @@ class GnConv(nn.Module):
     """
 
     def __init__(
-        self, dim: int, order: int = 5, filter_size: tuple[int, int] | None = None, scale: float = 1 / 3
+        self,
+        dim: int,
+        order: int = 5,
+        filter_size: tuple[int, int] | None = None,
+        scale: float = 1 / 3,
+        in_dim: int | None = None,
     ) -> None:
         super().__init__()
         self.dims = gnconv_dims(dim, order)
         self.scale = scale
         total = sum(self.dims)
-        self.proj_in = nn.Conv2d(dim, self.dims[0] + total, 1)
+        self.proj_in = nn.Conv2d(in_dim or dim, self.dims[0] + total, 1)
         self.dwconv: nn.Module
         if filter_size is None:
             self.dwconv = nn.Conv2d(total, total, 7, padding=3, groups=total)
@@ -91,19 +97,30 @@ class GnConv(nn.Module):
 
     def forward(self, x: Tensor, basis: FourierBasis | None = None) -> Tensor:
         """`basis`: see `GlobalLocalFilter.forward`."""
-        x = linear(x, self.proj_in.weight, self.proj_in.bias)  # (B, H, W, dims[0] + total)
-        gate, context = x.split([self.dims[0], sum(self.dims)], dim=-1)
-        if isinstance(self.dwconv, GlobalLocalFilter):
-            context = self.dwconv(context, basis, self.scale)
-        else:
-            conv = cast(nn.Conv2d, self.dwconv)
-            weight, bias = conv.weight, cast(Tensor, conv.bias)
-            # Into the weights: exact up to rounding, and no pass over the map.
-            scaled = (weight, bias) if self.scale == 1 else (weight * self.scale, bias * self.scale)
-            context = depthwise(context, *scaled)
+        gate, context = self._gate_and_context(x, basis)
         pws = [_layer(pw) for pw in self.pws]
         x = recursive_gating(gate, context, [weight for weight, _ in pws], [bias for _, bias in pws])
         return linear(x, *_layer(self.proj_out))
+
+    def lean(self, x: Tensor, basis: FourierBasis | None = None) -> Tensor:
+        """`forward`, which keeps convolutions and matrix products alone for the backward pass: without a norm before
+        it, as in a decoder.
+        """
+        gate, context = self._gate_and_context(x, basis)
+        *pws, out = cast_layers([_layer(layer) for layer in (*self.pws, self.proj_out)], x.dtype)
+        return recompute.gating(gate, context, None, pws, out)
+
+    def _gate_and_context(self, x: Tensor, basis: FourierBasis | None) -> tuple[Tensor, Tensor]:
+        """(B, H, W, dims[0]) and, out of the depthwise layer and scaled, (B, H, W, sum(dims))."""
+        x = linear(x, self.proj_in.weight, self.proj_in.bias)  # (B, H, W, dims[0] + total)
+        gate, context = x.split([self.dims[0], sum(self.dims)], dim=-1)
+        if isinstance(self.dwconv, GlobalLocalFilter):
+            return gate, self.dwconv(context, basis, self.scale)
+        conv = cast(nn.Conv2d, self.dwconv)
+        weight, bias = conv.weight, cast(Tensor, conv.bias)
+        # Into the weights: exact up to rounding, and no pass over the map.
+        scaled = (weight, bias) if self.scale == 1 else (weight * self.scale, bias * self.scale)
+        return gate, depthwise(context, *scaled)
 
     def normed(
         self,

@@ -19,6 +19,7 @@ from pipeline.review.timeline import Timeline, read_timeline
 
 _FILE_BYTES = 64_000_000  # of a JSON or YAML file; dataset.json of ImageNet-22K has 2 MB
 _VALUE_CHARS = 300
+SEGMENT = "segment"  # the stage, and the task of its configuration
 _CHECKPOINTS = 50
 
 
@@ -115,7 +116,7 @@ def read_run(
     batch = _number(config.get("train.global_batch"))
     log = read_log(path / "log.jsonl", advance)
     timeline = read_timeline(path, log, batch)
-    stage = str(summary.get("stage") or ("finetune" if config.get("init.checkpoint", "null") != "null" else "pretrain"))
+    stage = str(summary.get("stage") or config.get("task") or ("finetune" if config.get("init.checkpoint", "null") != "null" else "pretrain"))
     run = Run(
         path=path,
         name=(name or config.get("name") or path.name)[:_VALUE_CHARS],

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.review.differences import differences
-from pipeline.review.run import Run
+from pipeline.review.run import SEGMENT, Run
 
 _KEYS = 40
 _COLUMNS = ("run", "stage", "state", "step", "loss", "top-1", "best", "images/s", "data wait", "hours", "faults")
