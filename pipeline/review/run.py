@@ -116,7 +116,11 @@ def read_run(
     batch = _number(config.get("train.global_batch"))
     log = read_log(path / "log.jsonl", advance)
     timeline = read_timeline(path, log, batch)
-    stage = str(summary.get("stage") or config.get("task") or ("finetune" if config.get("init.checkpoint", "null") != "null" else "pretrain"))
+    stage = str(
+        summary.get("stage")
+        or config.get("task")
+        or ("finetune" if config.get("init.checkpoint", "null") != "null" else "pretrain")
+    )
     run = Run(
         path=path,
         name=(name or config.get("name") or path.name)[:_VALUE_CHARS],
