@@ -11,8 +11,8 @@ IGNORED. `KEY.json` there: {"image_id", "file_name", "width", "height", "scene":
 
 `KEY.json` of an instance set: {"image_id", "file_name", "width", "height", "annotations": [{"id", "label", "bbox": [x,
 y, width, height], "area", "iscrowd": 0 or 1, "segmentation": {"size": [height, width], "counts": text}}, ...]}, by
-annotation id; `counts` is COCO's compressed RLE. `segmentation` is null where the source has a box alone. All coordinates
-are pixels of `KEY.jpg` as it is stored: no EXIF orientation is to be applied.
+annotation id; `counts` is the compressed RLE of COCO. `segmentation` is null where the source has a box alone. All
+coordinates are pixels of `KEY.jpg` as it is stored: no EXIF orientation is to be applied.
 
 Each training shard is a uniform draw of its split; validation stands in the order of image ids. The number of a sample
 in its split is its position in the concatenated shards. Images without annotation are among them: they count in

@@ -255,7 +255,7 @@ def _write_shards(
 
 def _finished(output: Output, classes: list[str], cluster: Cluster) -> dict[str, ShardEntry]:
     """The shards that an interrupted run has written; those of format 1, whose images may be given back, upgraded."""
-    entries, records = output.finished_shards(), output.work.folder(FORMER_RECORDS)
+    entries, records = output.finished_shards(SHARD_RECORDS), output.work.folder(FORMER_RECORDS)
     former = [ShardEntry.model_validate_json(records.read(name)) for name in records.names("*.json")]
     tasks = [
         ShardUpgrade(output.folder, entry, tuple(classes), output.work.folder(SHARD_RECORDS))
