@@ -1,4 +1,4 @@
-"""The command line of data prep: python -m data_prep {demo,plan,shard,index,labels,duplicates,verify}."""
+"""The command line of data prep: python -m data_prep {demo,plan,shard,shard-dense,index,labels,duplicates,verify}."""
 
 import argparse
 import errno
@@ -15,6 +15,7 @@ the usual order:
   python -m data_prep demo --help                                         small real data sets, to try things
   python -m data_prep plan  --source ARCHIVE --output data/NAME           what it will take: images, disk, hours
   python -m data_prep shard --source ARCHIVE --output data/NAME           your own archive
+  python -m data_prep shard-dense --coco FOLDER --output data/coco        images with masks or boxes
   python -m data_prep index data/NAME                                     or tars that somebody else wrote, as they are
   python -m data_prep verify data/NAME                                    every sample decoded, against the manifest
   python -m data_prep duplicates data/NAME --against data/in1k            validation images hidden in train
@@ -26,6 +27,7 @@ COMMANDS = {
     "demo": ("data_prep.demo.command", "build two small ImageNet-shaped archives of real images"),
     "plan": ("data_prep.build.plan", "sample an archive; predict images, shards, disk and hours"),
     "shard": ("data_prep.build.command", "archive -> shuffled shards, ledger, manifest, FFCV file"),
+    "shard-dense": ("data_prep.dense.command", "ADE20K or COCO -> shards of images with masks or boxes"),
     "index": (
         "data_prep.foreign.command",
         "WebDataset tars of others -> their indexes and manifest, in place; --upgrade: of ours, a former version's",

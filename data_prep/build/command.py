@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 from data_prep.build.arguments import (
     add_source_arguments,
     exclusions_of,
-    number,
-    place,
     settings_of,
     sources_of,
 )
 from data_prep.build.lost import notes_of_lost
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
 from data_prep.credentials import without_credentials
+from data_prep.options import number, place
 from data_prep.storage import DataPrepError, is_url, refuse_unwritable, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them

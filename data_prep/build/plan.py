@@ -9,12 +9,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from data_prep.build.arguments import add_source_arguments, number, place, settings_of, sources_of
+from data_prep.build.arguments import add_source_arguments, settings_of, sources_of
 from data_prep.build.lost import RejectError, offer_of, refuse_lost_split
 from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images.prepare import prepare_image
 from data_prep.images.rejection import ImageRejected
+from data_prep.options import number, place
 from data_prep.sources.items import Record, Stray
 from data_prep.sources.layout import is_lost_image
 from data_prep.sources.streams import SourceError

@@ -76,6 +76,18 @@ def pil_size(data: bytes) -> Size:
         return image.size
 
 
+def decode_png_labels(data: bytes) -> np.ndarray:
+    """The numbers in a mask, uint8 (height, width): grey values, or positions in a palette. Raises ImageRejected, with
+    the reason "not_8_bit" where its pixels are something else.
+    """
+    with _rejecting(data), pil(), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        coding = str(image.tile[0][3] if image.tile else "")
+        # PIL spreads grey of 1, 2 and 4 bits over 0 to 255, which are no numbers of classes then.
+        if image.mode not in ("L", "P") or (image.mode == "L" and coding != "L"):
+            raise ImageRejected("not_8_bit", f"its pixels are {coding or image.mode}", *image.size)
+        return np.array(image)
+
+
 def decode_pil(
     data: bytes, repairs: set[str], check_size: Callable[[Size], object], keep_truncated: bool, upright: bool
 ) -> tuple[np.ndarray, int]:

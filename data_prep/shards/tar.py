@@ -38,27 +38,14 @@ def ustar_header(name: str, size_bytes: int) -> bytes:
     return bytes(header)
 
 
-class ShardTar:
-    """Writes a shard into `file` (None: only counts and hashes) and notes what its index and entry say.
+class MemberTar:
+    """Writes members into a tar, `file` (None: only counts and hashes)."""
 
-    with_classes False: as format 1 had it, without `KEY.cls`.
-    """
-
-    def __init__(self, file: BinaryIO | None, *, with_classes: bool = True):
-        self.file, self.with_classes = file, with_classes
+    def __init__(self, file: BinaryIO | None):
+        self.file = file
         self.bytes, self.digest = 0, hashlib.sha256()
-        self.keys: list[str] = []
-        self._rows: list[tuple[int, int, int]] = []  # offset, size, label
 
-    def add(self, key: str, jpeg: bytes | memoryview, label: int, described: bytes) -> None:
-        """A sample; `described`: the text of its JSON."""
-        self.keys.append(key)
-        self._rows.append((self._member(f"{key}.jpg", jpeg), len(jpeg), label))
-        if self.with_classes:
-            self._member(f"{key}.cls", b"%d" % label)
-        self._member(f"{key}.json", described)
-
-    def _member(self, name: str, data: bytes | memoryview) -> int:
+    def add_member(self, name: str, data: bytes | memoryview) -> int:
         """Where the data of the member begins."""
         start = self.bytes + BLOCK
         for part in (ustar_header(name, len(data)), data, bytes(-len(data) % BLOCK)):
@@ -75,6 +62,27 @@ class ShardTar:
         """The end of the tar; call once."""
         self._put(bytes(2 * BLOCK))
         self._put(bytes(-self.bytes % tarfile.RECORDSIZE))
+
+
+class ShardTar(MemberTar):
+    """Writes a shard of classified images, and notes what its index and entry say.
+
+    with_classes False: as format 1 had it, without `KEY.cls`.
+    """
+
+    def __init__(self, file: BinaryIO | None, *, with_classes: bool = True):
+        super().__init__(file)
+        self.with_classes = with_classes
+        self.keys: list[str] = []
+        self._rows: list[tuple[int, int, int]] = []  # offset, size, label
+
+    def add(self, key: str, jpeg: bytes | memoryview, label: int, described: bytes) -> None:
+        """A sample; `described`: the text of its JSON."""
+        self.keys.append(key)
+        self._rows.append((self.add_member(f"{key}.jpg", jpeg), len(jpeg), label))
+        if self.with_classes:
+            self.add_member(f"{key}.cls", b"%d" % label)
+        self.add_member(f"{key}.json", described)
 
     def entry(self, name: str) -> ShardEntry:
         """What the manifest says of the shard, once it is finished."""

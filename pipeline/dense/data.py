@@ -5,7 +5,6 @@ The order of training is that of `pipeline/data/order.py`, so a step has the sam
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from functools import lru_cache
@@ -14,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
 
 from data_prep.dense_set import DenseIndex, DenseManifest
+from data_prep.images.pil import decode_png_labels
+from data_prep.images.rejection import ImageRejected
 from data_prep.manifest import ManifestError
 from pipeline.config.dense import SegmentConfig
 from pipeline.data.decode import DecodeError, decode_rgb
@@ -62,8 +62,8 @@ class DenseReader:
         try:
             pixels = decode_rgb(self._read(shard, int(index.image_offset[place]), int(index.image_bytes[place])))
             data = self._read(shard, int(index.mask_offset[place]), int(index.mask_bytes[place]))
-            mask = np.array(Image.open(io.BytesIO(data)))
-        except (DecodeError, OSError, ValueError) as error:
+            mask = decode_png_labels(data)
+        except (DecodeError, ImageRejected, OSError) as error:
             raise DataError(
                 f"{self.describe(sample)} cannot be read: {error}; `python -m data_prep verify {self.folder}` lists "
                 f"what cannot"
