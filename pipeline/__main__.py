@@ -15,6 +15,7 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 _STORES = ("botocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "google", "azure")  # what they say is for users
+_OF_RANKS = ("pretrain", "adapt", "finetune", "segment", "evaluate", "evaluate-segment")
 _OF_ONE_RANK = ("DataError", "OutOfMemoryError", "UnmetError")
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
@@ -26,6 +27,10 @@ _COMMANDS = {
     ),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "segment": ("pipeline.dense.command", "train a segmentation on a HorNet backbone, from a set with masks"),
+    "evaluate-segment": (
+        "pipeline.dense.measure_command",
+        "a segmentation measured: mIoU, class by class; by windows, scales and mirror images",
+    ),
     "evaluate": (
         "pipeline.evaluation.command",
         "a checkpoint measured: accuracy, calibration, confusion; on test sets as they are published",
@@ -80,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif rank == "0" or kind in _OF_ONE_RANK or "data worker" in text:
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ and options.command in ("pretrain", "adapt", "finetune", "segment", "evaluate"):
+        if "RANK" in os.environ and options.command in _OF_RANKS:
             os._exit(1)  # at once, or Python's own end would wait for the other ranks inside a collective
         return 1
 

@@ -16,6 +16,7 @@ from pipeline.dense.augment import fitted_size
 from pipeline.dense.data import Labelled
 
 Reduce = Callable[[Tensor], Tensor]
+Look = Callable[[Labelled, Tensor, Tensor], None]
 
 
 @torch.inference_mode()
@@ -92,11 +93,13 @@ def confusion(
     device: torch.device,
     bf16: bool,
     reduce: Reduce = lambda sums: sums,
+    look: Look | None = None,
 ) -> tuple[Tensor, float, int]:
     """(pixels by true and predicted class, int64 (classes, classes); mean loss of a pixel; number of images).
 
-    `reduce` sums this rank's part over all ranks; it is called once, at the end. Raises ValueError where no pixel of
-    any image has a label.
+    `reduce` sums this rank's part over all ranks; it is called once, at the end. `look` gets each image, the labels
+    found in it (H, W), and its own pixels by true and predicted class. Raises ValueError where no pixel of any image
+    has a label.
     """
     net.eval()
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
@@ -104,7 +107,11 @@ def confusion(
     for labelled in images:
         mask = labelled.mask.to(device).long()
         found = probabilities(net, labelled.image.to(device), settings, window_px, (mask.shape[0], mask.shape[1]), bf16)
-        counts += multiclass_confusion_matrix(found.argmax(0), mask, num_classes, ignore_index=IGNORED)
+        labels = found.argmax(0)
+        own = multiclass_confusion_matrix(labels, mask, num_classes, ignore_index=IGNORED)
+        counts += own
+        if look is not None:
+            look(labelled, labels, own)
         loss = F.nll_loss(found.clamp_min(1e-30).log()[None], mask[None], ignore_index=IGNORED, reduction="sum")
         sums += torch.stack([loss.double(), torch.ones((), dtype=torch.float64, device=device)])
     # Pixels of a whole set are more than float32 can count, and fewer than float64.
@@ -113,6 +120,11 @@ def confusion(
     if not pixels.sum():
         raise ValueError("there are no labelled pixels to evaluate on: no score is better than a made-up one")
     return pixels, float(whole[0]) / float(pixels.sum()), int(whole[1])
+
+
+def image_iou(pixels: Tensor) -> float:
+    """Mean intersection over union of one image, percent, over the classes that are there or found."""
+    return float(class_ious(pixels).nanmean())
 
 
 def class_ious(pixels: Tensor) -> Tensor:

@@ -87,9 +87,30 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
     assert {row["class"] for row in rows} == set(CLASSES)
     assert [float(row["iou"]) for row in rows] == sorted(float(row["iou"]) for row in rows)
     assert sum(float(row["iou"]) for row in rows) / 3 == pytest.approx(summary["miou"], abs=0.01)
-    # On one rank the same is measured.
     weights = load_file(Path(summary["checkpoint"]) / "ema.safetensors")
     assert not [name for name in weights if name.startswith(("backbone.norm.", "backbone.head."))]
+
+    # Measured again, alone and by two ranks, it is the same; by windows and mirror images, another result beside it.
+    for more in (
+        ["--name", "alone"],
+        ["--ranks", "2", "--name", "two"],
+        ["--mode", "slide", "--stride", "40", "--flip"],
+    ):
+        done = run_module("pipeline", "evaluate-segment", str(run), *more)
+        assert done.returncode == 0, done.stderr
+    found = {path.parent.name: json.loads(path.read_text()) for path in run.glob("evaluations/*/segmentation.json")}
+    assert {"alone", "two", "step-00000120-ema-squares-slide40-flip"} == set(found)
+    for name in ("alone", "two"):
+        assert found[name]["results"]["miou"] == pytest.approx(summary["miou"], abs=1e-4)
+        assert found[name]["results"]["val_samples"] == 7
+    assert found["alone"]["classes"] == found["two"]["classes"]
+    files = {"per_class.csv", "per_class.png", "best_and_worst.png", "segmentation.json"}
+    assert {path.name for path in (run / "evaluations" / "two").iterdir()} == files
+    for command in ("evaluate", "export"):
+        more = ["--to", "timm"] if command == "export" else []
+        done = run_module("pipeline", command, str(run), *more)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "is of a run that learned to segment" in done.stderr
 
 
 @pytest.mark.parametrize(

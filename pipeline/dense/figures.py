@@ -1,0 +1,102 @@
+"""Pictures of a segmentation: its classes by how well they are found, the images that went best and worst."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as F
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torchvision.transforms import InterpolationMode
+
+from data_prep.dense_set import IGNORED
+from data_prep.storage import atomic_write
+from pipeline.dense.data import Labelled
+
+_SIDE_PX = 224  # the longer one, of a picture
+_EACH = 4  # of the best, and of the worst
+_GOLDEN = 0.618034  # of the circle: hues of neighbouring labels are far apart
+_MOST_CLASSES = 60  # named in the legend of a sheet
+
+
+class Shown(NamedTuple):
+    """One image, small: pixels uint8 (h, w, 3), its mask and what was found, both uint8 (h, w)."""
+
+    iou: float
+    name: str
+    pixels: np.ndarray
+    mask: np.ndarray
+    found: np.ndarray
+
+
+def shown(labelled: Labelled, found: torch.Tensor, iou: float, name: str) -> Shown:
+    """Of an image and the labels `found` (H, W) in it."""
+    scale = _SIDE_PX / max(labelled.mask.shape)
+    size = [max(1, round(side * scale)) for side in labelled.mask.shape]
+    image = F.resize(labelled.image, size, InterpolationMode.BILINEAR, antialias=True)
+    labels = torch.stack([labelled.mask, found.to("cpu", torch.uint8)])
+    mask, predicted = F.resize(labels, size, InterpolationMode.NEAREST_EXACT).numpy()
+    return Shown(iou, name, image.permute(1, 2, 0).numpy(), mask, predicted)
+
+
+def kept(pictures: Sequence[Shown]) -> list[Shown]:
+    """Those of the highest and of the lowest score, the highest first."""
+    ordered = sorted(pictures, key=lambda each: (-each.iou, each.name))
+    return ordered if len(ordered) <= 2 * _EACH else [*ordered[:_EACH], *ordered[-_EACH:]]
+
+
+def colours(classes: int) -> np.ndarray:
+    """A colour for each label, uint8 (256, 3); ignored pixels are white."""
+    table = np.full((IGNORED + 1, 3), 255, np.uint8)
+    for label in range(classes):
+        lightness = (0.35, 0.5, 0.65)[label % 3]
+        table[label] = [round(255 * part) for part in colorsys.hls_to_rgb(label * _GOLDEN % 1, lightness, 0.75)]
+    return table
+
+
+def draw_sheet(pictures: Sequence[Shown], classes: Sequence[str], path: Path) -> None:
+    """A row for each image: itself, its mask, what was found; the classes that are in them. Raises OSError."""
+    if not pictures:
+        return
+    table = colours(len(classes))
+    figure = Figure(figsize=(9, 2.6 * len(pictures) + 0.8), layout="constrained")
+    for row, each in zip(figure.subplots(len(pictures), 3, squeeze=False), pictures, strict=True):
+        for axes, pixels in zip(row, (each.pixels, table[each.mask], table[each.found]), strict=True):
+            axes.imshow(pixels)
+            axes.set_axis_off()
+        row[0].set_title(each.name.rpartition(": ")[2], fontsize=7)
+        row[1].set_title("mask", fontsize=7)
+        row[2].set_title(f"found: IoU {each.iou:.1f} %", fontsize=7)
+    labels = np.unique(np.concatenate([np.append(each.mask, each.found) for each in pictures]))
+    patches = [
+        Patch(color=table[label] / 255, label=classes[label]) for label in labels.tolist() if label < len(classes)
+    ]
+    figure.legend(handles=patches[:_MOST_CLASSES], loc="outside lower center", ncols=6, fontsize=7)
+    _save(figure, path)
+
+
+def draw_classes(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """A bar for each class that is there or found, the best first. Raises OSError."""
+    known = sorted((row for row in rows if row["iou_percent"] is not None), key=lambda row: row["iou_percent"])
+    figure = Figure(figsize=(7, 1 + 0.17 * len(known)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["class"] for row in known], [row["iou_percent"] for row in known], color="#4878a8")
+    axes.set_xlabel("intersection over union, %")
+    axes.set_xlim(0, 100)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=110)
+    with atomic_write(path) as file:
+        file.write(written.getvalue())
