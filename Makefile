@@ -45,7 +45,7 @@ endif
 endif
 endif
 
-.PHONY: help setup places plan data doctor pretrain adapt finetune evaluate stop review test chaos bench lint picture clean
+.PHONY: help setup places plan data scenes doctor pretrain adapt finetune evaluate stop review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -70,6 +70,14 @@ else
 OWN_PRETRAIN := data.path=data/own name=own-pretrain
 OWN_FINETUNE := data.path=data/own name=own-finetune init.checkpoint=runs/own-pretrain
 endif
+
+scenes: $(STAMP) ## the demo's scenes, with masks and with boxes: data/demo-scenes-semantic, data/demo-scenes-instance
+	@[ -e data/demo-scenes-semantic/dataset.json ] && [ -e data/demo-scenes-instance/dataset.json ] || { \
+	  $(BIN)/python -m data_prep demo --scenes --output data/raw && \
+	  $(BIN)/python -m data_prep shard-dense --ade20k data/raw/demo-scenes/ADEChallengeData2016.zip \
+	    --output data/demo-scenes-semantic --samples-per-shard 250 && \
+	  $(BIN)/python -m data_prep shard-dense --coco data/raw/demo-scenes/coco \
+	    --output data/demo-scenes-instance --samples-per-shard 250; }
 
 ifeq ($(origin CONFIG),undefined)
 plan: $(STAMP) ## what SOURCE=your archive or folder would take as shards; CONFIG=... [ARGS="--gpu h200 --gpus 64"]: a run
@@ -138,5 +146,6 @@ picture: $(STAMP) ## .readme/house.svg, drawn anew from the imports
 	@$(BIN)/python -m tests.support.picture
 
 clean: ## removes the demo's data and runs, and caches; data/ and runs/ of yours and .venv stay
-	rm -rf data/raw data/demo-22k data/demo-1k runs/demo-pretrain runs/demo-finetune
+	rm -rf data/raw data/demo-22k data/demo-1k data/demo-scenes-semantic data/demo-scenes-instance
+	rm -rf runs/demo-pretrain runs/demo-finetune
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

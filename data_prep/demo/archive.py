@@ -52,7 +52,12 @@ def say(text: str) -> None:
 
 
 def ways_on(failed: str) -> str:
-    """The two ways on when the source `failed` ("icons" or "clipart") cannot be had."""
+    """The ways on when the source `failed` ("icons", "clipart" or "scenes") cannot be had."""
+    if failed == "scenes":
+        return (
+            "The scenes need these packages of Debian's; images of your own with masks or boxes are read by "
+            "`python -m data_prep shard-dense`."
+        )
     other = "clipart" if failed == "icons" else "icons"
     return (
         f"Two ways on: `make pretrain ONLY={other}` (`python -m data_prep demo --only {other}`) builds both demo sets "
@@ -63,7 +68,7 @@ def ways_on(failed: str) -> str:
 def require(client: str, source: str) -> None:
     """Refuse to start where a package client is missing."""
     if shutil.which(client) is None:
-        pictures = {"icons": "icons", "clipart": "clip-art pictures"}[source]
+        pictures = {"icons": "icons", "clipart": "clip-art pictures", "scenes": "scenes"}[source]
         raise DemoError(f"`{client}` is not installed, and the demo's {pictures} come through it. {ways_on(source)}")
 
 

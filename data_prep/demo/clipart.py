@@ -13,7 +13,8 @@ import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -40,6 +41,7 @@ PACKAGES = {
     "oc": ("openclipart-png", "usr/share/openclipart/png"),
     "tp": ("tuxpaint-stamps-default", "usr/share/tuxpaint/stamps"),
 }
+NAMES = {"clipart": "clip art", "scenes": "scenes"}  # what is told at work
 LONGEST_SIDE = 256
 PER_SYNSET = 120  # there are hundreds of flags
 NEAR_BITS = 8  # of 64, for the picture or its mirror image
@@ -63,14 +65,14 @@ class Source:
     file: Path
 
 
-def fetch(cache: Path, package: str) -> Path:
+def fetch(cache: Path, package: str, source: str = "clipart", megabytes: int = 150) -> Path:
     """The package's .deb, from the cache or by `apt-get download`."""
 
     def download(folder: Path) -> None:
         folder.chmod(0o755)  # run by root, apt-get gives the download to another user
         hint = "If the package lists are missing or old, run `apt-get update` as root."
-        say(f"clip art: fetching {package} by apt-get, about 150 MB")
-        run_client(["apt-get", "download", package], folder, "clipart", hint)
+        say(f"{NAMES[source]}: fetching {package} by apt-get, about {megabytes} MB")
+        run_client(["apt-get", "download", package], folder, source, hint)
 
     return cached_download(cache, f"{package}_*.deb", download)
 
@@ -79,6 +81,24 @@ def fetch_all(cache: Path) -> dict[str, Path]:
     """Both packages, by short name; refuses before any download where they could not be unpacked."""
     require("dpkg", "clipart")
     return {short: fetch(cache, package) for short, (package, _) in PACKAGES.items()}
+
+
+@contextmanager
+def unpacked(cache: Path, debs: dict[str, Path], source: str = "clipart") -> Iterator[dict[str, Path]]:
+    """The packages' content by the same names, in a folder that is removed at the end."""
+    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache) as folder:
+        folders = {}
+        for short, deb in debs.items():
+            say(f"{NAMES[source]}: unpacking {deb.name} and reading its pictures")
+            folders[short] = Path(folder) / short
+            folders[short].mkdir()
+            run_client(["dpkg", "-x", str(deb.resolve()), str(folders[short])], Path(folder), source)
+        yield folders
+
+
+def version_of(deb: Path) -> str:
+    """The version of a package, from its file's name."""
+    return deb.name.split("_")[1].replace("%3a", ":")
 
 
 def find_sources(folders: dict[str, Path], rules: dict[str, Any]) -> list[Source]:
@@ -116,19 +136,28 @@ def stem(path: str) -> str:
     return " ".join(word for word in words if word not in VARIANT) or path
 
 
-def load(source: Source) -> Picture | None:
-    """Decode one file onto white, at most LONGEST_SIDE long; None where it cannot be read or shows nothing."""
+def decoded(source: Source) -> Image.Image | None:
+    """The file as RGBA; None where it cannot be read."""
     try:
         with warnings.catch_warnings():
             # A dozen drawings come at 10,000 x 16,000 pixels: not worth the gigabytes.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if source.file.suffix == ".svg":
                 png = resvg_py.svg_to_bytes(svg_path=str(source.file), width=LONGEST_SIDE, skip_system_fonts=True)
-                image = Image.open(io.BytesIO(bytes(png))).convert("RGBA")
-            else:
-                image = Image.open(source.file).convert("RGBA")
+                return Image.open(io.BytesIO(bytes(png))).convert("RGBA")
+            return Image.open(source.file).convert("RGBA")
     except (ValueError, OSError, Image.DecompressionBombWarning, Image.DecompressionBombError):
         return None
+
+
+def load(source: Source) -> Picture | None:
+    """Decode one file onto white, at most LONGEST_SIDE long; None where it cannot be read or shows nothing."""
+    image = decoded(source)
+    return None if image is None else picture_of(source, image)
+
+
+def picture_of(source: Source, image: Image.Image) -> Picture | None:
+    """The decoded file on white, at most LONGEST_SIDE long; None where it shows nothing."""
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if box := ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox():
         image = ImageOps.expand(image.crop(box), max(image.size) // 32, "white")  # stamps have wide empty borders
@@ -144,16 +173,21 @@ def load(source: Source) -> Picture | None:
 
 def load_all(sources: Sequence[Source]) -> list[Picture]:
     """Load the files, drop repeated ones, put variants into groups."""
+    return group(distinct(in_processes(load, sources, "clip art")))
+
+
+def distinct(loaded: Iterable[Picture | None]) -> list[Picture]:
+    """The pictures without those that are byte for byte another one: the packages hold some in several folders."""
     pictures: list[Picture] = []
-    seen: dict[str, str] = {}
-    for picture in in_processes(load, sources, "clip art"):
+    seen: set[str] = set()
+    for picture in loaded:
         if picture is None:
             continue
         digest = hashlib.sha256(picture.jpeg).hexdigest()
-        if digest not in seen:  # the packages hold some files in several folders
-            seen[digest] = picture.name
+        if digest not in seen:
+            seen.add(digest)
             pictures.append(picture)
-    return group(pictures)
+    return pictures
 
 
 def group(pictures: Sequence[Picture]) -> list[Picture]:
@@ -219,17 +253,14 @@ def split(pictures: Iterable[Picture], share: float) -> tuple[list[Picture], lis
 def collect(cache: Path, rules: dict[str, Any]) -> tuple[list[Picture], dict[str, str]]:
     """All clip-art pictures, and the version of each package (for the attribution)."""
     debs = fetch_all(cache)
-    with tempfile.TemporaryDirectory(prefix=".unpack-", dir=cache) as folder:
-        folders = {}
-        for short, deb in debs.items():
-            say(f"clip art: unpacking {deb.name} and reading its pictures")
-            target = Path(folder) / short
-            target.mkdir()
-            run_client(["dpkg", "-x", str(deb.resolve()), str(target)], Path(folder), "clipart")
-            folders[short] = target / PACKAGES[short][1]
-        pictures = load_all(find_sources(folders, rules))
-    versions = {PACKAGES[short][0]: deb.name.split("_")[1].replace("%3a", ":") for short, deb in debs.items()}
-    return pictures, versions
+    with unpacked(cache, debs) as folders:
+        pictures = load_all(find_sources(picture_folders(folders), rules))
+    return pictures, {PACKAGES[short][0]: version_of(deb) for short, deb in debs.items()}
+
+
+def picture_folders(folders: dict[str, Path]) -> dict[str, Path]:
+    """Where the pictures lie in the unpacked packages, by short name."""
+    return {short: folders[short] / inside for short, (_, inside) in PACKAGES.items()}
 
 
 def attribution(pictures: Iterable[Picture], versions: dict[str, str]) -> str:

@@ -5,7 +5,8 @@
 writes demo-22k.tar and demo-22k-val.tar (50 synsets of rendered icons), demo-1k.tar and demo-1k-val.tar
 (24 synsets of clip art: photographs and drawings), and ATTRIBUTION.md. About half of the clip-art synsets are
 among the icon synsets too, so that pretraining on the first helps on the second. The pictures come through the
-machine's own package clients (npm; apt-get and dpkg); nothing else is downloaded.
+machine's own package clients (npm; apt-get and dpkg); nothing else is downloaded. With --scenes it makes pictures with
+masks and boxes from the same clip art (layouts.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ import yaml
 from data_prep.demo import clipart as demo_clipart
 from data_prep.demo import icons as demo_icons
 from data_prep.demo.archive import DemoError, Picture, hash_array, near, say, unit_hash, write_archive
+from data_prep.demo.layouts import build_scenes
+from data_prep.options import number
 from data_prep.storage import Folder, refuse_unwritable, user_path
 from data_prep.writer import sole_writer
 
@@ -161,11 +164,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m data_prep demo`."""
     parser.add_argument("--output", type=user_path, default="data/raw", help="folder for the archives (data/raw)")
     parser.add_argument("--only", choices=("icons", "clipart"), help="make both sets from this one source")
+    parser.add_argument(
+        "--scenes",
+        action="store_true",
+        help="make scenes instead: clip art cut out and put on photographs, with exact masks, in OUTPUT/demo-scenes, "
+        "in the layouts of ADE20K and COCO, for shard-dense",
+    )
+    parser.add_argument(
+        "--scene-counts", nargs=2, type=number(1), default=(2000, 300), metavar="N", help="train and val (2000 300)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes (0)")
     parser.add_argument("--cache", type=user_path, help=f"folder for downloaded packages ({default_cache()})")
     parser.add_argument("--force", action="store_true", help="build again what is already built")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    if args.scenes:
+        if args.only:
+            raise DemoError("--only is for the demo's archives: leave it out with --scenes")
+        cache = Path(args.cache) if args.cache else default_cache()
+        counts = (args.scene_counts[0], args.scene_counts[1])
+        build_scenes(Path(args.output), cache, load_rules(), counts=counts, seed=args.seed, force=args.force)
+        return 0
     build_demo(Path(args.output), only=args.only, cache=args.cache and Path(args.cache), force=args.force)
     return 0

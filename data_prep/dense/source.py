@@ -66,7 +66,7 @@ class Source:
             if missing:
                 told.append(f"{missing:,} of them missing")
             if self.task == "semantic":
-                told.append(f"{sum(item.mask is not None for item in split.items):,} masks in {split.masks}")
+                told.append(f"{sum(item.mask is not None for item in split.items):,} masks")
             else:
                 annotations = sum(len(item.annotations) for item in split.items)
                 empty = sum(not item.annotations for item in split.items)
