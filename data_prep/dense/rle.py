@@ -76,7 +76,10 @@ def run_lengths(counts: str) -> list[int]:
             continue
         if bits & 0x10:
             value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        run = value + runs[-2] if len(runs) > 2 else value
+        if run < 0:
+            raise BadSegmentation(f"counts have a run of {run} pixels")
+        runs.append(run)
         value = shift = 0
     if shift:
         raise BadSegmentation("counts end in the middle of a number")

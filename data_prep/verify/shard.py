@@ -200,7 +200,7 @@ def _samples(
     """(key, `.jpg`, `.cls` if any, `.json`) of each sample; members that do not belong together are problems."""
     image: tarfile.TarInfo | None = None
     number: tarfile.TarInfo | None = None
-    for member in _members(path, name, problems):
+    for member in members(path, name, problems):
         key, _, extension = member.name.partition(".")
         ours = image is not None and image.name == f"{key}.jpg"
         if extension == "cls" and ours and number is None:
@@ -222,7 +222,7 @@ def _samples(
         problems.add(name, "has no JSON after it", image.name)
 
 
-def _members(path: Path, name: str, problems: Problems) -> Iterator[tarfile.TarInfo]:
+def members(path: Path, name: str, problems: Problems) -> Iterator[tarfile.TarInfo]:
     """The members of a tar, also those after a damaged header; what lies between them is a problem."""
     size, end = path.stat().st_size, 0
     try:

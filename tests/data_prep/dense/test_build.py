@@ -1,0 +1,209 @@
+"""What comes out of ADE20K and COCO: the right pixels, masks and boxes; from folders and zips; after a kill."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as reference
+from pycocotools.coco import COCO
+
+from data_prep.__main__ import main
+from data_prep.dense_set import DenseManifest
+from tests.support.dense_sources import CATEGORIES, CLASSES, ade_mask, ade_name, ade_source, coco_source, zipped
+
+SMALL = ("--samples-per-shard", "2", "--workers", "1")
+
+
+def shard(source: Path, output: Path, *options: str) -> DenseManifest:
+    kind = "--coco" if "coco" in source.name else "--ade20k"
+    assert main(["shard-dense", kind, str(source), "--output", str(output), "--name", "set", *SMALL, *options]) == 0
+    return DenseManifest.load(output)
+
+
+def samples(folder: Path, manifest: DenseManifest, split: str) -> list[dict[str, Any]]:
+    """By the index, as a reader finds them: key, JPEG, parsed JSON and mask."""
+    found = []
+    for entry in manifest.splits[split].shards:
+        index, data = manifest.load_index(folder, entry), (folder / entry.file).read_bytes()
+        for i, key in enumerate(index.keys.tolist()):
+            part = {
+                name: data[offset[i] : offset[i] + size[i]]
+                for name, offset, size in (
+                    ("jpeg", index.image_offset, index.image_bytes),
+                    ("json", index.json_offset, index.json_bytes),
+                    ("mask", index.mask_offset, index.mask_bytes),
+                )
+            }
+            with Image.open(io.BytesIO(part["jpeg"])) as image:
+                assert image.size == (index.width[i], index.height[i])
+            found.append({**part, "key": key, "json": json.loads(part["json"])})
+    return found
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
+
+
+def test_ade20k(tmp_path):
+    source = ade_source(tmp_path / "ADEChallengeData2016")
+    manifest = shard(source, tmp_path / "out")
+    assert (manifest.task, manifest.classes, manifest.category_ids) == ("semantic", list(CLASSES), [1, 2, 3])
+    for split, count in (("train", 9), ("val", 3)):
+        found = samples(tmp_path / "out", manifest, split)
+        assert sorted(sample["key"] for sample in found) == [ade_name(split, number) for number in range(1, count + 1)]
+        assert ([sample["key"] for sample in found] == sorted(sample["key"] for sample in found)) == (split == "val")
+        pixels = np.zeros(3, np.int64)
+        for sample in found:
+            told = sample["json"]
+            name = ade_name(split, told["image_id"])
+            assert told["file_name"] == f"{name}.jpg"
+            assert told["scene"] == {"ADE_train_00000001": "airport_terminal", "ADE_val_00000001": "bathroom"}.get(name)
+            folder = source / "images" / {"train": "training", "val": "validation"}[split]
+            assert sample["jpeg"] == (folder / told["file_name"]).read_bytes()
+            labels = np.array(Image.open(io.BytesIO(sample["mask"])))
+            values = ade_mask(split, told["image_id"])
+            assert labels.dtype == np.uint8
+            assert np.array_equal(labels == 255, values == 0)
+            assert np.array_equal(labels[values > 0], values[values > 0] - 1)
+            pixels += np.bincount(values.ravel(), minlength=4)[1:]
+        assert manifest.splits[split].class_pixels == pixels.tolist()
+        assert manifest.splits[split].class_images == [count] * 3
+    with tarfile.open(tmp_path / "out" / "val-000000.tar") as tar:
+        first = ade_name("val", 1)
+        assert tar.getnames()[:3] == [f"{first}.jpg", f"{first}.png", f"{first}.json"]
+
+
+def test_coco_as_pycocotools_reads_it(tmp_path):
+    source = coco_source(tmp_path / "coco")
+    manifest = shard(source, tmp_path / "out")
+    assert (manifest.task, manifest.category_ids) == ("instance", list(CATEGORIES))
+    assert manifest.classes == list(CATEGORIES.values())
+    for split, count in (("train", 9), ("val", 3)):
+        truth = COCO(str(source / "annotations" / f"instances_{split}2017.json"))
+        found = samples(tmp_path / "out", manifest, split)
+        ids = [sample["json"]["image_id"] for sample in found]
+        assert sorted(ids) == sorted(truth.getImgIds())
+        assert (ids == sorted(ids)) == (split == "val")
+        of_class = np.zeros(3, np.int64)
+        for sample in found:
+            told = sample["json"]
+            assert sample["jpeg"] == (source / f"{split}2017" / told["file_name"]).read_bytes()
+            assert sample["mask"] == b""
+            expected = {each["id"]: each for each in truth.loadAnns(truth.getAnnIds(told["image_id"]))}
+            assert [each["id"] for each in told["annotations"]] == sorted(expected)
+            for each in told["annotations"]:
+                wanted = expected[each["id"]]
+                assert manifest.category_ids[each["label"]] == wanted["category_id"]
+                assert (each["bbox"], each["area"], each["iscrowd"]) == (
+                    wanted["bbox"],
+                    wanted["area"],
+                    wanted["iscrowd"],
+                )
+                assert np.array_equal(reference.decode(each["segmentation"]), truth.annToMask(wanted))
+                assert each["segmentation"]["counts"].encode() == truth.annToRLE(wanted)["counts"]
+                of_class[each["label"]] += 1
+        assert manifest.splits[split].class_annotations == of_class.tolist()
+        assert len(truth.anns) == of_class.sum() >= count
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "coco"])
+def test_archives_as_published_give_the_same_shards(tmp_path, kind):
+    archives = tmp_path / f"{kind}-zips"
+    if kind == "ade20k":
+        source = ade_source(tmp_path / "ADEChallengeData2016")
+        zipped(source, archives / "ADEChallengeData2016.zip", "ADEChallengeData2016/")
+    else:
+        source = coco_source(tmp_path / "coco")
+        zipped(source / "annotations", archives / "annotations_trainval2017.zip", "annotations/")
+        for split in ("train", "val"):
+            zipped(source / f"{split}2017", archives / f"{split}2017.zip", f"{split}2017/")
+    plain = shard(source, tmp_path / "a")
+    packed = shard(archives, tmp_path / "b")
+    assert plain.splits == packed.splits
+    assert plain.dataset_id == packed.dataset_id
+    if kind == "ade20k":
+        assert shard(archives / "ADEChallengeData2016.zip", tmp_path / "c").splits == plain.splits
+
+
+@pytest.mark.parametrize("kind", ["ade20k", "coco"])
+def test_two_workers_and_a_kill_give_the_same_bytes(tmp_path, kind):
+    source = (ade_source if kind == "ade20k" else coco_source)(tmp_path / kind, 120, 9)
+    shard(source, tmp_path / "plain", "--samples-per-shard", "3")
+    expected = content(tmp_path / "plain")
+    assert len(expected) == 2 + 2 * 43
+
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "data_prep", "shard-dense", f"--{kind}", str(source), "--output", str(killed)]
+    command += ["--name", "set", "--workers", "1", "--samples-per-shard", "3"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Right after a few shards have their names: the next one is being written.
+    while process.poll() is None and len(list(killed.glob("*.tar"))) < 4:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (killed / "dataset.json").exists()
+    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.tar")}
+    assert 4 <= len(done) < 43
+    noted = {path.stem for path in (killed / ".data_prep" / "dense-shards").glob("*.json")}
+    shard(source, killed, "--samples-per-shard", "3")
+    assert content(killed) == expected
+    assert not (killed / ".data_prep").exists()
+    assert noted
+    assert all((killed / name).stat().st_mtime_ns == done[name] for name in noted), "finished shards stay as they are"
+
+    shard(source, tmp_path / "two", "--samples-per-shard", "3", "--workers", "2")
+    assert content(tmp_path / "two") == expected
+
+
+def test_what_is_there_already(tmp_path, capsys):
+    source = coco_source(tmp_path / "coco")
+    first = shard(source, tmp_path / "out")
+    before = content(tmp_path / "out")
+    capsys.readouterr()
+    assert shard(source, tmp_path / "out") == first
+    assert "already built: set" in capsys.readouterr().out
+    assert content(tmp_path / "out") == before
+    again = ["shard-dense", "--coco", str(source), "--output", str(tmp_path / "out"), "--name", "set", *SMALL]
+    assert main([*again, "--seed", "1"]) == 1
+    assert "seed (0 there, 1 now)" in capsys.readouterr().err
+    (source / "train2017" / "000000000011.jpg").write_bytes(b"another")
+    assert main(again) == 1
+    assert "other settings: source (" in capsys.readouterr().err
+    assert main([*again, "--force", "--max-reject", "1"]) == 0
+    assert DenseManifest.load(tmp_path / "out").splits["train"].samples == 8
+    another = shard(source, tmp_path / "seed", "--seed", "1", "--max-reject", "1")
+    order = [sample["key"] for sample in samples(tmp_path / "seed", another, "train")]
+    now = DenseManifest.load(tmp_path / "out")
+    assert order != [sample["key"] for sample in samples(tmp_path / "out", now, "train")]
+
+
+def test_one_split_and_the_plan(tmp_path, capsys):
+    source = coco_source(tmp_path / "coco")
+    assert main(["shard-dense", "--coco", str(source), "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "train: 9 images" in told
+    assert "3 images without any" in told  # of train: the last, and each fourth
+    assert "plan: about" in told
+    assert list(shard(source, tmp_path / "out", "--splits", "val").splits) == ["val"]
+
+
+def test_commands_for_classified_images_say_what_it_is(tmp_path, capsys):
+    source = coco_source(tmp_path / "coco")
+    shard(source, tmp_path / "out")
+    capsys.readouterr()
+    out = str(tmp_path / "out")
+    for command in (["duplicates", out, "--within"], ["index", out], ["index", "--upgrade", out], ["labels", out, "imagenet-1k"]):
+        assert main(command) == 1, command
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1, error
+        assert "is a data set of masks or boxes" in error, command
