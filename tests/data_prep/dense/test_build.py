@@ -202,7 +202,12 @@ def test_commands_for_classified_images_say_what_it_is(tmp_path, capsys):
     shard(source, tmp_path / "out")
     capsys.readouterr()
     out = str(tmp_path / "out")
-    for command in (["duplicates", out, "--within"], ["index", out], ["index", "--upgrade", out], ["labels", out, "imagenet-1k"]):
+    for command in (
+        ["duplicates", out, "--within"],
+        ["index", out],
+        ["index", "--upgrade", out],
+        ["labels", out, "imagenet-1k"],
+    ):
         assert main(command) == 1, command
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
