@@ -26,8 +26,9 @@ def make_downsampling(narrow: int, wide: int) -> nn.Sequential:
 
 
 def downsample(layers: nn.Module, x: Tensor, lean: bool) -> Tensor:
-    """`layers` (of `make_stem` or `make_downsampling`) on an NHWC map: (B, H, W, in) -> (B, H / s, W / s, out).
+    """`layers` (of `make_stem` or `make_downsampling`) on an NHWC map: (B, H, W, in) -> (B, H // s, W // s, out).
 
+    Rows and columns that fill no patch are left out, as by the convolution.
     lean: keep the input of the LayerNorm for the backward pass, and not its output.
     """
     first, second = layers.children()
@@ -39,7 +40,15 @@ def downsample(layers: nn.Module, x: Tensor, lean: bool) -> Tensor:
     side, weight, bias = conv.stride[0], patch_weight(conv.weight).to(x.dtype), cast(Tensor, conv.bias).to(x.dtype)
     lean = lean and torch.is_grad_enabled()
     if is_stem:
-        return layer_norm(linear(patches(x, side), weight, bias), norm)
+        return layer_norm(linear(patches(_whole_patches(x, side), side), weight, bias), norm)
+    x = _whole_patches(x, side).contiguous()
     if lean:
         return recompute.norm_patch_linear(x, norm, weight, bias, side)
     return linear(patches(layer_norm(x, norm), side), weight, bias)
+
+
+def _whole_patches(x: Tensor, side: int) -> Tensor:
+    height, width = x.shape[1:3]
+    if height % side == 0 and width % side == 0:
+        return x
+    return x[:, : height - height % side, : width - width % side]

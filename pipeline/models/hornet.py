@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.models import layer_decay
 from pipeline.models.block import KEEP_ALL, Block, Keep, draw_keeps
+from pipeline.models.dilation import at_all_offsets, at_offsets, whole
 from pipeline.models.downsample import downsample, make_downsampling, make_stem
 from pipeline.models.stage import POLICIES, Policy, Stage
 from pipeline.ops import kernels, selfcheck
@@ -44,16 +45,19 @@ class HorNet(nn.Module):
         global_filter_stages: which stages (0-3) use the global-local filter instead of a 7x7 depthwise convolution.
         img_size: image size, (H, W) or one number, that stored global filters fit without being resized. Any
             other size works too. Only for models with global filters; 224 if not given.
+        output_stride: stride of the coarsest map: 32, or 16 or 8 by dilation (see `dilation`). The weights are the
+            same.
         drop_rate: dropout before the head.
         drop_path_rate: stochastic depth of the last block; grows linearly with the block index from 0.
         layer_scale_init: initial value of both layer scales of every block.
 
     Raises:
-        ValueError: a width does not suit its order, an unknown `global_pool`, a `drop_path_rate` of 1, an `img_size`
-            that is not a multiple of 32, or one given to a model without global filters.
+        ValueError: a width does not suit its order, an unknown `global_pool` or `output_stride`, a `drop_path_rate` of
+            1, an `img_size` below 32, or one given to a model without global filters.
 
-    `forward`: (B, in_chans, H, W) with H and W multiples of 32 -> (B, num_classes); with `global_pool=""`
-    (B, num_classes, H / 32, W / 32); with `num_classes=0` the normalised features.
+    `forward`: (B, in_chans, H, W), H and W at least 32 -> (B, num_classes); with `global_pool=""` (B, num_classes,
+    H // 32, W // 32); with `num_classes=0` the normalised features. Of a size that is no multiple of 32, each stage
+    leaves out the last rows and columns that fill no patch of its convolution, as the published models do.
     """
 
     def __init__(
@@ -69,8 +73,13 @@ class HorNet(nn.Module):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale_init: float = 1e-6,
+        output_stride: int = 32,
     ) -> None:
         super().__init__()
+        if output_stride not in STRIDES[1:]:
+            raise ValueError(
+                f"output_stride={output_stride}: HorNet's coarsest map has stride 32, or 16 or 8 by dilation"
+            )
         if img_size is not None and not global_filter_stages:
             raise ValueError(
                 f"img_size={img_size} sizes global filters and this HorNet has none (it takes any image size): "
@@ -86,10 +95,11 @@ class HorNet(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.drop_rate = drop_rate
+        self.output_stride = output_stride
         self.num_features = self.head_hidden_size = dims[-1]
         self.checkpointing: tuple[Policy, ...] = tuple("none" for _ in dims)
         self.feature_info: list[dict[str, Any]] = [
-            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            {"num_chs": dim, "reduction": min(stride, output_stride), "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(dims, STRIDES, strict=True))
         ]
 
@@ -115,30 +125,35 @@ class HorNet(nn.Module):
         self.apply(_init_module)
 
     def forward_features(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
-        """(B, in_chans, H, W) -> the last stage's map (B, dims[-1], H / 32, W / 32).
+        """(B, in_chans, H, W) -> the last stage's map (B, dims[-1], H // 32, W // 32).
 
         `masks`: see `forward`.
 
         Raises:
-            ValueError: H or W is not a multiple of 32; integers; without autocast, another dtype than the weights'.
+            ValueError: H or W is below 32; integers; without autocast, another dtype than the weights'.
         """
         last = len(self.stages) - 1
         return self._stage_maps(x, last + 1, [last], masks)[0]
 
     def _stage_maps(self, x: Tensor, stages: int, wanted: Collection[int], masks: Tensor | None = None) -> list[Tensor]:
         """The `wanted` ones of the maps after the first `stages` stages, (B, C, H, W) in channels_last memory."""
-        _check_image_size(*x.shape[-2:])
+        height, width = x.shape[-2:]
+        _check_image_size(height, width)
         maps: list[Tensor] = []
         dtype, weights = compute_dtype(x), cast(nn.Conv2d, self.downsample_layers[0][0]).weight.dtype  # type: ignore[index]
         if not x.is_floating_point() or (dtype is None and x.dtype != weights):
             raise ValueError(f"images are {x.dtype} and weights {weights}: convert one of them, or use autocast")
         with no_autocast(x.device.type):
             x = x.permute(0, 2, 3, 1).to(dtype or x.dtype)
-            keeps = self._draw_keeps(x, masks)
+            keeps, batch = self._draw_keeps(x, masks), x.shape[0]
             for i in range(stages):
-                x = self._forward_stage(i, x, keeps[i])
+                stride = min(STRIDES[i], self.output_stride)
+                dilation = STRIDES[i] // stride
+                kept = [(at_all_offsets(a, batch, dilation), at_all_offsets(b, batch, dilation)) for a, b in keeps[i]]
+                x = self._forward_stage(i, x, kept, dilation > 1)
                 if i in wanted:
-                    maps.append(x.permute(0, 3, 1, 2))
+                    map_ = x if dilation == 1 else whole(x, dilation, (height // stride, width // stride))
+                    maps.append(map_.permute(0, 3, 1, 2))
         return maps
 
     def draw_masks(self, batch: int) -> Tensor:
@@ -168,10 +183,12 @@ class HorNet(nn.Module):
             drawn = iter([Keep(mask=next(each)) if rate > 0 else KEEP_ALL for rate in rates])
         return [[(next(drawn), next(drawn)) for _ in stage.children()] for stage in self.stages]
 
-    def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]]) -> Tensor:
-        """(B, H, W, C) -> (B, H', W', C')."""
+    def _forward_stage(self, i: int, x: Tensor, keeps: list[tuple[Keep, Keep]], dilated: bool) -> Tensor:
+        """(B, H, W, C) -> (B, H', W', C'), where it is `dilated` of the maps at all offsets."""
         policy: Policy = "none" if kernels.exported() else self.checkpointing[i]
-        x = downsample(self.downsample_layers[i], x, lean=policy != "none" or kernels.usable(x))
+        lean = policy != "none" or kernels.usable(x)
+        halve = partial(downsample, self.downsample_layers[i], lean=lean)
+        x = at_offsets(halve, x) if dilated else halve(x)
         basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if self.filters[i] else None
         return self.stages[i](x, keeps, basis, policy)
 
@@ -220,7 +237,7 @@ class HorNet(nn.Module):
             intermediates_only: return the list alone, not (last map, list).
 
         Raises:
-            ValueError: H or W is not a multiple of 32, or another `output_fmt`.
+            ValueError: H or W is below 32, or another `output_fmt`.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: HorNet returns NCHW maps only")
@@ -329,8 +346,8 @@ def _check_global_pool(global_pool: str) -> None:
 
 
 def _check_image_size(height: int, width: int) -> None:
-    if height % STRIDES[-1] or width % STRIDES[-1]:
+    if height < STRIDES[-1] or width < STRIDES[-1]:
         raise ValueError(
-            f"image of {height}x{width}: HorNet halves the map down to stride {STRIDES[-1]}, so height and width "
-            f"must be multiples of {STRIDES[-1]}: resize, crop or pad it"
+            f"image of {height}x{width}: HorNet halves the map down to stride {STRIDES[-1]}, so height and width must "
+            f"be at least {STRIDES[-1]}: resize or pad it"
         )

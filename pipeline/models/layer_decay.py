@@ -27,3 +27,9 @@ def layer_of(name: str, coarse: bool = False) -> int:
         return LAYERS
     block = 0 if is_downsampling else int(match[3])
     return min(3 + block // 2, LAYERS - 1)
+
+
+def layer_within(name: str, prefix: str, coarse: bool = False) -> int:
+    """`layer_of` in a model where a HorNet stands under `prefix`: what is not its own has the layer of its head."""
+    own = name.removeprefix(prefix) if name.startswith(prefix) else "head"
+    return layer_of(own, coarse)

@@ -11,6 +11,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from pipeline.models.features import StageMaps
 from pipeline.models.hornet import HorNet
 from pipeline.ops.global_filter import resize_global_filters
 
@@ -30,13 +31,14 @@ def _create(variant: str, pretrained: bool, kwargs: dict[str, Any], **defaults: 
             f"{variant}: feature_cls={kwargs['feature_cls']!r}: maps inside are NHWC, so features come from "
             "forward_intermediates alone; leave feature_cls out"
         )
+    kwargs.pop("feature_cls", None)
     return build_model_with_cfg(
         HorNet,
         variant,
         pretrained,
         pretrained_filter_fn=resize_global_filters,
         # The modules are not one sequence, so features go through HorNet.forward_intermediates.
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": StageMaps},
         **{**defaults, **kwargs},
     )
 

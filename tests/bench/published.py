@@ -123,7 +123,7 @@ class PublishedBlock(nn.Module):
 
 
 class PublishedHorNet(nn.Module):
-    """(B, 3, H, W) with H and W multiples of 32 -> (B, num_classes).
+    """(B, 3, H, W), H and W at least 32 -> (B, num_classes).
 
     Args:
         dims: width per stage; `widths` gives them.
