@@ -29,7 +29,8 @@ from data_prep.storage import Folder, atomic_folder, refuse_unwritable
 from data_prep.writer import sole_writer
 
 NAME = "demo-scenes"
-RECIPE = 1  # raise it when the code changes the scenes: those of an older recipe are made anew
+BACKGROUND = "background"  # the last class of the masks
+RECIPE = 2  # raise it when the code changes the scenes: those of an older recipe are made anew
 ADE = "ADEChallengeData2016"
 ADE_FOLDERS = {"train": "training", "val": "validation"}
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # the same bytes each time
@@ -98,13 +99,17 @@ def write_layouts(folder: Path, store: str, classes: list[str], counts: tuple[in
                 (coco / f"{split}2017" / f"{drawn.number:012d}.jpg").write_bytes(drawn.jpeg)
                 _tell(told, drawn)
                 images[split].update({each[0] for each in drawn.objects})
+                left = drawn.size[0] * drawn.size[1] - sum(area for _, _, area, _ in drawn.objects)
+                images[split][len(classes)] += left > 0
                 if split == "train":
-                    pixels.update({label: area for label, _, area, _ in drawn.objects})
+                    pixels.update({len(classes): left})
+                    for label, _, area, _ in drawn.objects:
+                        pixels[label] += area
             categories = [{"id": label + 1, "name": name, "supercategory": ""} for label, name in enumerate(classes)]
             text = json.dumps({"info": {"description": NAME}, **told, "categories": categories}, separators=(",", ":"))
             (coco / "annotations" / f"instances_{split}2017.json").write_text(text)
         rows = ["Idx\tRatio\tTrain\tVal\tName"]
-        for label, name in enumerate(classes):
+        for label, name in enumerate([*classes, BACKGROUND]):
             share = pixels[label] / max(1, pixels.total())
             rows.append(f"{label + 1}\t{share:.4f}\t{images['train'][label]}\t{images['val'][label]}\t{name}")
         _add(archive, "objectInfo150.txt", ("\n".join(rows) + "\n").encode())
@@ -115,7 +120,7 @@ def draw_scene(task: SceneTask) -> Drawn:
     """Compose and encode one scene."""
     scene = compose(task)
     height, width, _ = scene.pixels.shape
-    labelled = np.zeros((height, width), np.uint8)
+    labelled = np.full((height, width), task.classes + 1, np.uint8)  # what shows no object is a class too
     objects = []
     for label, mask in zip(scene.labels, scene.masks, strict=True):
         labelled[mask] = label + 1

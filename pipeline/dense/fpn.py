@@ -81,7 +81,7 @@ class FeaturePyramid(nn.Module):
 
 
 class PyramidBackbone(nn.Module):
-    """A net of maps (`timm.create_model(..., features_only=True)`) and a pyramid: a backbone of torchvision's detectors.
+    """A net of maps (`timm.create_model(..., features_only=True)`) and a pyramid, as torchvision's detectors take it.
 
     (B, 3, H, W) -> maps by the names "0", "1", ..., of `out_channels` channels, the finest first.
     """

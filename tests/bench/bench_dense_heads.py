@@ -2,14 +2,14 @@
 
     python tests/bench/bench_dense_heads.py [--models tiny small base large] [--filters 7x7 gf]
 
-- UPerNet and GN-UPerHead: 512 channels, 150 classes, on 512x2048 (L: 640x2560). Parameters with the auxiliary head, which
-  training alone has; FLOPs without it.
-- FPN and HorFPN: 256 channels, five levels, within Cascade Mask R-CNN on 1280x800, with 1000 proposals, of which 100 get
-  a mask: what the published numbers were counted with (see `DetectorHeads`).
+- UPerNet and GN-UPerHead: 512 channels, 150 classes, on 512x2048 (L: 640x2560). Parameters with the auxiliary head,
+  which training alone has; FLOPs without it.
+- FPN and HorFPN: 256 channels, five levels, within Cascade Mask R-CNN on 1280x800, with 1000 proposals, of which 100
+  get a mask: what the published numbers were counted with (see `DetectorHeads`).
 
 FLOPs are multiply-adds of convolutions and matrix products, on the meta device: no time is measured, no memory needed.
-A 7x7 decoder stands on a 7x7 net, one with global filters on a GF net. Transforms by FFT are counted nowhere. The GF nets'
-stored filters are of 384 px in UPerNet and in L's detector, else of 224 px, as published.
+A 7x7 decoder stands on a 7x7 net, one with global filters on a GF net. Transforms by FFT are counted nowhere. The
+stored filters of GF nets are of 384 px in UPerNet and in L's detector, else of 224 px, as published.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from data_prep.demo import layouts
 from data_prep.demo.clipart import Source
 from data_prep.demo.command import load_rules
 from data_prep.demo.cutouts import cut_out, load_scene_rules, write_store
-from data_prep.demo.layouts import build_scenes, run_lengths, write_layouts
+from data_prep.demo.layouts import BACKGROUND, build_scenes, run_lengths, write_layouts
 from data_prep.demo.scenes import LEAST_PIXELS, SIDES, SceneTask, compose
 from data_prep.dense_set import DenseManifest
 from tests.data_prep.dense.test_build import samples
@@ -94,7 +94,7 @@ def test_both_layouts_hold_the_same_scenes(store, tmp_path):
     with zipfile.ZipFile(tmp_path / "a" / "ADEChallengeData2016.zip") as archive:
         rows = archive.read("ADEChallengeData2016/objectInfo150.txt").decode().splitlines()
     assert rows[0] == "Idx\tRatio\tTrain\tVal\tName"
-    assert [row.split("\t")[-1] for row in rows[1:]] == CLASSES
+    assert [row.split("\t")[-1] for row in rows[1:]] == [*CLASSES, BACKGROUND]
     assert sum(float(row.split("\t")[1]) for row in rows[1:]) == pytest.approx(1, abs=2e-4)
 
     found = {}
@@ -102,7 +102,7 @@ def test_both_layouts_hold_the_same_scenes(store, tmp_path):
         command = ["shard-dense", f"--{kind}", str(tmp_path / "a" / source), "--output", str(tmp_path / kind)]
         assert main([*command, "--workers", "1"]) == 0
         manifest = DenseManifest.load(tmp_path / kind)
-        assert manifest.classes == CLASSES
+        assert manifest.classes == (CLASSES if kind == "coco" else [*CLASSES, BACKGROUND])
         found[kind] = {
             (split, sample["json"]["image_id"]): sample
             for split in ("train", "val")
@@ -114,7 +114,7 @@ def test_both_layouts_hold_the_same_scenes(store, tmp_path):
         other = found["ade20k"][key]
         assert sample["jpeg"] == other["jpeg"]
         assert other["json"]["scene"] == ("sea" if key[0] == "train" else "lake")
-        labels = np.full((sample["json"]["height"], sample["json"]["width"]), 255, np.uint8)
+        labels = np.full((sample["json"]["height"], sample["json"]["width"]), len(CLASSES), np.uint8)
         for annotation in sample["json"]["annotations"]:
             mask = decoded(annotation["segmentation"])
             assert annotation["area"] == mask.sum()
