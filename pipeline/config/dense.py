@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from data_prep.storage import is_url
 from pipeline.config.fields import Count, DatasetPath, Fraction, Positive, Section
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import Model
+from pipeline.config.sections import Backbone
 
 STRIDE_PX = 32  # HorNet's total stride
 _Scales = Annotated[tuple[Positive, ...], Field(min_length=1)]
@@ -79,7 +79,7 @@ class DenseAugment(Section):
         return self
 
 
-class SegmentationModel(Model):
+class SegmentationModel(Backbone):
     """A backbone of timm's registry, and the head on its four maps."""
 
     head: Literal["uper", "gn-uper"] = Field(
@@ -89,6 +89,8 @@ class SegmentationModel(Model):
     auxiliary_weight: Annotated[float, Field(ge=0)] = Field(
         description="of the loss of a second, small head on the third map; 0: none"
     )
+    compile: ClassVar[bool] = False
+    cuda_graphs: ClassVar[bool] = False
 
 
 class DenseEvaluate(Section):
@@ -116,9 +118,6 @@ class SegmentConfig(RunConfig):
 
     @model_validator(mode="after")
     def _relations(self) -> SegmentConfig:
-        if self.model.cuda_graphs or self.model.compile:
-            key = "model.cuda_graphs" if self.model.cuda_graphs else "model.compile"
-            raise ValueError(f"{key} is for classification, whose head is a part of what it takes: set it to false")
         if self.evaluate.mode == "slide" and self.evaluate.stride_px > self.data.resolution:
             raise ValueError(
                 f"evaluate.stride_px {self.evaluate.stride_px} is above data.resolution {self.data.resolution}: there "

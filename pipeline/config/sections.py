@@ -58,7 +58,7 @@ MODELS = (
 )
 
 
-class Model(Section):
+class Backbone(Section):
     """A model of timm's registry and what to build it with."""
 
     name: str
@@ -69,12 +69,6 @@ class Model(Section):
         "products and convolutions; selective_mlp: without the MLP's hidden layer (11 % more FLOPs); block, stage: "
         "inputs of each block or of the stage (33 % more)"
     )
-    compile: bool = Field(description="torch.compile each block; minutes at the start, and a C++ compiler on the host")
-    cuda_graphs: bool = Field(
-        default=False,
-        description="on a GPU, forward and backward of a micro-batch as one CUDA graph each: what a host too slow to "
-        "launch the kernels gains by",
-    )
 
     @field_validator("name")
     @classmethod
@@ -84,6 +78,17 @@ class Model(Section):
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise ValueError(f"model.name {name!r} is not known; {hint}There are {', '.join(MODELS)}")
         return name
+
+
+class Model(Backbone):
+    """A net that classifies."""
+
+    compile: bool = Field(description="torch.compile each block; minutes at the start, and a C++ compiler on the host")
+    cuda_graphs: bool = Field(
+        default=False,
+        description="on a GPU, forward and backward of a micro-batch as one CUDA graph each: what a host too slow to "
+        "launch the kernels gains by",
+    )
 
 
 class Optimizer(Section):

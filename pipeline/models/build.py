@@ -6,11 +6,11 @@ from typing import Any
 
 import timm
 
-from pipeline.config.sections import Model
+from pipeline.config.sections import Backbone
 from pipeline.models.hornet import HorNet
 
 
-def build_model(model: Model, num_classes: int, resolution: int) -> HorNet:
+def build_model(model: Backbone, num_classes: int, resolution: int) -> HorNet:
     """The model of `model.name` for square inputs of `resolution` pixels.
 
     Global filters are made at the size that the resolution asks for, so none is resized at each step.

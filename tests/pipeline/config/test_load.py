@@ -9,13 +9,17 @@ import pytest
 import torch
 import yaml
 
+from pipeline.config.dense import SegmentConfig
+from pipeline.config.kinds import load_any
 from pipeline.config.load import Config, known_keys, load
 from pipeline.config.sections import Checkpointing, ConfigError
+from pipeline.dense.segmentor import Segmentor
 from pipeline.models.build import build_model
 from pipeline.models.stage import POLICIES
 from tests.support.runs import ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DENSE = sorted((ROOT / "configs").glob("*segment*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE})
 DEMO = ROOT / "configs" / "demo_pretrain.yaml"
 # Published settings by file: lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.
 PUBLISHED = {
@@ -49,6 +53,29 @@ def test_shipped_configurations(path: Path) -> None:
         assert logits.shape == (1, 21_841)
     for ranks in (2,) if "demo" in path.stem else (8, 16, 32):
         assert config.train.accumulation_steps(ranks) >= 1
+
+
+@pytest.mark.parametrize("path", DENSE, ids=lambda path: path.stem)
+def test_shipped_segmentations(path: Path) -> None:
+    """As the classifications; with the published settings that all sizes share."""
+    assert flat_keys(yaml.safe_load(path.read_text())) == set(known_keys(SegmentConfig))
+    config = load(path, [], SegmentConfig)
+    assert load_any(path) == config
+    assert SegmentConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+    for ranks in (2,) if "demo" in path.stem else (1, 2, 4, 8):
+        assert config.train.accumulation_steps(ranks) >= 1
+    if "demo" in path.stem:
+        return
+    o, a = config.optimizer, config.augment
+    assert (o.lr_peak, o.weight_decay, o.betas, config.train.global_batch) == (1e-4, 0.05, (0.9, 0.999), 16)
+    assert (a.scale_min, a.scale_max, a.class_share_max, a.horizontal_flip) == (0.5, 2.0, 0.75, 0.5)
+    assert (config.model.head_channels, config.model.auxiliary_weight) == (512, 0.4)
+    assert abs(config.train.epochs * (20_210 // 16) - 160_000) < 1000
+    assert config.evaluate.stride_px == config.data.resolution * 2 // 3
+    with torch.device("meta"):
+        net = Segmentor(config.model, 150, config.data.resolution).eval()
+        logits = net(torch.empty(1, 3, 512, 512))
+    assert logits.shape == (1, 150, 128, 128)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

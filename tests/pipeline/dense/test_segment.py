@@ -117,7 +117,7 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
     ("more", "told"),
     [
         (["data.resolution=100"], ["data.resolution 100 is not a multiple of 32", "nearest: 96"]),
-        (["model.compile=true"], ["model.compile is for classification"]),
+        (["model.compile=true"], ["no key 'model.compile'"]),
         (["evaluate.mode=slide", "evaluate.stride_px=65"], ["evaluate.stride_px 65 is above data.resolution 64"]),
         (["checkpoint.best_metric=top1"], ["checkpoint.best_metric top1 is of a classification"]),
         (["augment.scale_min=3"], ["augment.scale_min 3 is above augment.scale_max 1.5"]),
