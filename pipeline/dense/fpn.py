@@ -13,7 +13,8 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.dense.layers import GnConvOnMaps, compute_maps, convolve
+from pipeline.dense.layers import compute_maps, convolve
+from pipeline.models.plug_in import GnConvOnMaps
 
 
 class FeaturePyramid(nn.Module):
@@ -81,7 +82,7 @@ class FeaturePyramid(nn.Module):
 
 
 class PyramidBackbone(nn.Module):
-    """A net of maps (`timm.create_model(..., features_only=True)`) and a pyramid, as torchvision's detectors take it.
+    """A net of maps (timm's, made with `features_only=True`) and a pyramid: a backbone of torchvision's detectors.
 
     (B, 3, H, W) -> maps by the names "0", "1", ..., of `out_channels` channels, the finest first.
     """

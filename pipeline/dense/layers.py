@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.ops import kernels, products
-from pipeline.ops.fourier import fourier_basis
-from pipeline.ops.gnconv import GnConv
+from pipeline.models.plug_in import GnConvOnMaps
+from pipeline.ops import products
 from pipeline.ops.layers import NORM_EPS, compute_dtype, layer_norm, no_autocast, norm_of
 
 
@@ -64,38 +63,8 @@ class ConvNorm(nn.Module):
         self.norm.reset_parameters()
 
 
-class GnConvOnMaps(nn.Module):
-    """A gnConv in the place of a convolution: (B, in_channels, H, W) -> (B, channels, H, W).
-
-    filter_size: (h, w) of a stored global filter, or None for a 7x7 depthwise convolution. Order 2, and unlike in the
-    backbone the depthwise output is not scaled: as published.
-
-    Raises:
-        ValueError: `channels` is odd, or with a filter no multiple of 4.
-    """
-
-    def __init__(self, in_channels: int, channels: int, filter_size: tuple[int, int] | None = None) -> None:
-        super().__init__()
-        self.gnconv = GnConv(channels, 2, filter_size, scale=1.0, in_dim=in_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1).contiguous()
-        filtered = not isinstance(self.gnconv.dwconv, nn.Conv2d)
-        basis = fourier_basis(x.shape[1], x.shape[2], x.dtype, x.device) if filtered else None
-        lean = torch.is_grad_enabled() and not kernels.exported()
-        return (self.gnconv.lean if lean else self.gnconv)(x, basis).permute(0, 3, 1, 2)
-
-    def init_weights(self) -> None:
-        """PyTorch's for its convolutions, as published; a global filter as the backbone's."""
-        for module in self.gnconv.modules():
-            if isinstance(module, nn.Conv2d | nn.LayerNorm):
-                module.reset_parameters()
-            elif hasattr(module, "complex_weight"):
-                nn.init.normal_(cast(Tensor, module.complex_weight), std=0.02)
-
-
 class GnConvNorm(nn.Module):
-    """`GnConvOnMaps`, LayerNorm, ReLU: what stands in the place of a `ConvNorm`."""
+    """A gnConv of order 2, not scaled as published, LayerNorm, ReLU: what stands in the place of a `ConvNorm`."""
 
     def __init__(self, in_channels: int, channels: int, filter_size: tuple[int, int] | None = None) -> None:
         super().__init__()

@@ -1,3 +1,4 @@
-"""The HorNet family; importing this package registers it with timm."""
+"""The HorNet family, and nets of others with gnConv; importing this package registers them with timm."""
 
+from pipeline.models import plug_in as plug_in
 from pipeline.models import variants as variants

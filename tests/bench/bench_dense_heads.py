@@ -8,8 +8,8 @@
   get a mask: what the published numbers were counted with (see `DetectorHeads`).
 
 FLOPs are multiply-adds of convolutions and matrix products, on the meta device: no time is measured, no memory needed.
-A 7x7 decoder stands on a 7x7 net, one with global filters on a GF net. Transforms by FFT are counted nowhere. The
-stored filters of GF nets are of 384 px in UPerNet and in L's detector, else of 224 px, as published.
+A 7x7 decoder stands on a 7x7 net, one with global filters on a GF net. Transforms by FFT are counted nowhere. The GF
+nets' stored filters are of 384 px in UPerNet and in L's detector, else of 224 px, as published.
 """
 
 from __future__ import annotations

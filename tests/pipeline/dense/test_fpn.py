@@ -1,4 +1,4 @@
-"""The feature pyramid against torchvision's, HorFPN against its own statement; both in a detector of torchvision."""
+"""The feature pyramid against torchvision's, HorFPN against its own statement, and both in torchvision's detector."""
 
 from __future__ import annotations
 

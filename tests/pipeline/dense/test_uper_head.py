@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.dense.layers import GnConvOnMaps
 from pipeline.dense.uper_head import POOLS, FcnHead, UperHead
+from pipeline.models.plug_in import GnConvOnMaps
 from tests.support.models import furthest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
