@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
-from data_prep.storage import DataPrepError, user_path
+from data_prep.storage import DataPrepError, number, user_path
 
 TASKS_PER_WORKER = 2  # one at work, one waiting: a worker is never idle, memory and spool stay bounded
 ALLOWED_DEATHS = 5  # of workers with the same task in hand, until the task is thought to be what kills them
@@ -167,19 +167,12 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
-    return number
-
-
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say where the work runs."""
     add = parser.add_argument_group("where it runs").add_argument
     add(
         "--workers",
-        type=_positive,
+        type=number(1),
         default=available_cpus(),
         metavar="N",
         help="worker processes on this machine; 1: work in this process (default: one per CPU, here %(default)s)",
@@ -191,7 +184,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
         help="use the workers of a Dask cluster: tcp://HOST:8786, or the scheduler file that `dask scheduler` wrote; "
         "all of its machines must see the paths given here",
     )
-    add("--slurm-jobs", type=_positive, metavar="N", help="start N Slurm jobs of Dask workers (package dask-jobqueue)")
+    add("--slurm-jobs", type=number(1), metavar="N", help="start N Slurm jobs of Dask workers (package dask-jobqueue)")
     add(
         "--slurm-option",
         action="append",

@@ -5,8 +5,7 @@ import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from data_prep.options import number, place, share
-from data_prep.storage import DataPrepError, is_url, user_path
+from data_prep.storage import DataPrepError, is_url, number, place, share, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     from data_prep.build.shards import ShardSettings

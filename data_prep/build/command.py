@@ -14,8 +14,7 @@ from data_prep.build.arguments import (
 from data_prep.build.lost import notes_of_lost
 from data_prep.cluster import Cluster, add_cluster_arguments, open_cluster
 from data_prep.credentials import without_credentials
-from data_prep.options import number, place
-from data_prep.storage import DataPrepError, is_url, refuse_unwritable, user_path
+from data_prep.storage import DataPrepError, is_url, number, place, refuse_unwritable, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     from data_prep.build.output import BuildResult, Output

@@ -15,11 +15,10 @@ from data_prep.build.output import Output
 from data_prep.cluster import TASKS_PER_WORKER, available_cpus
 from data_prep.images.prepare import prepare_image
 from data_prep.images.rejection import ImageRejected
-from data_prep.options import number, place
 from data_prep.sources.items import Record, Stray
 from data_prep.sources.layout import is_lost_image
 from data_prep.sources.streams import SourceError
-from data_prep.storage import DataPrepError, refuse_unwritable, user_path
+from data_prep.storage import DataPrepError, number, place, refuse_unwritable, user_path
 from data_prep.writer import BUILD_FOLDER, is_ours
 
 if TYPE_CHECKING:

@@ -27,8 +27,7 @@ from data_prep.demo import clipart as demo_clipart
 from data_prep.demo import icons as demo_icons
 from data_prep.demo.archive import DemoError, Picture, hash_array, near, say, unit_hash, write_archive
 from data_prep.demo.layouts import build_scenes
-from data_prep.options import number
-from data_prep.storage import Folder, refuse_unwritable, user_path
+from data_prep.storage import Folder, number, refuse_unwritable, user_path
 from data_prep.writer import sole_writer
 
 ARCHIVES = ("demo-22k", "demo-1k")

@@ -6,8 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from data_prep.cluster import add_cluster_arguments, open_cluster
-from data_prep.options import number, place, share
-from data_prep.storage import DataPrepError, Folder, is_url, refuse_unwritable, user_path
+from data_prep.storage import DataPrepError, Folder, is_url, number, place, refuse_unwritable, share, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
     from data_prep.dense.source import Source
