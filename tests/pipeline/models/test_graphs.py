@@ -228,7 +228,8 @@ def test_a_recorded_capture(autocast: torch.dtype | None, monkeypatch: pytest.Mo
     """By torch's own capture, of graphs that record operators: replayed, these depend on nothing but what is handed in,
     and wait for nothing.
     """
-    monkeypatch.setattr(products, "SLOW", ())  # under the recording mode products are as they would be on a GPU
+    for name, value in (("SLOW", ()), ("ONEDNN", False)):  # products as they are under the recording mode
+        monkeypatch.setattr(products, name, value)
     plain = steps(built(policy=MIXED), autocast)
     monkeypatch.setattr(graphs, "_static", graphs._graphed)
     made = record_graphs(monkeypatch)
