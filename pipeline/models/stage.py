@@ -39,7 +39,7 @@ class Stage(nn.Sequential):
         saving: Saving = "selective" if policy == "block" or policy == "stage" else policy
         blocks = cast(list[Block], list(self.children()))
         weights: Sequence[BlockWeights | None] = [None] * len(blocks)
-        if blocks and not infers() and not _shared_out(blocks[0]):
+        if not infers() and _at_once(blocks):
             weights = weights_of(blocks, keeps, x, basis)
         if policy == "stage" and torch.is_grad_enabled():
             return _checkpointed(self._blocks, x, keeps, weights, basis, saving, False)
@@ -61,9 +61,18 @@ class Stage(nn.Sequential):
         return x
 
 
-def _shared_out(block: Block) -> bool:
-    """Whether DeepSpeed gathers the parameters block by block (ZeRO stage 3): then no block's are asked for before."""
-    return hasattr(block.gnconv.proj_in.weight, "ds_id")
+def _at_once(blocks: Sequence[nn.Module]) -> bool:
+    """Whether the weights of all are asked for before the first runs. Not where a hook brings those of each (ZeRO stage
+    3, FSDP), and not of blocks that differ, or are none of ours, as whoever prunes a net leaves them.
+    """
+    if any(not isinstance(block, Block) or block._forward_pre_hooks for block in blocks):
+        return False
+    return len({_layout(cast(Block, block)) for block in blocks}) == 1
+
+
+def _layout(block: Block) -> tuple[Any, ...]:
+    inner, context = block.gnconv, block.gnconv.dwconv
+    return *inner.dims, inner.scale, type(context), getattr(block.pwconv1, "out_features", None)
 
 
 def _checkpointed(function: Callable[..., Tensor], *args: Any) -> Tensor:

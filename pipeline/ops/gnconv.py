@@ -139,9 +139,8 @@ class GnConv(nn.Module):
         """
         parts = (self.dims[0], sum(self.dims))
         x, gate, context = recompute.norm_linear(x, norm, weights.proj_in, parts, rows, position, keep)
-        taps, filters, post = weights.context
-        if filters is not None and basis is not None and taps is not None:
-            pre = norm_of(cast(GlobalLocalFilter, self.dwconv).pre_norm)
+        taps, filters, pre, post = weights.context
+        if filters is not None and pre is not None and basis is not None and taps is not None:
             context = recompute.local_global(context, pre, taps, *filters, basis, keep)
         elif taps is not None:
             context = depthwise(context, taps.weight, taps.bias, (taps.narrow_weight, taps.narrow_bias))
@@ -158,10 +157,13 @@ class Filters(NamedTuple):
 
 
 class ContextWeights(NamedTuple):
-    """Of the depthwise layer: taps; with global filters taken by products those, and the last norm, times `scale`."""
+    """Of the depthwise layer: taps; with global filters taken by products those, the first norm, and the last, times
+    `scale`.
+    """
 
     taps: Taps | None = None
     filters: Filters | None = None
+    pre: Norm | None = None
     post: Norm | None = None
 
 
@@ -222,6 +224,7 @@ def _contexts(modules: Sequence[GnConv], x: Tensor, size: tuple[int, int] | None
         ContextWeights(
             Taps(local[i], None, near[i], None),
             Filters(filters[i], SpectrumFilter(*far[2 * i : 2 * i + 2])),
+            norm_of(cast(GlobalLocalFilter, layers[i]).pre_norm),
             Norm(affine[2 * i], affine[2 * i + 1], norms[i].eps),
         )
         for i in range(count)
