@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from pipeline.models.hornet import HorNet
 from pipeline.ops import kernels
+from pipeline.ops.layers import compute_dtype
 
 Step = Callable[..., Tensor]
 
@@ -25,7 +26,8 @@ def capture(model: HorNet, batch: int, side: int, autocast: torch.dtype | None) 
 
     On a CPU the same is done eagerly. `autocast`: its dtype, or None. Names and shapes of the state stay, no gradient
     is left behind and no hook of a parameter called. A pass that is not captured is that of the net as it was: in
-    evaluation, without gradients, on images of another size. So is every pass of a deep copy, and of what is unpickled.
+    evaluation, without gradients, on images of another size, under another autocast, and once the head is another, or
+    what is frozen. So is every pass of a deep copy, and of what is unpickled.
 
     When: with weights where they stay (of those that have moved, each step makes a copy), and on a GPU before other
     threads use it, which would spoil the capture. A forward pass has to have its backward pass before the next one.
@@ -57,21 +59,20 @@ def capture(model: HorNet, batch: int, side: int, autocast: torch.dtype | None) 
     model.train()
     replay = (_graphed if like.is_cuda else _static)(step, (images, masks, *weights))
     model.train(trained)
-    model.forward = _Forward(model, replay, images)  # type: ignore[method-assign]
+    model.forward = _Forward(model, replay, _fixed(model, images, autocast))  # type: ignore[method-assign]
 
 
 class _Forward:
     """`HorNet.forward` where training passes go through the graph."""
 
-    def __init__(self, model: HorNet, replay: Step, like: Tensor) -> None:
-        self._model, self._replay = weakref.ref(model), replay
-        self._images = (like.shape, like.dtype, like.device)
+    def __init__(self, model: HorNet, replay: Step, fixed: tuple[Any, ...]) -> None:
+        self._model, self._replay, self._fixed = weakref.ref(model), replay, fixed
 
     def __call__(self, x: Tensor, masks: Tensor | None = None) -> Tensor:
         model = self._model()
         assert model is not None
-        fits = masks is None and (x.shape, x.dtype, x.device) == self._images and not x.requires_grad
-        if not (fits and model.training and torch.is_grad_enabled()):
+        trains = model.training and torch.is_grad_enabled() and masks is None and not x.requires_grad
+        if not trains or _fixed(model, x, compute_dtype(x)) != self._fixed:
             return type(model).forward(model, x, masks)
         masks = model.draw_masks(len(x))
         if x.is_cuda:
@@ -81,6 +82,13 @@ class _Forward:
     def __reduce__(self) -> Any:
         """Of a copy of the model, its own plain `forward`: the graph has the weights of this one."""
         return getattr, (self._model(), "forward")
+
+
+def _fixed(model: HorNet, images: Tensor, autocast: torch.dtype | None) -> tuple[Any, ...]:
+    """What a graph has once and for all."""
+    sizes = tuple((weight.shape, weight.dtype, weight.device, weight.requires_grad) for weight in model.parameters())
+    dropped = tuple(rate > 0 for rate in model.drop_path_rates())
+    return images.shape, images.dtype, images.device, autocast, model.drop_rate, dropped, sizes
 
 
 class _Plain(nn.Module):
@@ -137,8 +145,8 @@ def _static(step: Step, sample: Sequence[Tensor]) -> Step:
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: Tensor) -> Any:
-            found = iter(torch.autograd.grad(ctx.output, wanted, gradient, allow_unused=True))
-            del ctx.output
+            # Kept: who calls for the backward pass once more has a graph replayed once more.
+            found = iter(torch.autograd.grad(ctx.output, wanted, gradient, retain_graph=True, allow_unused=True))
             return tuple(_put(place, None if place is None else next(found)) for place in gradients)
 
     return Static.apply

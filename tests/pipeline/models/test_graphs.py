@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -202,6 +202,45 @@ def test_frozen_weights_stay_without_gradients() -> None:
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         assert (ours.grad is None) == (theirs.grad is None) == (not theirs.requires_grad)
         assert theirs.grad is None or (ours.grad is not None and torch.equal(ours.grad, theirs.grad))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda net: net.requires_grad_(True),
+        lambda net: net.reset_classifier(1),  # would fit the place of the former
+        lambda net: setattr(net.stages[2][0], "drop_path_rate", 0.0),
+        lambda net: net.prune_intermediate_layers(2) and None,
+    ],
+    ids=["thawed", "head", "drop path", "pruned"],
+)
+def test_a_net_that_has_changed_is_the_net_as_it_is(change: Callable[[HorNet], None]) -> None:
+    found = []
+    for make in (graphed, lambda net: net):
+        net = built()
+        net.stages[0].requires_grad_(False)
+        make(net)
+        torch.manual_seed(0)
+        change(net)
+        found.append([passed(net, 0), *(parameter.grad for parameter in net.parameters())])
+    for ours, theirs in zip(*found, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("captured", [None, BF16], ids=["f32", "bf16"])
+def test_another_autocast_is_that_of_the_pass(captured: torch.dtype | None) -> None:
+    other = None if captured else BF16
+    assert equal([passed(graphed(built(), captured), 0, other)], [passed(built(), 0, other)])
+
+
+def test_a_backward_pass_once_more() -> None:
+    model = graphed(built())
+    loss = model(images(model, 0)).square().sum()
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    assert equal(gradients(model), [2 * gradient for gradient in once])
 
 
 def test_two_passes_before_one_backward_are_refused() -> None:
