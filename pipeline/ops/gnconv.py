@@ -20,6 +20,8 @@ from pipeline.ops.folding import Layer, cast_layers, copies, fold_into, fold_row
 from pipeline.ops.fourier import FourierBasis, SpectrumFilter
 from pipeline.ops.global_filter import GlobalLocalFilter, filters_of
 from pipeline.ops.layers import Norm, linear, norm_of
+from pipeline.ops.recompute_filter import local_global
+from pipeline.ops.recompute_gating import gating
 
 
 def gnconv_dims(dim: int, order: int) -> list[int]:
@@ -141,12 +143,12 @@ class GnConv(nn.Module):
         x, gate, context = recompute.norm_linear(x, norm, weights.proj_in, parts, rows, position, keep)
         taps, filters, pre, post = weights.context
         if filters is not None and pre is not None and basis is not None and taps is not None:
-            context = recompute.local_global(context, pre, taps, *filters, basis, keep)
+            context = local_global(context, pre, taps, *filters, basis, keep)
         elif taps is not None:
             context = depthwise(context, taps.weight, taps.bias, (taps.narrow_weight, taps.narrow_bias))
         else:
             context = self.dwconv(context, None, self.scale)
-        return x, recompute.gating(gate, context, post, weights.pws, weights.proj_out, keep)
+        return x, gating(gate, context, post, weights.pws, weights.proj_out, keep)
 
 
 class Filters(NamedTuple):

@@ -1,7 +1,7 @@
 """The block's operations without autograd: one readable spelling in plain PyTorch, and the Triton one where it works.
 
-What `recompute.py` puts together into differentiable operators. Activations are NHWC in one dtype; statistics and the
-gradients of affine parameters are float32 (float64 in a float64 model).
+What `recompute.py` and its neighbours put together into differentiable operators. Activations are NHWC in one dtype;
+statistics and the gradients of affine parameters are float32 (float64 in a float64 model).
 """
 
 from __future__ import annotations

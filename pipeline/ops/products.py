@@ -6,7 +6,8 @@ is about twice as fast (figures: tests/bench/RESULTS.md). PyTorch takes it for c
 A CPU without AVX-512 has no oneDNN for 16 bits, and what PyTorch 2.15 does instead runs at a fifth to a hundredth of
 float32's speed: there, products and convolutions of 16-bit maps go through float32, and their results are rounded once.
 
-No function here is differentiable where oneDNN runs: `layers.linear` is, and the operators of `recompute.py`.
+No function here is differentiable where oneDNN runs: `layers.linear` is, and the operators of `recompute.py`
+and its neighbours.
 """
 
 from __future__ import annotations

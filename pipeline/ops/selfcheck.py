@@ -11,6 +11,7 @@ from torch import Tensor
 from pipeline.ops import kernels, recompute
 from pipeline.ops.depthwise import depthwise
 from pipeline.ops.layers import Norm
+from pipeline.ops.recompute_gating import gating
 
 # Of the norm, against float64: TF32 and bf16 products round to 5e-4 and 4e-3, a wrong index is off by about 1.
 _TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 4e-2}
@@ -46,7 +47,7 @@ def _cases(device: torch.device) -> list[Case]:
         return recompute.add_rows(x, y, rows)
 
     def gated(gate: Tensor, context: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-        return recompute.gating(gate, context, None, [(w1, b1)], (w2, b2))
+        return gating(gate, context, None, [(w1, b1)], (w2, b2))
 
     def square(width: int) -> list[tuple[int, ...]]:
         return [(width, width), (width,)]

@@ -20,7 +20,8 @@ from tests.support.runs import ROOT
 
 pytest.importorskip("triton", reason="triton is not installed")
 import_kernels()
-from pipeline.ops import kernels, recompute, selfcheck  # noqa: E402
+from pipeline.ops import kernels, selfcheck  # noqa: E402
+from pipeline.ops.recompute_gating import gating  # noqa: E402
 from pipeline.ops.triton import block as block_triton  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -97,6 +98,6 @@ def test_gradients_do_not_depend_on_strides():
     results = []
     for on in (False, True):
         with kernels.forced(on):
-            out = recompute.gating(gate, context, None, [(tensors[0], tensors[1])], (tensors[2], tensors[3]))
+            out = gating(gate, context, None, [(tensors[0], tensors[1])], (tensors[2], tensors[3]))
             results.append(torch.autograd.grad(out.square().sum(), [gate, context, *tensors]))
     assert furthest(list(results[1]), list(results[0])) <= 1e-5
