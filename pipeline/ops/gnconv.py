@@ -110,7 +110,7 @@ class GnConv(nn.Module):
         """
         gate, context = self._gate_and_context(x, basis)
         *pws, out = cast_layers([_layer(layer) for layer in (*self.pws, self.proj_out)], x.dtype)
-        return recompute.gating(gate, context, None, pws, out)
+        return gating(gate, context, None, pws, out)
 
     def _gate_and_context(self, x: Tensor, basis: FourierBasis | None) -> tuple[Tensor, Tensor]:
         """(B, H, W, dims[0]) and, out of the depthwise layer and scaled, (B, H, W, sum(dims))."""

@@ -22,15 +22,13 @@ class Stop:
     """A definition that the route passes.
 
     what: `module:name`, or `module:Class.method`; caption: what happens there; way: how the line comes here from the
-    stop before (see picture.py); at: the thing outside of the rooms that it is drawn on; door: the module by which
-    others reach it, where that is another.
+    stop before (see picture.py); at: the thing outside of the rooms that it is drawn on.
     """
 
     what: str
     caption: str
     way: str = ""
     at: str = ""
-    door: str = ""
 
     @property
     def module(self) -> str:
@@ -87,7 +85,7 @@ IMAGE = Route(
         _BATCHES,
         Stop("pipeline.training.feed:Feed", "goes to the device, is mixed with others", "under2 stairs-16 under5+6"),
         Stop("pipeline.training.engine:Engine.train_step", "runs forward and backward in DeepSpeed"),
-        Stop("pipeline.models.hornet:HorNet", "becomes logits", "level", door="pipeline.models.build"),
+        Stop("pipeline.models.hornet:HorNet", "becomes logits", "level"),
         Stop("pipeline.training.recipe:mixing_and_loss", "and a loss", "under2-5 east-7 under5-6"),
     ),
     hands=("data_prep.build.shards", "pipeline.data.views", "pipeline.training.run"),
@@ -133,14 +131,12 @@ def check(route: Route, graph: Graph, root: Path = ROOT) -> list[str]:
             raise RouteError(f"{route.title}: there is no module {stop.module} for the stop {stop.what}")
         if stop.name not in definitions(files[stop.module]):
             raise RouteError(f"{route.title}: {stop.module} no longer defines {stop.name}")
-        if stop.door and stop.module not in graph.get(stop.door, {}):
-            raise RouteError(f"{route.title}: {stop.door} is no door to {stop.module}: it does not import it")
     on_route = [*(stop.module for stop in route.stops), *route.hands]
     return [_tie(route, a, b, on_route, graph) for a, b in pairwise(route.stops)]
 
 
 def _tie(route: Route, a: Stop, b: Stop, on_route: list[str], graph: Graph) -> str:
-    one, other = a.door or a.module, b.door or b.module
+    one, other = a.module, b.module
     if one == other:
         return f"{one} defines both {a.name} and {b.name}"
     for importing, imported in ((one, other), (other, one)):
