@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.dense.uper_head import POOLS, FcnHead, UperHead
 from pipeline.models.plug_in import GnConvOnMaps
+from pipeline.ops import kernels
+from tests.support.kernels import INTERPRETED, import_kernels
 from tests.support.models import furthest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,6 +110,25 @@ def test_gnconv_on_maps_keeps_less_and_gives_the_same(filter_size: tuple[int, in
     assert furthest(lean, plain) < 1e-12
     assert kept[1] < kept[0]
     torch.testing.assert_close(module(x), plain[0].permute(0, 3, 1, 2))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="tests/gpu runs kernels on a GPU")
+@pytest.mark.parametrize("filter_size", [None, (4, 3)])
+def test_gnconv_on_maps_by_kernels(filter_size: tuple[int, int] | None) -> None:
+    import_kernels()
+    torch.manual_seed(0)
+    module = GnConvOnMaps(24, 16, filter_size)
+    found: list[list[Tensor]] = []
+    for forced in (False, True):
+        module.zero_grad()
+        x = torch.randn(2, 24, 9, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        with kernels.forced(forced):
+            y = module(x)
+            y.square().sum().backward()
+        assert x.grad is not None
+        found.append([y.detach(), x.grad, *(p.grad for p in module.parameters() if p.grad is not None)])
+    assert furthest(found[1], found[0]) < 1e-5
+    assert not torch.equal(found[1][1], found[0][1])
 
 
 def test_trains_in_bf16_without_buffers() -> None:
