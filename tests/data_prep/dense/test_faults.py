@@ -59,7 +59,7 @@ def annotation(number: int, **changes: Any) -> dict[str, Any]:
 
 
 SIZE = [HEIGHT, WIDTH]
-TWO_POINTS = [1, 1, 9, 9]  # pycocotools would take four numbers for a box
+TWO_POINTS = [1, 1, 9, 9]  # in front of others, it makes them boxes
 # reason -> what becomes of them in train and in val, and the annotations; "": taken as they are, no row
 FAULTY: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "": (
