@@ -1,7 +1,8 @@
 """Polygons and run lengths of COCO -> its compressed run-length encoding, by faster-coco-eval's mask functions.
 
-What is no mask of the image is sorted out before. Where the first polygon has four numbers, faster-coco-eval 1.8.0 takes
-all of them for boxes, without a word (pycocotools 2.0.11 stops with a TypeError): findings/coco_polygon_of_two_points.sh.
+What is no mask of the image is sorted out before. Where the first polygon has four numbers, faster-coco-eval 1.8.0
+takes all of them for boxes, without a word, and pycocotools 2.0.11 stops with a TypeError
+(findings/coco_polygon_of_two_points.sh).
 """
 
 from typing import Any

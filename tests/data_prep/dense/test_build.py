@@ -2,12 +2,10 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -135,33 +133,62 @@ def test_archives_as_published_give_the_same_shards(tmp_path, kind):
         assert shard(archives / "ADEChallengeData2016.zip", tmp_path / "c").splits == plain.splits
 
 
+# Runs shard-dense, and kills its own process at the nth image, or the nth small file with a given text in its name.
+DYING = """
+import os, signal, sys
+import data_prep.dense.shard as shard
+from data_prep.__main__ import main
+from data_prep.storage import Folder
+
+what, number, arguments = sys.argv[1], int(sys.argv[2]), sys.argv[3:]
+calls = 0
+
+def dying(function, wanted):
+    def called(*args):
+        global calls
+        calls += wanted(*args)
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args)
+    return called
+
+if what == "image":
+    shard.make_sample = dying(shard.make_sample, lambda *_: 1)
+else:
+    Folder.write = dying(Folder.write, lambda folder, name, data: what in name)
+main(arguments)
+"""
+
+
 @pytest.mark.parametrize("kind", ["ade20k", "coco"])
-def test_two_workers_and_a_kill_give_the_same_bytes(tmp_path, kind):
-    source = (ade_source if kind == "ade20k" else coco_source)(tmp_path / kind, 120, 9)
-    shard(source, tmp_path / "plain", "--samples-per-shard", "3")
+def test_two_workers_and_three_kills_give_the_same_bytes(tmp_path, kind):
+    source = (ade_source if kind == "ade20k" else coco_source)(tmp_path / kind, 30, 9)
+    shard(source, tmp_path / "plain")
     expected = content(tmp_path / "plain")
-    assert len(expected) == 2 + 2 * 43
+    assert len(expected) == 2 + 2 * (15 + 5)
 
     killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "data_prep", "shard-dense", f"--{kind}", str(source), "--output", str(killed)]
-    command += ["--name", "set", "--workers", "1", "--samples-per-shard", "3"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    # Right after a few shards have their names: the next one is being written.
-    while process.poll() is None and len(list(killed.glob("*.tar"))) < 4:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (killed / "dataset.json").exists()
-    done = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.tar")}
-    assert 4 <= len(done) < 43
-    noted = {path.stem for path in (killed / ".data_prep" / "dense-shards").glob("*.json")}
-    shard(source, killed, "--samples-per-shard", "3")
+    command = ["shard-dense", f"--{kind}", str(source), "--output", str(killed), "--name", "set", *SMALL]
+    done: dict[str, int] = {}
+    # In the second image of a shard; when a shard has its name but its record has not; before the manifest.
+    for what, number, shards in (("image", 6, 2), ("dense-shards", 4, 6), ("dataset.json", 1, 20)):
+        run = subprocess.run(
+            [sys.executable, "-c", DYING, what, str(number), *command], capture_output=True, check=False
+        )
+        assert run.returncode == -signal.SIGKILL, run.stderr
+        assert not (killed / "dataset.json").exists()
+        there = {path.name: path.stat().st_mtime_ns for path in killed.glob("*.tar")}
+        assert len(there) == shards
+        assert there.items() >= done.items(), "finished shards stay as they are"
+        noted = {path.stem for path in (killed / ".data_prep" / "dense-shards").glob("*.json")}
+        assert len(noted) == shards - (what == "dense-shards")
+        assert bool(list(killed.glob(".*.tmp-*"))) == (what == "image")
+        done = {name: time for name, time in there.items() if name in noted}
+    shard(source, killed)
     assert content(killed) == expected
-    assert not (killed / ".data_prep").exists()
-    assert noted
-    assert all((killed / name).stat().st_mtime_ns == done[name] for name in noted), "finished shards stay as they are"
+    assert {path.name for path in killed.iterdir()} == expected.keys()
 
-    shard(source, tmp_path / "two", "--samples-per-shard", "3", "--workers", "2")
+    shard(source, tmp_path / "two", "--workers", "2")
     assert content(tmp_path / "two") == expected
 
 
