@@ -9,7 +9,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 case ${1:-} in correct | speed) ;; *) sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2 ;; esac
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || { echo "error: $python is not there: name an interpreter that has torch: PYTHON=..." >&2; exit 1; }
+has_torch='import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)'
+"$python" -c "$has_torch" 2>/dev/null || { echo "error: $python is not there, or has no torch: name one that has it: PYTHON=..." >&2; exit 1; }
 wheels=${WHEELS:-wheels}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT

@@ -17,10 +17,10 @@ from tests.support.runs import ROOT
 pytestmark = pytest.mark.timeout(3600)  # a busy machine
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), *arguments, "--dry-run"],
-        env={**os.environ, "PYTHON": sys.executable},
+        env={**os.environ, "PYTHON": python},
         capture_output=True,
         text=True,
         timeout=5 * PATIENCE_SECONDS,
@@ -70,3 +70,10 @@ def test_unknown_parts_are_refused() -> None:
     done = run("speed", "--parts", "depthwise", "golden")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--parts golden: speed has depthwise" in done.stderr
+
+
+def test_an_interpreter_without_torch_is_told() -> None:
+    for python in ("/bin/false", "/is/not/there"):
+        done = run("correct", python=python)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"error: {python} is not there, or has no torch: name one that has it: PYTHON=...\n"
