@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,33 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
         done = run_module("pipeline", command, str(run), *more)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
         assert "is of a run that learned to segment" in done.stderr
+
+    # What else looks at runs knows it.
+    done = run_module("pipeline", "review", str(run), "--html", str(tmp_path / "page.html"), COLUMNS="200")
+    assert f"{summary['miou']:.2f} mIoU" in done.stdout, done.stdout + done.stderr
+    done = run_module("pipeline", "checkpoint", str(run), COLUMNS="200")
+    assert f"{summary['miou']:.2f} mIoU" in done.stdout
+    done = run_module("pipeline", "sync-tracking", str(run))
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "again").mkdir()
+    more = [f"init.checkpoint={run}", f"output_root={tmp_path / 'again'}"]
+    done = run_module("pipeline", *small(squares, tmp_path, *more), "--check")
+    assert "is of a run that learned to segment: give one of a classification" in done.stderr
+
+
+def test_doctor_looks_at_its_data(squares: Path, tmp_path: Path) -> None:
+    command, config, *overrides = small(squares, tmp_path)
+    assert command == "segment"
+    done = run_module("pipeline", "doctor", config, *overrides, "--fast", "--json")
+    findings = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, findings["data"]["status"]) == (0, "pass"), done.stdout
+    short = tmp_path / "short"
+    shutil.copytree(squares, short)
+    (short / "val-000000.tar").write_bytes(b"")
+    done = run_module("pipeline", "doctor", config, *overrides, f"data.path={short}", "--fast", "--json")
+    findings = {each["check"]: each for each in json.loads(done.stdout)["findings"]}
+    assert (done.returncode, findings["shards"]["status"]) == (1, "fail")
+    assert "val-000000.tar has 0 bytes" in findings["shards"]["text"]
 
 
 @pytest.mark.parametrize(
