@@ -63,7 +63,7 @@ def find_weights(path: Path, which: str | None, task: str | None = None) -> Weig
 def at_resolution(tree: dict[str, Any], side: int) -> dict[str, Any]:
     """A configuration for square images of `side` pixels, with the published crop. Raises CheckpointError."""
     if side % 32 or side < 32:
-        raise CheckpointError(f"--resolution {side}: HorNet takes multiples of 32")
+        raise CheckpointError(f"--resolution {side}: of classification it is a multiple of 32, as data.resolution")
     warp = side >= _WARP_FROM
     protocol = {"resize": "warp" if warp else "crop", "crop_ratio": 1.0 if warp else _CROP_RATIO}
     data = {**tree["data"], "resolution": side, "resolution_by_epoch": None}

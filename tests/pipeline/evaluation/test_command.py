@@ -316,7 +316,7 @@ def test_mistakes_are_one_line(
         ("--data", f"{tmp_path}/flat", "--real", f"{tmp_path}/file"): "is not ReaL's real.json",
         ("--data", f"{tmp_path}/flat", "--real", "--out", f"{tmp_path}/file"): "cannot be written",
         ("--data", f"{tmp_path}/flat", "--real", "--name", "../x"): "cannot be a folder's name",
-        ("--resolution", "100"): "HorNet takes multiples of 32",
+        ("--resolution", "100"): "it is a multiple of 32",
     }
     for options, text in told.items():
         assert main(["evaluate", str(run), *options]) == 1, options

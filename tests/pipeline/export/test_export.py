@@ -178,7 +178,7 @@ def test_mistakes_are_one_line(
         ("timm", "--out", f"{tmp_path}/card"): "holds something else than an export (README.md was edited)",
         ("timm", "--out", "."): "is the folder that you are in",
         ("timm", "--out", f"{tmp_path}/other/thesis.txt/x"): "cannot be written",
-        ("timm", "--resolution", "50"): "HorNet takes multiples of 32",
+        ("timm", "--resolution", "50"): "it is a multiple of 32",
         ("timm", "--register", "model"): "has no run in MLflow",
         ("timm", "--push-to-hub", "a/b/c"): "--push-to-hub a/b/c: ",
         ("timm", "--push-to-hub", "a/b"): "needs a login",
