@@ -1,4 +1,4 @@
-"""Small made-up sources in the layouts of ADE20K and of COCO, whole ones and such with every fault."""
+"""Small made-up sources in the layouts of ADE20K and of COCO; and the samples of what was built of them."""
 
 import io
 import json
@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from data_prep.dense_set import DenseManifest
 
 CLASSES = ("wall", "building, edifice", "sky")
 CATEGORIES = {3: "car", 17: "cat", 90: "toothbrush"}  # ids with gaps, as COCO's
@@ -120,3 +122,23 @@ def zipped(folder: Path, target: Path, prefix: str) -> Path:
             if file.is_file():
                 archive.write(file, f"{prefix}{file.relative_to(folder)}")
     return target
+
+
+def samples(folder: Path, manifest: DenseManifest, split: str) -> list[dict[str, Any]]:
+    """By the index, as a reader finds them: key, JPEG, parsed JSON and mask."""
+    found = []
+    for entry in manifest.splits[split].shards:
+        index, data = manifest.load_index(folder, entry), (folder / entry.file).read_bytes()
+        for i, key in enumerate(index.keys.tolist()):
+            part = {
+                name: data[offset[i] : offset[i] + size[i]]
+                for name, offset, size in (
+                    ("jpeg", index.image_offset, index.image_bytes),
+                    ("json", index.json_offset, index.json_bytes),
+                    ("mask", index.mask_offset, index.mask_bytes),
+                )
+            }
+            with Image.open(io.BytesIO(part["jpeg"])) as image:
+                assert image.size == (index.width[i], index.height[i])
+            found.append({**part, "key": key, "json": json.loads(part["json"])})
+    return found

@@ -19,7 +19,7 @@ from data_prep.demo.cutouts import cut_out, load_scene_rules, write_store
 from data_prep.demo.layouts import BACKGROUND, build_scenes, run_lengths, write_layouts
 from data_prep.demo.scenes import LEAST_PIXELS, SIDES, SceneTask, compose
 from data_prep.dense_set import DenseManifest
-from tests.data_prep.dense.test_build import samples
+from tests.support.dense_sources import samples
 
 CLASSES = ["disk", "box", "ring"]
 

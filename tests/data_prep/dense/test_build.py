@@ -1,23 +1,33 @@
 """What comes out of ADE20K and COCO: the right pixels, masks and boxes; from folders and zips; after a kill."""
 
 import io
-import json
 import signal
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from faster_coco_eval import COCO as FasterCOCO
+from faster_coco_eval import COCOeval_faster
 from PIL import Image
 from pycocotools import mask as reference
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from data_prep.__main__ import main
 from data_prep.dense_set import DenseManifest
-from tests.support.dense_sources import CATEGORIES, CLASSES, ade_mask, ade_name, ade_source, coco_source, zipped
+from tests.support.dense_sources import (
+    CATEGORIES,
+    CLASSES,
+    ade_mask,
+    ade_name,
+    ade_source,
+    coco_source,
+    samples,
+    zipped,
+)
 
 SMALL = ("--samples-per-shard", "2", "--workers", "1")
 
@@ -26,26 +36,6 @@ def shard(source: Path, output: Path, *options: str) -> DenseManifest:
     kind = "--coco" if "coco" in source.name else "--ade20k"
     assert main(["shard-dense", kind, str(source), "--output", str(output), "--name", "set", *SMALL, *options]) == 0
     return DenseManifest.load(output)
-
-
-def samples(folder: Path, manifest: DenseManifest, split: str) -> list[dict[str, Any]]:
-    """By the index, as a reader finds them: key, JPEG, parsed JSON and mask."""
-    found = []
-    for entry in manifest.splits[split].shards:
-        index, data = manifest.load_index(folder, entry), (folder / entry.file).read_bytes()
-        for i, key in enumerate(index.keys.tolist()):
-            part = {
-                name: data[offset[i] : offset[i] + size[i]]
-                for name, offset, size in (
-                    ("jpeg", index.image_offset, index.image_bytes),
-                    ("json", index.json_offset, index.json_bytes),
-                    ("mask", index.mask_offset, index.mask_bytes),
-                )
-            }
-            with Image.open(io.BytesIO(part["jpeg"])) as image:
-                assert image.size == (index.width[i], index.height[i])
-            found.append({**part, "key": key, "json": json.loads(part["json"])})
-    return found
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -239,3 +229,27 @@ def test_commands_for_classified_images_say_what_it_is(tmp_path, capsys):
         error = capsys.readouterr().err
         assert error.count("\n") == 1, error
         assert "is a data set of masks or boxes" in error, command
+
+
+@pytest.mark.parametrize("evaluator", [(COCO, COCOeval), (FasterCOCO, COCOeval_faster)], ids=["pycocotools", "faster"])
+def test_the_truth_itself_scores_one(tmp_path, evaluator):
+    """With ids, areas, crowds and images without annotation as they come out of the shards."""
+    manifest = shard(coco_source(tmp_path / "coco", 2, 12), tmp_path / "out")
+    found = [sample["json"] for sample in samples(tmp_path / "out", manifest, "val")]
+    truth = [{**each, "image_id": told["image_id"]} for told in found for each in told["annotations"]]
+    truth = [{**each, "category_id": manifest.category_ids[each["label"]]} for each in truth]
+    assert 0 < sum(each["iscrowd"] for each in truth) < len(truth)
+    names = [{"id": number, "name": name} for number, name in zip(manifest.category_ids, manifest.classes, strict=True)]
+    images = [{"id": told["image_id"], "width": told["width"], "height": told["height"]} for told in found]
+    dataset, evaluation = evaluator
+    reader = dataset()
+    reader.dataset = {"images": images, "annotations": truth, "categories": names}
+    reader.createIndex()
+    for kind in ("bbox", "segm"):
+        fields = ("image_id", "category_id", "bbox", "segmentation")
+        result = reader.loadRes([{**{name: each[name] for name in fields}, "score": 0.5} for each in truth])
+        scored = evaluation(reader, result, kind)
+        scored.evaluate()
+        scored.accumulate()
+        scored.summarize()
+        assert scored.stats[0] == pytest.approx(1, abs=1e-9), kind

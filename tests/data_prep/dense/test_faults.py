@@ -13,7 +13,6 @@ from PIL import Image
 from data_prep.__main__ import main
 from data_prep.dense.rle import BadSegmentation, encode_segmentation, run_lengths
 from data_prep.dense_set import DenseManifest
-from tests.data_prep.dense.test_build import samples
 from tests.support.dense_sources import (
     ade_mask,
     ade_name,
@@ -23,6 +22,7 @@ from tests.support.dense_sources import (
     edit_json,
     jpeg,
     png,
+    samples,
     size_of,
     write,
     zipped,
