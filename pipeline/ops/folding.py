@@ -83,6 +83,11 @@ def _chunks(tensors: Sequence[Any], count: int) -> list[Sequence[Any]]:
     return [tensors[i * count : (i + 1) * count] for i in range(len(tensors) // count)]
 
 
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Of parameters in several dtypes (the frozen blocks of a net in bf16, say) the one that rounds none of them."""
+    return max(tensors, key=Tensor.element_size).dtype
+
+
 def _like(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Copies in `dtype`, by one operation."""
     made = [tensor.new_empty(tensor.shape, dtype=dtype) for tensor in tensors]
@@ -115,7 +120,7 @@ def _let_frozen_be(ctx: Any, first: int, count: int, made: tuple[Tensor, ...]) -
 class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Any:
-        ctx.dtype = tensors[0].dtype
+        ctx.dtype = _widest(tensors)
         made = _like(tensors, dtype)
         ctx.mark_non_differentiable(
             *(each for each, wanted in zip(made, ctx.needs_input_grad[1:], strict=True) if not wanted)
@@ -159,7 +164,7 @@ class _FoldRows(torch.autograd.Function):
         weights, biases, scales = _chunks(parameters, len(factors))
         ctx.factors = factors
         ctx.save_for_backward(*parameters)
-        weight, bias = _stacked(weights, biases, weights[0].dtype)
+        weight, bias = _stacked(weights, biases, _widest(weights))
         scale = _FoldRows._scale(scales, factors)
         made = _layers((weight * scale[..., None]).to(dtype), (bias * scale).to(dtype))
         _let_frozen_be(ctx, 2, len(factors), made)
@@ -169,7 +174,7 @@ class _FoldRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         weights, biases, scales = _chunks(ctx.saved_tensors, len(ctx.factors))
-        weight, bias = _stacked(weights, biases, weights[0].dtype)
+        weight, bias = _stacked(weights, biases, _widest(weights))
         scale = _FoldRows._scale(scales, ctx.factors)
         dweight, dbias = _stacked(grads[::2], grads[1::2], weight.dtype)
         dscale = torch.linalg.vecdot(dweight, weight).add_(bias.mul_(dbias))
@@ -179,7 +184,10 @@ class _FoldRows(torch.autograd.Function):
 
     @staticmethod
     def _scale(scales: Sequence[Tensor], factors: Sequence[float]) -> Tensor:
-        return torch.stack(torch._foreach_mul(list(scales), list(factors)))
+        made = scales[0].new_empty(len(scales), *scales[0].shape, dtype=_widest(scales))
+        torch._foreach_copy_(list(made.unbind()), list(scales))
+        torch._foreach_mul_(list(made.unbind()), list(factors))
+        return made
 
 
 class _FoldNorms(torch.autograd.Function):
@@ -209,5 +217,5 @@ class _FoldNorms(torch.autograd.Function):
     @staticmethod
     def _stacks(parameters: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         weights, biases, slopes, shifts = _chunks(parameters, count)
-        dtype = weights[0].dtype
+        dtype = _widest(weights)
         return *_stacked(weights, biases, dtype), *_stacked(slopes, shifts, dtype)
