@@ -6,6 +6,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 from data_prep.cluster import add_cluster_arguments, open_cluster
+from data_prep.credentials import without_credentials
 from data_prep.storage import DataPrepError, Folder, is_url, number, place, refuse_unwritable, share, user_path
 
 if TYPE_CHECKING:  # imported where they are used: --help must not wait for them
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"plan: about {image_bytes * DISK_SHARE / 1e6:,.0f} MB in {shards:,} shards; every image is decoded once")
         return 0
     assert output is not None
-    name = args.name or output.folder.url.rsplit("/", 1)[-1]
+    name = args.name or without_credentials(output.folder.url).rsplit("/", 1)[-1]
     with open_cluster(args) as cluster:
         result = build_dense(source, output, settings, cluster, name=name, max_reject=args.max_reject, force=args.force)
     print_summary(result, output.folder)

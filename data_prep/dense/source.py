@@ -59,7 +59,7 @@ class Source:
 
     def description(self) -> list[str]:
         """Lines that say what was found."""
-        lines = [f"{self.path}: {self.kind}, {len(self.classes)} classes, such as {', '.join(self.classes[:3])}"]
+        lines = [f"{self.path}: {self.kind}, {len(self.classes)} classes, such as {'; '.join(self.classes[:3])}"]
         for split in self.splits:
             told = [f"{len(split.items):,} images ({split.image_bytes / 1e6:,.1f} MB)"]
             missing = sum(item.image is None for item in split.items)
