@@ -17,7 +17,8 @@ from pipeline.planning.images import images_of
 from tests.support.datasets import archive
 from tests.support.runs import ROOT
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DENSE = sorted((ROOT / "configs").glob("*segment*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE})
 DEMO = str(ROOT / "configs" / "demo_pretrain.yaml")
 SMALL = (DEMO, "data.path=nowhere/demo-22k", "data.resolution=32", "train.global_batch=64", "train.micro_batch=8")
 
@@ -52,6 +53,11 @@ def test_every_configuration_plans(path: Path, capsys: pytest.CaptureFixture[str
     assert found["run"]["images_per_second"]["low"] <= found["run"]["images_per_second"]["high"]
     assert {row["gpus"] for row in found["scaling"]} >= {1, 8, 64, 512}
     assert found["data"]["known_by"].startswith("assumed")
+
+
+def test_segmentations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(DENSE[0])]) == 1
+    assert "is the configuration of `task: segment`" in capsys.readouterr().err
 
 
 def test_the_numbers_fit_together(capsys: pytest.CaptureFixture[str]) -> None:
