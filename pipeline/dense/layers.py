@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.models.plug_in import GnConvOnMaps
 from pipeline.ops import products
-from pipeline.ops.layers import NORM_EPS, compute_dtype, layer_norm, no_autocast, norm_of
+from pipeline.ops.layers import NORM_EPS, as_planes, compute_dtype, layer_norm, no_autocast, norm_of
 
 
 @contextmanager
@@ -115,4 +115,4 @@ def init_children(module: nn.Module) -> None:
 
 def _norm_relu(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """(B, C, H, W) in channels_last memory."""
-    return layer_norm(x.permute(0, 2, 3, 1).contiguous(), norm_of(norm)).relu().permute(0, 3, 1, 2)
+    return as_planes(layer_norm(x.permute(0, 2, 3, 1).contiguous(), norm_of(norm)).relu())

@@ -26,7 +26,7 @@ from pipeline.models.stage import POLICIES, Policy, Stage
 from pipeline.ops import kernels, selfcheck
 from pipeline.ops.fourier import fourier_basis
 from pipeline.ops.global_filter import GlobalLocalFilter, global_filter_size
-from pipeline.ops.layers import NORM_EPS, compute_dtype, no_autocast
+from pipeline.ops.layers import NORM_EPS, as_planes, compute_dtype, no_autocast
 
 STRIDES = (4, 8, 16, 32)
 kernels.try_by(selfcheck.disagreement)
@@ -153,7 +153,7 @@ class HorNet(nn.Module):
                 x = self._forward_stage(i, x, kept, dilation > 1)
                 if i in wanted:
                     map_ = x if dilation == 1 else whole(x, dilation, (height // stride, width // stride))
-                    maps.append(map_.permute(0, 3, 1, 2))
+                    maps.append(as_planes(map_))
         return maps
 
     def draw_masks(self, batch: int) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pipeline.ops import kernels
 from pipeline.ops.fourier import fourier_basis
 from pipeline.ops.gnconv import GnConv
-from pipeline.ops.layers import compute_dtype, no_autocast
+from pipeline.ops.layers import as_planes, compute_dtype, no_autocast
 
 ORDERS = (2, 3, 4, 5)  # of ConvNeXt's stages: HorNet's
 
@@ -52,7 +52,7 @@ class GnConvOnMaps(nn.Module):
         self.gnconv = GnConv(channels, order, filter_size, scale, in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.on_nhwc(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return as_planes(self.on_nhwc(x.permute(0, 2, 3, 1)))
 
     def on_nhwc(self, x: Tensor) -> Tensor:
         """(B, H, W, in_channels) -> (B, H, W, channels), in the dtype of autocast where it is on."""

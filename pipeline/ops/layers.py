@@ -103,6 +103,13 @@ def patch_weight(weight: Tensor) -> Tensor:
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
+def as_planes(x: Tensor) -> Tensor:
+    """A map (B, H, W, C) as others want it, (B, C, H, W), the same memory. What comes back is (B, H, W, C) in memory too:
+    gradients of other layouts, or of one number for all (of a sum), would be slow in every product behind them.
+    """
+    return x.permute(0, 3, 1, 2) if kernels.exported() else _AsPlanes.apply(x)
+
+
 def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Autocast off inside the block, on any device."""
     if not torch.amp.is_autocast_available(device_type):  # the meta device has no autocast to switch off
@@ -116,6 +123,17 @@ def compute_dtype(x: Tensor) -> torch.dtype | None:
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return None
+
+
+class _AsPlanes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        return dout.permute(0, 2, 3, 1).contiguous()
 
 
 class _Linear(torch.autograd.Function):

@@ -108,7 +108,8 @@ def _weight_gradient(dout: Tensor, inputs: Tensor) -> Tensor:
     if rows * out * width < _LEAST_WORK or not (few or dout.ndim == 4):
         return flat.t() @ flat_inputs
     if few:
-        return _linear(flat.t(), flat_inputs.t(), None)
+        # Of a slice of a wider map oneDNN (of torch 2.15) makes a loop without vectors, a hundred times as slow.
+        return _linear(flat.t(), flat_inputs.contiguous().t(), None)
     # As a 1x1 convolution's, whose kernels sum over many positions faster than a product. Of maps: in one row of
     # positions it is slow.
     planes, planes_in = dout.permute(0, 3, 1, 2), inputs.permute(0, 3, 1, 2)

@@ -141,3 +141,21 @@ def test_dilation_drops_whole_samples() -> None:
     torch.testing.assert_close(found[::2], model(x[::2], masks[:, ::2]), rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(found[1:2], model(x[1:2], masks[:, 1:2]), rtol=1e-10, atol=1e-10)
     assert not torch.allclose(found[1:2], model(x[1:2], masks[:, :1]))
+
+
+def test_gradients_of_any_layout_become_maps() -> None:
+    """A decoder's gradients come as (B, C, H, W) in memory, or as one number for all: no product behind gets them so."""
+    model = model_of(False, torch.float64, drop_path_rate=0.0)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    seen: list[bool] = []
+    for stage in model.stages:
+        stage.register_full_backward_pre_hook(lambda module, grads: seen.append(grads[0].is_contiguous()))
+    found: list[list[Tensor]] = []
+    for spell in (lambda m: m.sum(), lambda m: m.contiguous().sum(), lambda m: (m * torch.ones_like(m)).sum()):
+        model.zero_grad()
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        torch.stack([spell(map_) for map_ in maps]).sum().backward()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert seen == [True] * 12
+    assert furthest(found[1], found[0]) < 1e-12
+    assert furthest(found[2], found[0]) < 1e-12

@@ -106,3 +106,18 @@ def test_compiled_it_is_the_same_operator_without_a_break() -> None:
     assert "hornet_pretraining.weight_gradient" in seen[0]
     for pair in zip(found, wanted, strict=True):
         assert error(pair[0], pair[1].double()) < 1e-5
+
+
+def test_onednn_gets_matrices_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With few positions, gating has slices of wider maps: of these its loop is a hundred times as slow."""
+    seen: list[tuple[tuple[int, ...], ...]] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append((x.stride(), weight.stride()))
+        return x @ weight.t()
+
+    monkeypatch.setattr(products, "_linear", linear)
+    dout, wide = torch.randn(1, 16, 16, 256), torch.randn(1, 16, 16, 480)
+    (weight, _) = products.weight_gradients(dout, wide[..., 224:], (True, False))
+    assert seen == [((1, 256), (1, 256))]
+    torch.testing.assert_close(weight, dout.flatten(0, 2).t() @ wide[..., 224:].flatten(0, 2))
