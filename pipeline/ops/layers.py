@@ -104,8 +104,8 @@ def patch_weight(weight: Tensor) -> Tensor:
 
 
 def as_planes(x: Tensor) -> Tensor:
-    """A map (B, H, W, C) as others want it, (B, C, H, W), the same memory. What comes back is (B, H, W, C) in memory too:
-    gradients of other layouts, or of one number for all (of a sum), would be slow in every product behind them.
+    """A map (B, H, W, C) as others want it, (B, C, H, W), the same memory. Its gradient gets this layout too, once: one
+    of another, or of one number for all (of a sum), would be laid out anew by every product behind.
     """
     return x.permute(0, 3, 1, 2) if kernels.exported() else _AsPlanes.apply(x)
 

@@ -144,7 +144,7 @@ def test_dilation_drops_whole_samples() -> None:
 
 
 def test_gradients_of_any_layout_become_maps() -> None:
-    """A decoder's gradients come as (B, C, H, W) in memory, or as one number for all: no product behind gets them so."""
+    """A decoder's gradients come as (B, C, H, W) in memory, or as one number for all; no stage gets them so."""
     model = model_of(False, torch.float64, drop_path_rate=0.0)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     seen: list[bool] = []
