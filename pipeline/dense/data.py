@@ -6,7 +6,7 @@ The order of training is that of `pipeline/data/order.py`, so a step has the sam
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,12 +125,13 @@ class _Crops(Dataset[Any]):
 
 
 class _Whole(Dataset[Any]):
-    """Images as they are, with their masks."""
+    """Images as they are, with their masks; asked for one by one."""
 
     def __init__(self, reader: DenseReader) -> None:
         self.reader = reader
 
-    def __getitem__(self, sample: int) -> Labelled | DataError:
+    def __getitems__(self, samples: Sequence[int]) -> Labelled | DataError:
+        (sample,) = samples
         try:
             return self.reader.labelled(sample)
         except DataError as error:
@@ -155,5 +156,4 @@ def validation_images(config: SegmentConfig, reader: DenseReader, ranks: Ranks) 
     Ranks may yield different numbers of images: hold no collective inside the loop over them.
     """
     mine = [[sample] for sample in range(ranks.rank, len(reader), ranks.count)]
-    for (image,) in worker_batches(_Whole(reader), config.data.workers_per_rank, batch_sampler=mine):
-        yield image
+    yield from worker_batches(_Whole(reader), config.data.workers_per_rank, batch_sampler=mine)
