@@ -20,7 +20,7 @@ from tests.support.processes import wait_for
 from tests.support.runs import log_of, small_run
 from tests.support.slurm import Slurm, running_slurm
 
-STEPS = 12
+EPOCHS, STEPS = 15, 90  # enough for Slurm to preempt a run that goes on
 
 
 class Jobs:
@@ -31,7 +31,7 @@ class Jobs:
 
     def submit(self, name: str, *options: str, ranks: int = 1, more: tuple[str, ...] = ()) -> str:
         """Returns the job's number. ranks: of each node."""
-        arguments = small_run(self.datasets, self.runs, f"name={name}", "train.epochs=2", *more)
+        arguments = small_run(self.datasets, self.runs, f"name={name}", f"train.epochs={EPOCHS}", *more)
         sbatch = ["sbatch", "--parsable", "--gpus-per-node=0", "--cpus-per-task=1"]
         environment = f"--export=ALL,RANKS={ranks},VENV={sys.prefix}"
         return self.slurm.ask(*sbatch, environment, *options, "launch/slurm.sbatch", *arguments).strip()
