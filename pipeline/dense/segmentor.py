@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data_prep.dense_set import IGNORED
 from pipeline.config.dense import SegmentationModel
 from pipeline.dense.uper_head import FcnHead, UperHead
-from pipeline.models import layer_decay
 from pipeline.models.build import build_model
+from pipeline.models.wrapped import layer_matcher
 from pipeline.ops.layers import NORM_EPS
 
 AUXILIARY_CHANNELS, AUXILIARY_STAGE = 256, 2
@@ -55,12 +55,7 @@ class Segmentor(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Layer of each parameter name, for timm's layer-wise learning-rate decay: heads and norms are the last."""
-        prefix = "backbone."
-
-        def layer(name: str) -> int:
-            return layer_decay.layer_of(name.removeprefix(prefix) if name.startswith(prefix) else "head", coarse)
-
-        return layer
+        return layer_matcher(self, coarse)
 
 
 def segmentation_loss(auxiliary_weight: float) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
