@@ -125,7 +125,6 @@ class SegmentConfig(RunConfig):
             )
         if self.checkpoint.best_metric not in (None, "miou", "val_loss"):
             raise ValueError(
-                f"checkpoint.best_metric {self.checkpoint.best_metric} is of a classification: set miou, val_loss or "
-                f"null"
+                f"checkpoint.best_metric {self.checkpoint.best_metric} is of another task: set miou, val_loss or null"
             )
         return self

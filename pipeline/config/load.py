@@ -36,8 +36,11 @@ class Config(RunConfig):
         late = [epoch for epoch in self.data.resolution_by_epoch or {} if epoch >= train.epochs]
         if late:
             raise ValueError(f"data.resolution_by_epoch has epoch {late[0]}, train.epochs is {train.epochs}")
-        if self.checkpoint.best_metric == "miou":
-            raise ValueError("checkpoint.best_metric miou is of a segmentation: set top1, top5 or val_loss, or null")
+        if self.checkpoint.best_metric in ("miou", "box_ap", "mask_ap"):
+            raise ValueError(
+                f"checkpoint.best_metric {self.checkpoint.best_metric} is of a segmentation or a detection: set top1, "
+                f"top5 or val_loss, or null"
+            )
         if self.model.compile and train.zero_stage == 3:
             raise ValueError(
                 "model.compile with train.zero_stage 3: torch.compile traces blocks while their weights are shared out "

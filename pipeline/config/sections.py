@@ -199,7 +199,7 @@ class Checkpoint(Section):
     every_steps: Count = 1000
     keep_last: Count = 2
     keep_every_steps: Count | None = Field(default=None, description="kept for good: steps divisible by this")
-    best_metric: Literal["top1", "top5", "miou", "val_loss"] | None = Field(
+    best_metric: Literal["top1", "top5", "miou", "box_ap", "mask_ap", "val_loss"] | None = Field(
         default=None, description="the best so far is written at its evaluation, and kept"
     )
 

@@ -1,0 +1,1 @@
+"""Detection of objects: nets, their data, the run, average precision."""
