@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.detect import DetectConfig
 from pipeline.config.load import Config, load
 from pipeline.config.run import RunConfig
 
-_KINDS: dict[str | None, type[RunConfig]] = {None: Config, "segment": SegmentConfig}
+_KINDS: dict[str | None, type[RunConfig]] = {None: Config, "segment": SegmentConfig, "detect": DetectConfig}
 
 
 def validated(tree: Mapping[str, Any]) -> RunConfig:

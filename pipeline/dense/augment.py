@@ -18,7 +18,7 @@ from data_prep.dense_set import IGNORED
 from pipeline.config.dense import DenseAugment
 from pipeline.data.keyed import flipped, uniform_one
 
-_PAD = [round(255 * value) for value in IMAGENET_DEFAULT_MEAN]
+MEAN_COLOUR = [round(255 * value) for value in IMAGENET_DEFAULT_MEAN]
 # Draws of a view's key, see data/keyed.py: one scale, two for each try of a crop, the flip's own, then colours.
 _SCALE_DRAW, _CROP_DRAWS, _CROP_TRIES, _COLOUR_DRAWS = 0, 1, 10, 49
 # As torchvision's RandomPhotometricDistort has them.
@@ -40,7 +40,7 @@ def training_crop(
 
     What lies outside of the image is 255 in the mask.
     """
-    scale = augment.scale_min + (augment.scale_max - augment.scale_min) * uniform_one(key, _SCALE_DRAW)
+    scale = drawn_scale(augment.scale_min, augment.scale_max, key)
     size = fitted_size(mask.shape[0], mask.shape[1], augment.short_side_px, augment.long_side_max_px, scale)
     image = F.resize(image, list(size), InterpolationMode.BILINEAR, antialias=True)
     mask = F.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
@@ -48,8 +48,21 @@ def training_crop(
     if flipped(key, augment.horizontal_flip):
         image, mask = F.horizontal_flip(image), F.horizontal_flip(mask)
     if augment.photometric:
-        image = _distorted(image, augment.photometric, key)
-    return _padded(image, side, _PAD), _padded(mask[None], side, [IGNORED])[0]
+        image = distorted(image, augment.photometric, key)
+    return padded(image, side, MEAN_COLOUR), padded(mask[None], side, [IGNORED])[0]
+
+
+def drawn_scale(least: float, most: float, key: int) -> float:
+    """Uniform between both."""
+    return least + (most - least) * uniform_one(key, _SCALE_DRAW)
+
+
+def drawn_place(height: int, width: int, side: int, key: int, attempt: int = 0) -> tuple[int, int]:
+    """(top, left) of a crop of an image, at most `side` high and wide; another one each attempt."""
+    first = _CROP_DRAWS + 2 * attempt
+    top = int(uniform_one(key, first) * (height - min(height, side) + 1))
+    left = int(uniform_one(key, first + 1) * (width - min(width, side) + 1))
+    return top, left
 
 
 def _crop(
@@ -59,9 +72,7 @@ def _crop(
     high, wide = min(height, side), min(width, side)
     top = left = 0
     for attempt in range(_CROP_TRIES):
-        first = _CROP_DRAWS + 2 * attempt
-        top = int(uniform_one(key, first) * (height - high + 1))
-        left = int(uniform_one(key, first + 1) * (width - wide + 1))
+        top, left = drawn_place(height, width, side, key, attempt)
         if augment.class_share_max == 1:
             break
         counts = torch.bincount(mask[top : top + high, left : left + wide].flatten(), minlength=IGNORED + 1)[:IGNORED]
@@ -71,7 +82,7 @@ def _crop(
     return image[:, top : top + high, left : left + wide], mask[top : top + high, left : left + wide]
 
 
-def _distorted(image: torch.Tensor, probability: float, key: int) -> torch.Tensor:
+def distorted(image: torch.Tensor, probability: float, key: int) -> torch.Tensor:
     """Brightness, contrast, saturation and hue, each with `probability`; contrast before the last two, or after."""
 
     def drawn(number: int, bounds: tuple[float, float]) -> float | None:
@@ -90,7 +101,7 @@ def _distorted(image: torch.Tensor, probability: float, key: int) -> torch.Tenso
     return image
 
 
-def _padded(image: torch.Tensor, side: int, fill: list[int]) -> torch.Tensor:
+def padded(image: torch.Tensor, side: int, fill: list[int]) -> torch.Tensor:
     """(C, H, W), neither larger than `side` -> (C, side, side), filled to the right and below."""
     channels, height, width = image.shape
     if (height, width) == (side, side):

@@ -1,15 +1,17 @@
-"""Images with their masks: from the shards of a dense data set, by seeks, as training crops or whole.
+"""Images with their masks or objects: from the shards of a dense data set, by seeks; training crops of the former.
 
 The order of training is that of `pipeline/data/order.py`, so a step has the same samples on any number of ranks.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,10 +19,9 @@ from torch.utils.data import Dataset
 
 from data_prep.dense_set import DenseIndex, DenseManifest
 from data_prep.images.pil import decode_png_labels
-from data_prep.images.rejection import ImageRejected
 from data_prep.manifest import ManifestError
 from pipeline.config.dense import SegmentConfig
-from pipeline.data.decode import DecodeError, decode_rgb
+from pipeline.data.decode import decode_rgb
 from pipeline.data.keyed import view_keys
 from pipeline.data.loader import worker_batches
 from pipeline.data.mixture import TrainingOrder
@@ -31,12 +32,23 @@ from pipeline.dense.augment import training_crop
 from pipeline.dense.opened import check_files
 from pipeline.ranks.collectives import Ranks
 
+_Item = TypeVar("_Item")
+
 
 class Labelled(NamedTuple):
     """An image, uint8 (3, H, W), and its mask, uint8 (H, W): a label for each pixel, 255 where none counts."""
 
     image: torch.Tensor
     mask: torch.Tensor
+    sample: int
+
+
+class Annotated(NamedTuple):
+    """An image, uint8 (3, H, W), the number that its source gives it, and its objects as `dense_set` describes them."""
+
+    image: torch.Tensor
+    image_id: int
+    annotations: list[dict[str, Any]]
     sample: int
 
 
@@ -57,23 +69,42 @@ class DenseReader:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def labelled(self, sample: int) -> Labelled:
-        """An image and its mask, decoded. Raises DataError."""
-        shard, place, index = self._find(sample)
-        try:
-            pixels = decode_rgb(self._read(shard, int(index.image_offset[place]), int(index.image_bytes[place])))
-            data = self._read(shard, int(index.mask_offset[place]), int(index.mask_bytes[place]))
-            mask = decode_png_labels(data)
-        except (DecodeError, ImageRejected, OSError) as error:
-            raise DataError(
-                f"{self.describe(sample)} cannot be read: {error}; `python -m data_prep verify {self.folder}` lists "
-                f"what cannot"
-            ) from None
+        """An image and its mask, of a semantic set, decoded. Raises DataError."""
+        with self._telling(sample):
+            pixels = decode_rgb(self._member(sample, "image"))
+            mask = decode_png_labels(self._member(sample, "mask"))
         if mask.shape != pixels.shape[:2]:
             raise DataError(
                 f"{self.describe(sample)}: its image is {pixels.shape[1]}x{pixels.shape[0]}, its mask "
                 f"{mask.shape[-1]}x{mask.shape[0]}: shard the data again"
             )
         return Labelled(torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(mask), sample)
+
+    def annotated(self, sample: int) -> Annotated:
+        """An image, decoded, and the objects in it, of an instance set. Raises DataError."""
+        with self._telling(sample):
+            pixels = decode_rgb(self._member(sample, "image"))
+            told = json.loads(self._member(sample, "json"))
+            image_id, objects, height, width = (told[key] for key in ("image_id", "annotations", "height", "width"))
+        if (height, width) != pixels.shape[:2]:
+            raise DataError(
+                f"{self.describe(sample)}: its image is {pixels.shape[1]}x{pixels.shape[0]}, its objects are those of "
+                f"{width}x{height}: shard the data again"
+            )
+        return Annotated(torch.from_numpy(pixels).permute(2, 0, 1), image_id, objects, sample)
+
+    @contextmanager
+    def _telling(self, sample: int) -> Iterator[None]:
+        """What goes wrong in reading a sample, by where it lies."""
+        try:
+            yield
+        except DataError:  # of an index, which tells where itself
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{self.describe(sample)} cannot be read: {error}; `python -m data_prep verify {self.folder}` lists "
+                f"what cannot"
+            ) from None
 
     def close(self) -> None:
         """Close the shards; they are opened again where that is asked for."""
@@ -95,7 +126,10 @@ class DenseReader:
         except ManifestError as error:
             raise DataError(str(error)) from None
 
-    def _read(self, shard: int, offset: int, size: int) -> bytes:
+    def _member(self, sample: int, part: str) -> bytes:
+        """The bytes of a sample's "image", "mask" or "json"."""
+        shard, place, index = self._find(sample)
+        offset, size = (int(getattr(index, f"{part}_{what}")[place]) for what in ("offset", "bytes"))
         if shard not in self._files:
             self._files[shard] = os.open(self.folder / self.entries[shard].file, os.O_RDONLY)
         data = os.pread(self._files[shard], size, offset)
@@ -125,15 +159,15 @@ class _Crops(Dataset[Any]):
 
 
 class _Whole(Dataset[Any]):
-    """Images as they are, with their masks; asked for one by one."""
+    """Samples as they are; asked for one by one."""
 
-    def __init__(self, reader: DenseReader) -> None:
-        self.reader = reader
+    def __init__(self, reader: DenseReader, read: Callable[[int], Any]) -> None:
+        self.reader, self.read = reader, read
 
-    def __getitems__(self, samples: Sequence[int]) -> Labelled | DataError:
+    def __getitems__(self, samples: Sequence[int]) -> Any:
         (sample,) = samples
         try:
-            return self.reader.labelled(sample)
+            return self.read(sample)
         except DataError as error:
             return error
 
@@ -151,9 +185,15 @@ def training_crops(
 
 
 def validation_images(config: SegmentConfig, reader: DenseReader, ranks: Ranks) -> Iterator[Labelled]:
-    """Every validation image exactly once over all ranks: rank r takes r, r + R, r + 2R, ... Raises DataError.
+    """Every validation image with its mask: see `each_once`."""
+    return each_once(reader, reader.labelled, config.data.workers_per_rank, ranks)
+
+
+def each_once(reader: DenseReader, read: Callable[[int], _Item], workers: int, ranks: Ranks) -> Iterator[_Item]:
+    """What `read`, a method of the reader, gives of each sample exactly once over all ranks: rank r takes r, r + R,
+    r + 2R, ... Raises DataError.
 
     Ranks may yield different numbers of images: hold no collective inside the loop over them.
     """
     mine = [[sample] for sample in range(ranks.rank, len(reader), ranks.count)]
-    yield from worker_batches(_Whole(reader), config.data.workers_per_rank, batch_sampler=mine)
+    yield from worker_batches(_Whole(reader, read), workers, batch_sampler=mine)

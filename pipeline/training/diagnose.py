@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from pipeline.config.run import RunConfig
 from pipeline.data.augment import normalise
-from pipeline.data.views import Batch
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
 from pipeline.training.recipe import seed_micro_batch
-from pipeline.training.task import Task
+from pipeline.training.task import Place, Task
 
 _PARTS_KEPT = 8  # of hundreds of ranks: a fault of the data is in one or two, one of the weights looks alike in all
 _SAMPLES_SHOWN = 4
 
 
 @torch.no_grad()
-def stage_statistics(model: nn.Module, images: Tensor, backbone: HorNet | None = None) -> list[dict[str, Any]]:
-    """What leaves the gnConvs of each stage for `images` (B, 3, H, W), normalised, in the mode the model is in.
+def stage_statistics(model: nn.Module, inputs: Any, backbone: HorNet | None = None) -> list[dict[str, Any]]:
+    """What leaves the gnConvs of each stage for the model's `inputs`, images (B, 3, H, W), normalised, or what its task
+    has in their place; in the mode the model is in.
 
     `backbone`: the part of the model that has the stages; None: the model itself.
 
@@ -47,7 +47,7 @@ def stage_statistics(model: nn.Module, images: Tensor, backbone: HorNet | None =
     try:
         for stage, blocks in enumerate(backbone.stages):
             hooks += [cast(nn.Module, block.gnconv).register_forward_hook(look(stage)) for block in blocks.children()]
-        model(images)
+        model(inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -61,7 +61,7 @@ def diagnose(
     step: int,
     micro_losses: list[float],
     model: nn.Module,
-    place: Callable[[Batch], tuple[Tensor, Tensor]],
+    place: Place,
     device: torch.device,
     bf16: bool,
 ) -> dict[str, Any]:
@@ -86,13 +86,13 @@ def diagnose(
         with closing(batches):  # it ends its reader when it is closed
             batch = next(islice(batches, micro, None))
         part["samples"] = batch.samples.tolist()  # with those that stood in for bad ones
-        images, _ = place(batch)
-        if images.dtype == torch.uint8:
-            images = normalise(images)
+        inputs, _ = place(batch)
+        if isinstance(inputs, Tensor) and inputs.dtype == torch.uint8:
+            inputs = normalise(inputs)
         seed_micro_batch((config.seed, step, (ranks.rank * accumulation + micro) * size))  # drop path, as in the step
         model.to(device).train()
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return {**part, "stages": stage_statistics(model, images, task.backbone(model))}
+            return {**part, "stages": stage_statistics(model, inputs, task.backbone(model))}
     except (ValueError, OSError, RuntimeError) as error:  # RuntimeError: the device's memory has no room for it
         return {**part, "stages": [], "error": str(error).partition("\n")[0]}
     finally:

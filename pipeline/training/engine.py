@@ -188,12 +188,12 @@ class Engine:
 
     def train_step(
         self,
-        micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        micro_batches: Iterable[tuple[Any, Any]],
         loss: Loss,
         judge: Judge = _finite,
         stop: Callable[[], bool] = lambda: False,
     ) -> StepResult:
-        """Forward and backward of every (images, targets) of one optimizer step, one clipping, one update.
+        """Forward and backward of every (inputs, targets) of one optimizer step, one clipping, one update.
 
         `judge` gets the loss and the norm of the gradient, the same on all ranks, and returns why there should be no
         update, or None. `stop` tells whether this rank was asked to stop. A collective, with two reads of the device.
@@ -201,8 +201,8 @@ class Engine:
         self.engine.train()
         losses: list[torch.Tensor] = []
         mean, asked, verdict = math.nan, 0.0, _Verdict(judge)
-        for images, targets in micro_batches:
-            value = loss(self.engine(images), targets)
+        for inputs, targets in micro_batches:
+            value = loss(self.engine(inputs), targets)
             self.engine.backward(value)
             losses.append(value.detach())
             if self.engine.is_gradient_accumulation_boundary():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,7 @@ from pipeline.ranks.log_file import say
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.meter import Meter
 from pipeline.training.recipe import Mixing, seed_micro_batch
+from pipeline.training.task import Batch as AnyBatch
 from pipeline.training.task import EvaluationStopped, Judging, Place
 
 _ASK_EVERY_BATCHES = 16  # of an evaluation, whether some rank was asked to stop: seconds on a GPU
@@ -44,7 +45,7 @@ def placing(config: Config, device: torch.device) -> Place:
 
 
 class Feed:
-    """The micro-batches of one rank, step by step: (images, targets) on the device.
+    """The micro-batches of one rank, step by step: (inputs, targets) on the device.
 
     All random state is keyed by (seed, step, place in the global batch): a step is the same step on any number of ranks
     and after any restart.
@@ -54,7 +55,7 @@ class Feed:
         self,
         config: RunConfig,
         ranks: Ranks,
-        batches: Iterator[Batch],
+        batches: Iterator[AnyBatch],
         place: Place,
         mix: Mixing,
         bad_samples: BadSampleLedger,
@@ -66,7 +67,7 @@ class Feed:
         self.accumulation = config.train.accumulation_steps(ranks.count)
         self.first_slot = ranks.rank * self.accumulation
 
-    def step(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def step(self, step: int) -> Iterator[tuple[Any, Any]]:
         """What the optimizer step `step` of the run is made of. Steps have to be taken in order."""
         for micro in range(self.accumulation):
             self.watchdog.tick(f"waiting for data, step {step + 1}")

@@ -16,8 +16,9 @@ from torch import nn
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import Augment, Optimizer
 
-Mixing = Callable[[torch.Tensor, torch.Tensor, tuple[int, ...]], tuple[torch.Tensor, torch.Tensor]]
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Of inputs, targets and a key. What these are, and what a net makes of them, is the task's.
+Mixing = Callable[[Any, Any, tuple[int, ...]], tuple[Any, Any]]
+Loss = Callable[[Any, Any], torch.Tensor]
 # Gradients that DeepSpeed sends at once. The bucket is allocated at once: its default of 5e8 elements is 2 GB, more
 # than HorNet-L's gradients.
 REDUCE_BUCKET_ELEMENTS = 50_000_000

@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from data_prep.labels.spaces import lemma
 from data_prep.manifest import MANIFEST_NAME
@@ -24,11 +23,12 @@ from pipeline.records.run_id import CONFIG_FILE, ID_FILE, LOG_FILE, SUMMARY_FILE
 from pipeline.records.system import SystemSampler
 from pipeline.records.tracking import Tracker
 from pipeline.training.initial import local_init
+from pipeline.training.task import images_of
 
 GUARD_FILE, UNMATCHED = "guard.jsonl", "unmatched_classes.tsv"
 _FILES = (CONFIG_FILE, LOG_FILE, SUMMARY_FILE, MANIFEST_NAME, GUARD_FILE)
 
-MicroBatches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+MicroBatches = Iterator[tuple[Any, Any]]
 
 
 class Nodes:
@@ -82,14 +82,14 @@ def _run_of(checkpoint: Path | None) -> Path | None:
 
 def with_sheet(micro_batches: MicroBatches, run_dir: Path, tracker: Tracker) -> MicroBatches:
     """The same, and of the first one a picture beside the run's log and in MLflow."""
-    for number, (images, targets) in enumerate(micro_batches):
+    for number, (inputs, targets) in enumerate(micro_batches):
         if number == 0:
             try:
-                draw_sheet(images, run_dir / SHEET)
+                draw_sheet(images_of(inputs), run_dir / SHEET)
                 tracker.attach(run_dir / SHEET)
             except OSError as error:  # a full disk is no reason not to train
                 say(f"warning: {run_dir / SHEET} could not be written: {error}", sys.stderr)
-        yield images, targets
+        yield inputs, targets
 
 
 def write_unmatched(run_dir: Path, wnids: Sequence[str]) -> None:

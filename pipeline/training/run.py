@@ -45,8 +45,8 @@ _DIAGNOSED_IN_A_ROW = 5  # steps left out that are looked into, of each row; the
 
 
 def main(command: str, config: RunConfig, kind: Kind, resume: bool, stop: StopRequest) -> int:
-    """Run `command` (pretrain, adapt, finetune, segment) on the ranks that the launcher started, from its newest
-    checkpoint if it has one. `kind` makes its task.
+    """Run `command` (pretrain, adapt, finetune, segment, detect) on the ranks that the launcher started, from its
+    newest checkpoint if it has one. `kind` makes its task.
 
     Returns 0, or EXIT_REQUEUE where the run was asked to stop and the same command goes on with it. Raises ConfigError,
     ManifestError, DataError, CheckpointError, GuardError, RendezvousError or RunBusyError for what a user can mend,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pipeline.data.mixture import TrainingOrder
-from pipeline.data.views import Batch
+from pipeline.data.views import BadSample
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks
 from pipeline.ranks.lifetime import StopRequest
@@ -20,7 +20,24 @@ from pipeline.ranks.watchdog import Watchdog
 from pipeline.records.family import DataSet
 from pipeline.training.recipe import Loss, Mixing
 
-Place = Callable[[Batch], tuple[torch.Tensor, torch.Tensor]]
+Place = Callable[[Any], tuple[Any, Any]]  # a batch -> inputs of the net, targets of the loss
+
+
+class Batch(Protocol):
+    """What the run asks of a micro-batch, whatever is in it: the sample ids, int64 (B,), and those that others stand in
+    for.
+    """
+
+    @property
+    def samples(self) -> torch.Tensor: ...
+
+    @property
+    def bad(self) -> tuple[BadSample, ...]: ...
+
+
+def images_of(inputs: Any) -> torch.Tensor:
+    """The images (B, 3, H, W) among the inputs of a net, which are all of them, or have them as `images`."""
+    return inputs if isinstance(inputs, torch.Tensor) else inputs.images
 
 
 class EvaluationStopped(Exception):
@@ -72,7 +89,7 @@ class Task(Protocol):
         """Give a net the weights that `init.checkpoint` names. Raises CheckpointError."""
 
     def place(self, device: torch.device) -> Place:
-        """What brings a batch's images and targets to the device."""
+        """What brings the inputs and targets of a batch to the device; `images_of` finds the images there."""
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's micro-batches of the run's steps first_step .. last_step - 1. Raises DataError."""

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.detect import DetectConfig
 from pipeline.config.kinds import load_any
 from pipeline.config.load import Config, known_keys, load
 from pipeline.config.sections import Checkpointing, ConfigError
@@ -19,7 +20,8 @@ from pipeline.models.stage import POLICIES
 from tests.support.runs import ROOT
 
 DENSE = sorted((ROOT / "configs").glob("*segment*.yaml"))
-CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE})
+DETECT = sorted((ROOT / "configs").glob("*detect*.yaml"))
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE, *DETECT})
 DEMO = ROOT / "configs" / "demo_pretrain.yaml"
 # Published settings by file: lr, weight decay, clip, drop path, epochs, batch, layer decay, EMA.
 PUBLISHED = {
@@ -76,6 +78,20 @@ def test_shipped_segmentations(path: Path) -> None:
         net = Segmentor(config.model, 150, config.data.resolution).eval()
         logits = net(torch.empty(1, 3, 512, 512))
     assert logits.shape == (1, 150, 128, 128)
+
+
+@pytest.mark.parametrize("path", DETECT, ids=lambda path: path.stem)
+def test_shipped_detections(path: Path) -> None:
+    """As the classifications; with the settings that the published recipe and ours share."""
+    assert flat_keys(yaml.safe_load(path.read_text())) == set(known_keys(DetectConfig))
+    config = load(path, [], DetectConfig)
+    assert load_any(path) == config
+    assert DetectConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
+    for ranks in (2,) if "demo" in path.stem else (8, 16):
+        assert config.train.accumulation_steps(ranks) >= 1
+    if "demo" not in path.stem:
+        assert (config.augment.scale_min, config.augment.scale_max, config.data.resolution) == (0.1, 2.0, 1024)
+        assert (config.train.global_batch, config.model.channels, config.evaluate.short_side_px) == (16, 256, 800)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

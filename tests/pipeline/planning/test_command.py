@@ -17,7 +17,7 @@ from pipeline.planning.images import images_of
 from tests.support.datasets import archive
 from tests.support.runs import ROOT
 
-DENSE = sorted((ROOT / "configs").glob("*segment*.yaml"))
+DENSE = [path for task in ("segment", "detect") for path in sorted((ROOT / "configs").glob(f"*{task}*.yaml"))]
 CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE})
 DEMO = str(ROOT / "configs" / "demo_pretrain.yaml")
 SMALL = (DEMO, "data.path=nowhere/demo-22k", "data.resolution=32", "train.global_batch=64", "train.micro_batch=8")
@@ -55,9 +55,10 @@ def test_every_configuration_plans(path: Path, capsys: pytest.CaptureFixture[str
     assert found["data"]["known_by"].startswith("assumed")
 
 
-def test_segmentations_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(DENSE[0])]) == 1
-    assert "is the configuration of `task: segment`" in capsys.readouterr().err
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_other_tasks_are_refused(capsys: pytest.CaptureFixture[str], task: str) -> None:
+    assert main(["plan", str(ROOT / "configs" / f"demo_{task}.yaml")]) == 1
+    assert f"is the configuration of `task: {task}`" in capsys.readouterr().err
 
 
 def test_the_numbers_fit_together(capsys: pytest.CaptureFixture[str]) -> None:
