@@ -15,7 +15,7 @@ from pipeline.ranks.lifetime import EXIT_REQUEUE, Terminated
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
 
 _STORES = ("botocore", "aiohttp", "fsspec", "s3fs", "gcsfs", "adlfs", "google", "azure")  # what they say is for users
-_OF_RANKS = ("pretrain", "adapt", "finetune", "segment", "evaluate", "evaluate-segment")
+_OF_RANKS = ("pretrain", "adapt", "finetune", "segment", "detect", "evaluate", "evaluate-segment", "evaluate-detect")
 _OF_ONE_RANK = ("DataError", "OutOfMemoryError", "UnmetError")
 _TRAINING = "pipeline.training.command"
 # command: (module with add_arguments, command and perhaps EPILOG; line of help). Imported for the command asked for.
@@ -27,9 +27,14 @@ _COMMANDS = {
     ),
     "finetune": (_TRAINING, "the same, starting from init.checkpoint: head mapped by WordNet id, filters resized"),
     "segment": ("pipeline.dense.command", "train a segmentation on a HorNet backbone, from a set with masks"),
+    "detect": ("pipeline.detection.command", "train a detector on a HorNet backbone, from a set with boxes or masks"),
     "evaluate-segment": (
         "pipeline.dense.measure_command",
         "a segmentation measured: mIoU, class by class; by windows, scales and mirror images",
+    ),
+    "evaluate-detect": (
+        "pipeline.detection.measure_command",
+        "a detector measured: COCO's average precision of boxes and masks, class by class",
     ),
     "evaluate": (
         "pipeline.evaluation.command",

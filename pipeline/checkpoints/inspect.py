@@ -162,7 +162,7 @@ def _tensors(file: Path, norms: bool) -> list[TensorFacts] | None:
     return found
 
 
-_SCORES = {"top1": "", "miou": " mIoU"}  # and how it is said which
+_SCORES = {"top1": "", "miou": " mIoU", "box_ap": " box AP"}  # and how it is said which
 
 
 def _steps_per_epoch(run: Path, meta: Meta) -> int | None:

@@ -6,7 +6,7 @@ import colorsys
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ _MOST_CLASSES = 60  # named in the legend of a sheet
 class Shown(NamedTuple):
     """One image, small: pixels uint8 (h, w, 3), its mask and what was found, both uint8 (h, w)."""
 
-    iou: float
+    score: float
     name: str
     pixels: np.ndarray
     mask: np.ndarray
@@ -45,9 +45,22 @@ def shown(labelled: Labelled, found: torch.Tensor, iou: float, name: str) -> Sho
     return Shown(iou, name, image.permute(1, 2, 0).numpy(), mask, predicted)
 
 
-def kept(pictures: Sequence[Shown]) -> list[Shown]:
+class Scored(Protocol):
+    """What `kept` asks of a picture: a score, percent, and a name that tells equal ones apart."""
+
+    @property
+    def score(self) -> float: ...
+
+    @property
+    def name(self) -> str: ...
+
+
+_Picture = TypeVar("_Picture", bound=Scored)
+
+
+def kept(pictures: Sequence[_Picture]) -> list[_Picture]:
     """Those of the highest and of the lowest score, the highest first."""
-    ordered = sorted(pictures, key=lambda each: (-each.iou, each.name))
+    ordered = sorted(pictures, key=lambda each: (-each.score, each.name))
     return ordered if len(ordered) <= 2 * _EACH else [*ordered[:_EACH], *ordered[-_EACH:]]
 
 
@@ -72,30 +85,31 @@ def draw_sheet(pictures: Sequence[Shown], classes: Sequence[str], path: Path) ->
             axes.set_axis_off()
         row[0].set_title(each.name.rpartition(": ")[2], fontsize=7)
         row[1].set_title("mask", fontsize=7)
-        row[2].set_title(f"found: IoU {each.iou:.1f} %", fontsize=7)
+        row[2].set_title(f"found: IoU {each.score:.1f} %", fontsize=7)
     labels = np.unique(np.concatenate([np.append(each.mask, each.found) for each in pictures]))
     patches = [
         Patch(color=table[label] / 255, label=classes[label]) for label in labels.tolist() if label < len(classes)
     ]
     figure.legend(handles=patches[:_MOST_CLASSES], loc="outside lower center", ncols=6, fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
-def draw_classes(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A bar for each class that is there or found, the best first. Raises OSError."""
-    known = sorted((row for row in rows if row["iou_percent"] is not None), key=lambda row: row["iou_percent"])
+def draw_classes(rows: Sequence[dict[str, Any]], key: str, label: str, path: Path) -> None:
+    """A bar for each class whose `key`, percent, is known, the best first. Raises OSError."""
+    known = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
     figure = Figure(figsize=(7, 1 + 0.17 * len(known)), layout="constrained")
     axes = figure.subplots()
-    axes.barh([row["class"] for row in known], [row["iou_percent"] for row in known], color="#4878a8")
-    axes.set_xlabel("intersection over union, %")
+    axes.barh([row["class"] for row in known], [row[key] for row in known], color="#4878a8")
+    axes.set_xlabel(label)
     axes.set_xlim(0, 100)
     axes.tick_params(axis="y", labelsize=7)
     axes.margins(y=0.01)
     axes.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """As PNG, whole or not at all. Raises OSError."""
     written = io.BytesIO()
     figure.savefig(written, format="png", dpi=110)
     with atomic_write(path) as file:

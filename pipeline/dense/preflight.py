@@ -1,13 +1,19 @@
-"""What can be known to be wrong with a segmentation before ranks are started; without torch where that can be."""
+"""What can be known to be wrong with a segmentation, or a detection, before ranks are started; without torch where that
+can be.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Callable
+from typing import Any
 
+from data_prep.dense_set import DenseManifest
 from data_prep.storage import Folder, refuse_unwritable
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.run import RunConfig
 from pipeline.dense.opened import check_files, dense_order, open_dense
 from pipeline.records.address import probe
 from pipeline.training.initial import fetch, local_init
@@ -19,8 +25,13 @@ def preflight(config: SegmentConfig, ranks: int | None, nodes: int, resume: bool
 
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
+    check_run(config, open_dense, ranks, resume)
+
+
+def check_run(config: RunConfig, open_set: Callable[[Any], DenseManifest], ranks: int | None, resume: bool) -> None:
+    """`preflight` of a run on the set that `open_set` opens for its configuration."""
     refuse_unwritable(Folder(config.run_dir), "set another output_root")
-    manifest = open_dense(config)
+    manifest = open_set(config)
     dense_order(config, manifest)
     if ranks is not None:
         config.train.accumulation_steps(ranks)

@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,8 +13,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.storage import atomic_write
-from pipeline.checkpoints.choice import Source, check_model, find_source
-from pipeline.checkpoints.transfer import load_into
 from pipeline.config.dense import SegmentConfig
 from pipeline.data.augment import normalise
 from pipeline.data.mixture import TrainingOrder
@@ -24,13 +21,12 @@ from pipeline.dense.data import DenseReader, training_crops, validation_images
 from pipeline.dense.evaluate import class_ious, confusion, summarised
 from pipeline.dense.opened import dense_order, open_dense
 from pipeline.dense.segmentor import Segmentor, segmentation_loss
-from pipeline.models.build import build_model
+from pipeline.dense.start import start_backbone
 from pipeline.models.hornet import HorNet
 from pipeline.ranks.collectives import Ranks, sum_over_ranks
 from pipeline.records.console import validation_row
 from pipeline.records.flops import PASSES
 from pipeline.training.feed import until_stopped
-from pipeline.training.initial import found_in_mlflow, local_init
 from pipeline.training.recipe import Loss, Mixing
 from pipeline.training.task import Judging, Kind, Place, Start
 
@@ -62,11 +58,7 @@ class Segmentation:
         return cast(Segmentor, net).backbone
 
     def start(self, net: nn.Module, command: str) -> Start:
-        source = find_source(local_init(self.config))
-        check_model(source, self.config.model.name)
-        report = start_backbone(cast(Segmentor, net), self.config, source)
-        name = found_in_mlflow(self.config)
-        return Start(f"{name}: {report}" if name else report, None)
+        return start_backbone(self.backbone(net), self.config)
 
     def place(self, device: torch.device) -> Place:
         def place(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,18 +131,6 @@ class Segmentation:
             f"pixels {metrics['pixel_accuracy']:.2f} %  loss {metrics['val_loss']:.4f}  "
             f"{metrics['val_samples']:.0f} images"
         )
-
-
-def start_backbone(net: Segmentor, config: SegmentConfig, source: Source) -> str:
-    """Give the backbone the weights of a classification, whose head is left out; returns what was done, in words.
-
-    Raises CheckpointError.
-    """
-    whole = build_model(config.model, 0, config.data.resolution)
-    report = load_into(whole, replace(source, synsets=None, by_size=False), []).report
-    own = net.backbone.state_dict()
-    net.backbone.load_state_dict({name: value for name, value in whole.state_dict().items() if name in own})
-    return f"backbone: {report.partition(';')[0]}; head: fresh"
 
 
 SEGMENTATION = Kind(Segmentation.prepare, Segmentation)

@@ -13,10 +13,12 @@ from data_prep.manifest import MANIFEST_NAME, Manifest, dataset_folder, index_pa
 from data_prep.storage import Folder, is_url
 from pipeline.config.data import Data
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.detect import DetectConfig
 from pipeline.config.load import Config
 from pipeline.config.run import RunConfig
 from pipeline.data.opened import check_remote, open_manifest, parts_of, training_order
 from pipeline.dense.opened import dense_order, open_dense
+from pipeline.detection.opened import open_instances
 from pipeline.doctor.report import Finding, Report, Reports, answered, differing, each, odd
 
 _VERIFY = "`python -m data_prep verify` looks into every byte of it"
@@ -24,7 +26,7 @@ _VERIFY = "`python -m data_prep verify` looks into every byte of it"
 
 def look(config: RunConfig, is_first: bool, fast: bool) -> Report:
     """Of each set: what its manifest is, and which files are not as it says. Raises what opening them raises."""
-    if isinstance(config, SegmentConfig):
+    if isinstance(config, SegmentConfig | DetectConfig):
         return _of_dense(config, is_first)
     assert isinstance(config, Config)
     data = config.data
@@ -43,8 +45,9 @@ def look(config: RunConfig, is_first: bool, fast: bool) -> Report:
     return {"sets": sets, "classes": manifest.num_classes}
 
 
-def _of_dense(config: SegmentConfig, is_first: bool) -> Report:
-    manifest, folder = open_dense(config), config.data.path
+def _of_dense(config: SegmentConfig | DetectConfig, is_first: bool) -> Report:
+    manifest = open_instances(config) if isinstance(config, DetectConfig) else open_dense(config)
+    folder = config.data.path
     if is_first:
         dense_order(config, manifest)
     shards = [entry for split in manifest.splits.values() for entry in split.shards]

@@ -13,6 +13,7 @@ from typing import Any
 from data_prep.storage import TEMP_MARK
 from pipeline.checkpoints.files import Meta, newest_good, step_folders
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.detect import DetectConfig
 from pipeline.config.run import RunConfig
 from pipeline.doctor.report import Finding, Report, Reports, answered, differing, each, named, odd
 
@@ -86,6 +87,10 @@ def _net(config: RunConfig, classes: int) -> Any:
         from pipeline.dense.segmentor import Segmentor
 
         return Segmentor(config.model, classes, config.data.resolution)
+    if isinstance(config, DetectConfig):
+        from pipeline.detection.detector import build_detector
+
+        return build_detector(config.model, classes, config.data.resolution)
     from pipeline.models.build import build_model
 
     return build_model(config.model, classes, config.data.resolution)

@@ -31,13 +31,16 @@ def print_summary(config: RunConfig, summary: dict[str, Any], page: str | None) 
         table.add_row("top-1 / top-5", accuracy)
     if "miou" in summary:
         table.add_row("mIoU", f"{summary['miou']:.2f} % of {summary['val_samples']:.0f} images")
+    if "box_ap" in summary:
+        masks = f", of masks {summary['mask_ap']:.2f} %" if "mask_ap" in summary else ""
+        table.add_row("AP of boxes", f"{summary['box_ap']:.2f} %{masks}, of {summary['val_samples']:.0f} images")
     table.add_row("images seen", f"{summary['samples_seen']:,}")
     table.add_row("time", f"{summary['seconds'] / 60:.1f} min")
     table.add_row("checkpoint", summary["checkpoint"])
     table.add_row("log", str(config.run_dir / "log.jsonl"))
     table.add_row("MLflow run", summary["mlflow_run_id"] or "not reached")
     review = _review(config)
-    if summary["stage"] in ("finetune", "segment"):
+    if summary["stage"] in ("finetune", "segment", "detect"):
         table.add_row("next", review)
     elif config.name == "demo-pretrain":
         table.add_row("next", f"make finetune    then: {review}")

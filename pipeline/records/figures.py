@@ -27,6 +27,9 @@ _ACCURACIES = {
     "miou": "mIoU",
     "miou_model": "mIoU of raw weights",
     "pixel_accuracy": "pixels",
+    "box_ap": "box AP",
+    "box_ap_model": "box AP of raw weights",
+    "mask_ap": "mask AP",
 }
 
 

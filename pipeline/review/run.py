@@ -19,7 +19,7 @@ from pipeline.review.timeline import Timeline, read_timeline
 
 _FILE_BYTES = 64_000_000  # of a JSON or YAML file; dataset.json of ImageNet-22K has 2 MB
 _VALUE_CHARS = 300
-SEGMENT = "segment"  # the stage, and the task of its configuration
+SCORES = {"segment": ("miou", " mIoU"), "detect": ("box_ap", " box AP")}  # by stage, which is the task; others: top-1
 _CHECKPOINTS = 50
 
 
@@ -54,8 +54,8 @@ class Run:
 
     @property
     def score(self) -> float | None:
-        """What stands for how good it is, percent: top-1, of a segmentation the mIoU."""
-        return self.last.get("miou" if self.stage == SEGMENT else "top1")
+        """What stands for how good it is, percent: top-1, of a segmentation the mIoU, of a detection the box AP."""
+        return self.last.get(score_of(self.stage)[0])
 
     @property
     def state(self) -> str:
@@ -70,6 +70,11 @@ class Run:
     def event_count(self, kind: str) -> int:
         """How many events of a kind are on its time line."""
         return sum(event.kind == kind for event in self.timeline.events)
+
+
+def score_of(stage: str) -> tuple[str, str]:
+    """The metric of `Run.score`, and how it is told which."""
+    return SCORES.get(stage, ("top1", ""))
 
 
 def find_runs(paths: list[Path]) -> list[Path]:
@@ -131,7 +136,7 @@ def read_run(
         lines=len(log.steps),
         damaged=log.damaged,
         last={key: float(column.values[-1]) for key, column in log.columns.items()},
-        best_score=log.largest("miou" if stage == SEGMENT else "top1"),
+        best_score=log.largest(score_of(stage)[0]),
         images_per_second=log.median("images_per_second"),
         timeline=timeline,
         summary=summary,

@@ -11,7 +11,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.review.differences import differences
-from pipeline.review.run import SEGMENT, Run
+from pipeline.review.run import Run, score_of
 
 _KEYS = 40
 _COLUMNS = ("run", "stage", "state", "step", "loss", "top-1", "best", "images/s", "data wait", "hours", "faults")
@@ -72,7 +72,7 @@ def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
 
 
 def _score(run: Run, percent: float | None) -> str:
-    unit = " mIoU" if run.stage == SEGMENT and percent is not None else ""
+    unit = "" if percent is None else score_of(run.stage)[1]
     return number(percent, ".2f") + unit
 
 

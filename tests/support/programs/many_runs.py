@@ -29,16 +29,24 @@ import torch
 
 from pipeline.__main__ import _parse
 from pipeline.config.dense import SegmentConfig
+from pipeline.config.detect import DetectConfig
 from pipeline.config.load import Config, load
 from pipeline.config.run import RunConfig
 from pipeline.data.views import Batch
 from pipeline.dense.segmentation import SEGMENTATION
+from pipeline.detection.detection import DETECTION
 from pipeline.ranks.collectives import barrier
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, exclusive
 from pipeline.ranks.watchdog import Watchdog
 from pipeline.training import engine
 from pipeline.training.classification import CLASSIFICATION
 from pipeline.training.run import Run
+from pipeline.training.task import Kind
+
+TASKS: dict[str, tuple[type[RunConfig], Kind]] = {
+    "segment": (SegmentConfig, SEGMENTATION),
+    "detect": (DetectConfig, DETECTION),
+}
 
 
 def disturb_and_record(run: Run, job: dict[str, Any]) -> None:
@@ -92,7 +100,7 @@ def main() -> None:
     ranks, device = engine.start_ranks()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         options = _parse(job["arguments"])
-        config_kind, task = (SegmentConfig, SEGMENTATION) if options.command == "segment" else (Config, CLASSIFICATION)
+        config_kind, task = TASKS.get(options.command, (Config, CLASSIFICATION))
         config: RunConfig = load(options.config, options.overrides, config_kind)
         stop, code, raised = StopRequest(), None, None
         stacks = config.run_dir / "stacks"
