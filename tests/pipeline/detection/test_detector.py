@@ -17,7 +17,8 @@ from tests.support.detection_nets import CLASSES, PX, detector, learn, nothing, 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-HEADS = ["mask-rcnn", "cascade-mask-rcnn"]
+R_CNNS = ["mask-rcnn", "cascade-mask-rcnn"]
+HEADS = [*R_CNNS, "rt-detr-v2", "d-fine"]
 
 
 def step(net: Detector, scenes: Scenes, seed: int = 1) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -31,23 +32,32 @@ def step(net: Detector, scenes: Scenes, seed: int = 1) -> tuple[dict[str, float]
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_each_parameter_learns_something_and_the_same_from_the_same_seed(head: str) -> None:
+def test_each_parameter_learns_and_the_same_from_the_same_seed(head: str) -> None:
     net = detector(head)
     losses, gradients = step(net, squares())
-    assert all(0 < loss < 10 for loss in losses.values()), losses
+    assert all(0 <= loss < 50 for loss in losses.values()), losses
     assert set(gradients) == {name for name, _ in net.named_parameters()}
-    idle = {name for name, gradient in gradients.items() if not gradient.any()}
-    assert not idle, idle
     again, same = step(net, squares())
     assert again == losses
     assert all(torch.equal(same[name], gradient) for name, gradient in gradients.items())
+    other, _ = step(net, squares(), seed=2)
+    assert other != losses
+    idle = set(gradients)
+    for seed in range(3):  # what begins as zeros hides what is before it
+        _, gradients = step(net, squares(), seed)
+        idle -= {name for name, gradient in gradients.items() if gradient.any()}
+        with torch.no_grad():
+            for parameter in net.parameters():
+                assert parameter.grad is not None
+                parameter -= 1e-3 * parameter.grad
+    assert not idle, idle
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_without_objects_there_are_finite_losses_and_a_gradient_for_each_parameter(head: str) -> None:
     net = detector(head)
     losses, gradients = step(net, nothing())
-    assert all(0 <= loss < 10 for loss in losses.values()), losses
+    assert all(0 <= loss < 200 for loss in losses.values()), losses
     assert set(gradients) == {name for name, _ in net.named_parameters()}
     assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
 
@@ -59,12 +69,28 @@ def test_under_bf16_losses_are_float32_and_near(head: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         torch.manual_seed(1)
         losses = net(squares())
-        narrow = net.bfloat16()(squares())
-    assert all(each.dtype == torch.float32 for each in (*losses.values(), *narrow.values()))
-    assert float(total(losses).detach()) == pytest.approx(sum(expected.values()), rel=0.03)
-    assert float(total(narrow).detach()) == pytest.approx(sum(expected.values()), rel=0.1)
-    total(narrow).backward()
+    assert all(each.dtype == torch.float32 for each in losses.values())
+    assert float(total(losses).detach()) == pytest.approx(sum(expected.values()), rel=0.1)
+    total(losses).backward()
     assert all(parameter.grad is not None and torch.isfinite(parameter.grad).all() for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("head", R_CNNS)
+def test_r_cnns_take_weights_in_bf16(head: str) -> None:
+    net = detector(head)
+    expected, _ = step(net, squares())
+    with torch.autocast("cpu", torch.bfloat16):
+        found, gradients = step(net.bfloat16(), squares())
+    assert sum(found.values()) == pytest.approx(sum(expected.values()), rel=0.1)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_trains_after_an_evaluation_in_inference_mode(head: str) -> None:
+    net, scenes = detector(head), squares()
+    with torch.inference_mode():
+        net.eval()(scenes.images)
+    step(net.train(), scenes)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -88,6 +114,7 @@ def test_what_is_found_lies_in_the_image_best_first(head: str) -> None:
             assert 0 <= each.masks.min() <= each.masks.max() <= 1
         else:
             assert each.masks is None
+            assert len(each.boxes) > 10
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -106,7 +133,7 @@ def test_layers_and_flops(head: str) -> None:
         of_none.eval().dry_run(image)
     with FlopCounterMode(display=False) as backbone, torch.no_grad():
         of_none.maps(image)
-    assert whole.get_total_flops() > 1.5 * backbone.get_total_flops() > 0
+    assert whole.get_total_flops() > 1.2 * backbone.get_total_flops() > 0
 
 
 def test_masks_that_are_wanted_and_not_there() -> None:
