@@ -56,8 +56,8 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def dry_run(self, images: Tensor) -> None:
-        """Put images (B, 3, H, W) through all layers, where as many boxes are looked at as training does at most: in
-        eval mode, to count FLOPs on the meta device, on which no box can be chosen.
+        """Put images (B, 3, H, W) through all layers, where as many boxes are looked at as training does at most: to
+        count FLOPs on the meta device, on which no box can be chosen.
         """
 
     def maps(self, images: Tensor) -> list[Tensor]:

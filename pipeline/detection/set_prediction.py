@@ -83,8 +83,10 @@ class SetDetector(Detector):
         return found
 
     def dry_run(self, images: Tensor) -> None:
+        trained = self.training
         with _unchecked():
-            self._outputs(images, None)
+            self.eval()._outputs(images, None)  # in training it looks for infinities
+        self.train(trained)
 
     def _outputs(self, images: Tensor, labels: list[dict[str, Tensor]] | None) -> Any:
         core = self.transformer.model
