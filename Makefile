@@ -9,7 +9,8 @@ STAMP := .venv/.installed
 DEMO_PRETRAIN := configs/demo_pretrain.yaml
 DEMO_FINETUNE := configs/demo_finetune.yaml
 DEMO_SEGMENT := configs/demo_segment.yaml
-# Dotted overrides for pretrain, finetune and segment: ARGS="train.micro_batch=16 name=second"
+DEMO_DETECT := configs/demo_detect.yaml
+# Dotted overrides for pretrain, finetune, segment and detect: ARGS="train.micro_batch=16 name=second"
 ARGS ?=
 # An archive or folder of your own in place of the demo's images, for both stages
 SOURCE ?=
@@ -35,7 +36,7 @@ endif
 ifneq ($(and $(filter command,$(origin VENV)),$(filter-out .venv,$(VENV))),)
 $(error VENV=$(VENV) is for the scripts in launch/: make has .venv)
 endif
-ifneq ($(filter pretrain adapt finetune segment,$(MAKECMDGOALS)),)
+ifneq ($(filter pretrain adapt finetune segment detect,$(MAKECMDGOALS)),)
 ifneq ($(origin CONFIG),undefined)
 ifeq ($(strip $(CONFIG)),)
 $(error CONFIG is empty: name a file of configs/, or leave it out for the demo)
@@ -46,7 +47,7 @@ endif
 endif
 endif
 
-.PHONY: help setup places plan data scenes doctor pretrain adapt finetune segment evaluate stop review test chaos bench lint picture clean
+.PHONY: help setup places plan data scenes doctor pretrain adapt finetune segment detect evaluate stop review test chaos bench lint picture clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | awk -F'\t' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -123,6 +124,17 @@ segment: $(STAMP)
 	@launch/deepspeed.sh segment "$(CONFIG)" $(ARGS)
 endif
 
+ifeq ($(origin CONFIG),undefined)
+detect: places scenes ## the demo: boxes and masks of its scenes' objects, otherwise as segment. CONFIG=... as above
+	@$(DEMO_RANKS); [ -e runs/demo-pretrain/summary.json ] || fresh=init.checkpoint=null; \
+	launch/deepspeed.sh detect $(DEMO_DETECT) $$fresh $(ARGS) && \
+	$(BIN)/python -m pipeline evaluate-detect runs/demo-detect
+else
+detect: $(STAMP)
+	@$(LOOK) "$(CONFIG)" $(ARGS)
+	@launch/deepspeed.sh detect "$(CONFIG)" $(ARGS)
+endif
+
 adapt: $(STAMP) ## a pretrained net to a larger resolution: CONFIG=configs/adapt_hornet_l_gf_in22k_384.yaml
 	@$(LOOK) "$(or $(CONFIG),$(error adapt takes CONFIG=configs/adapt_hornet_l_gf_in22k_384.yaml, or another of yours))" $(ARGS)
 	@launch/deepspeed.sh adapt "$(CONFIG)" $(ARGS)
@@ -159,5 +171,5 @@ picture: $(STAMP) ## .readme/house.svg, drawn anew from the imports
 
 clean: ## removes the demo's data and runs, and caches; data/ and runs/ of yours and .venv stay
 	rm -rf data/raw data/demo-22k data/demo-1k data/demo-scenes-semantic data/demo-scenes-instance
-	rm -rf runs/demo-pretrain runs/demo-finetune runs/demo-segment
+	rm -rf runs/demo-pretrain runs/demo-finetune runs/demo-segment runs/demo-detect
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -49,6 +49,9 @@ class DetectionModel(Backbone):
     masks: bool = Field(description="train the mask head too; the transformers have none: false there")
     queries: Count = Field(description="boxes that a transformer finds in an image")
     anchor_px: Positive = Field(description="side of the R-CNN anchors on the finest map; twice that on each coarser")
+    sampled: Count = Field(
+        description="boxes of an image that an R-CNN's heads learn from, up to a quarter with objects"
+    )
     detections: Count = Field(description="kept of an image, by score")
     compile: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 Source: Cascade R-CNN, Cai and Vasconcelos 2018. torchvision 0.29.2 has none. As there: overlaps of .5, .6, .7, targets
 scaled by ever more, boxes of no class, losses of 1, 1/2, 1/4, scores that are the mean over the three heads. Here the
-512 boxes of an image are sampled once, before the first head; they go through all three. The published HorNets' heads
+boxes of an image are sampled once, before the first head; they go through all three. The published HorNets' heads
 have four 3x3 convolutions with batch norm, boxes by class, and a mask head for each stage.
 """
 
@@ -20,7 +20,6 @@ from pipeline.detection.heads import (
     CUT,
     MASK_CUT,
     OVERLAP_MAX,
-    SAMPLED,
     SAMPLED_POSITIVE,
     SCORE_MIN,
     BoxHidden,
@@ -61,8 +60,9 @@ class CascadeHeads(nn.Module):
             self.mask_cut = Cut(MASK_CUT, model.anchor_px)
             self.mask_head = MaskHidden(model.channels)
             self.mask_predictor = MaskPredictor(model.channels, num_classes)
+        self.sampled = model.sampled
         self.coders = [BoxCoder(weights) for weights in CODES]
-        self.sampler = BalancedPositiveNegativeSampler(SAMPLED, SAMPLED_POSITIVE)
+        self.sampler = BalancedPositiveNegativeSampler(model.sampled, SAMPLED_POSITIVE)
 
     def forward(
         self,
@@ -114,7 +114,7 @@ class CascadeHeads(nn.Module):
         labels: list[Tensor],
         targets: list[Target],
     ) -> Tensor:
-        most = int(SAMPLED * SAMPLED_POSITIVE)  # of an image: more may have become positive than were sampled
+        most = int(self.sampled * SAMPLED_POSITIVE)  # of an image: more may have become positive than were sampled
         chosen = [torch.where(each > 0)[0][:most] for each in labels]
         boxes = [each[index] for each, index in zip(boxes, chosen, strict=True)]
         logits = self._mask_logits(maps, boxes, sizes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeline.config.detect import DetectConfig
+import importlib
+
+from pipeline.config.detect import SET_PREDICTORS, DetectConfig
 from pipeline.dense.preflight import check_run
 from pipeline.detection.opened import open_instances
 
@@ -13,3 +15,8 @@ def preflight(config: DetectConfig, ranks: int | None, nodes: int, resume: bool)
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
     check_run(config, open_instances, ranks, resume)
+    if config.model.head in SET_PREDICTORS:  # transformers alone can say whether it can be built; it imports torch
+        classes, torch = open_instances(config).num_classes, importlib.import_module("torch")
+        with torch.device("meta"):
+            build = importlib.import_module("pipeline.detection.detector").build_detector
+            build(config.model, classes, config.data.resolution)

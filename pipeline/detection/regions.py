@@ -22,7 +22,6 @@ from pipeline.detection.heads import (
     CUT,
     MASK_CUT,
     OVERLAP_MAX,
-    SAMPLED,
     SAMPLED_POSITIVE,
     SCORE_MIN,
     Anchors,
@@ -43,7 +42,7 @@ class RegionDetector(Detector):
     """Mask R-CNN, or Faster R-CNN without masks, with one box head or a cascade of three.
 
     Losses: `loss_objectness`, `loss_rpn_box_reg` (means over 256 anchors an image), `loss_classifier`, `loss_box_reg`
-    (over 512 proposals an image) of the one head, and `loss_mask` (over positive proposals); for a cascade's see there.
+    (over `sampled` proposals an image) of the one head, `loss_mask` (over positive ones); for a cascade's see there.
 
     Args:
         model: see `DetectionModel`.
@@ -53,7 +52,7 @@ class RegionDetector(Detector):
 
     def __init__(self, model: DetectionModel, num_classes: int, resolution: int) -> None:
         super().__init__(model, resolution, [0, 1, 2, 3])
-        self.with_masks = model.masks
+        self.with_masks, self.sampled = model.masks, model.sampled
         self.pyramid = FeaturePyramid(self.widths, model.channels, gnconv=model.pyramid == "horfpn")
         self.proposals = RegionProposalNetwork(
             Anchors(model.anchor_px),
@@ -89,7 +88,7 @@ class RegionDetector(Detector):
     def dry_run(self, images: Tensor) -> None:
         maps = self._pyramid_of(images)
         self.proposals.head(list(maps.values()))
-        channels, boxes = maps["0"].shape[1], len(images) * SAMPLED
+        channels, boxes = maps["0"].shape[1], len(images) * self.sampled
         cuts = images.new_empty(boxes, channels, CUT, CUT)
         heads: Any = self.heads
         passes = (
@@ -122,7 +121,7 @@ def _one_head(model: DetectionModel, num_classes: int) -> RoIHeads:
         box_predictor=BoxPredictor(model.head_channels, num_classes, boxes=1 + num_classes),
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
-        batch_size_per_image=SAMPLED,
+        batch_size_per_image=model.sampled,
         positive_fraction=SAMPLED_POSITIVE,
         bbox_reg_weights=None,
         score_thresh=SCORE_MIN,

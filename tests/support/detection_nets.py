@@ -24,7 +24,7 @@ def detector(head: str, seed: int = 0, **more: Any) -> Detector:
     torch.manual_seed(seed)
     wanted = {"name": "hornet_nano_gf", "drop_path_rate": 0.0, "layer_scale_init": 0.01, "checkpointing": "selective"}
     wanted |= {"head": head, "pyramid": "fpn", "channels": 32, "head_channels": 64, "masks": head.endswith("rcnn")}
-    wanted |= {"queries": 12, "anchor_px": 8, "detections": 20, **more}
+    wanted |= {"queries": 12, "anchor_px": 8, "sampled": 512, "detections": 20, **more}
     return build_detector(DetectionModel.model_validate(wanted), len(CLASSES), PX).train()
 
 

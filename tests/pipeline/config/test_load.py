@@ -15,6 +15,7 @@ from pipeline.config.kinds import load_any
 from pipeline.config.load import Config, known_keys, load
 from pipeline.config.sections import Checkpointing, ConfigError
 from pipeline.dense.segmentor import Segmentor
+from pipeline.detection.detector import build_detector
 from pipeline.models.build import build_model
 from pipeline.models.stage import POLICIES
 from tests.support.runs import ROOT
@@ -87,11 +88,18 @@ def test_shipped_detections(path: Path) -> None:
     config = load(path, [], DetectConfig)
     assert load_any(path) == config
     assert DetectConfig.model_validate(yaml.safe_load(config.to_yaml())) == config
-    for ranks in (2,) if "demo" in path.stem else (8, 16):
+    for ranks in (2,) if "demo" in path.stem else (1, 2, 4, 8):
         assert config.train.accumulation_steps(ranks) >= 1
     if "demo" not in path.stem:
+        assert (config.train.global_batch, config.optimizer.lr_peak, config.model.channels) == (16, 1e-4, 256)
+        with torch.device("meta"):
+            net = build_detector(config.model, 80, config.data.resolution)
+        assert sum(p.numel() for p in net.parameters()) > 200e6
+    if "cascade" in path.stem:
+        o = config.optimizer
+        assert (o.weight_decay, o.layer_decay, config.model.drop_path_rate, config.train.epochs) == (0.05, 0.7, 0.7, 36)
         assert (config.augment.scale_min, config.augment.scale_max, config.data.resolution) == (0.1, 2.0, 1024)
-        assert (config.train.global_batch, config.model.channels, config.evaluate.short_side_px) == (16, 256, 800)
+        assert (config.evaluate.short_side_px, config.evaluate.long_side_max_px) == (800, 1333)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
