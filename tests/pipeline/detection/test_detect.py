@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.support.dense_sets import build_instances, build_semantic
+from pipeline.config.detect import DetectConfig
+from pipeline.config.load import load
+from pipeline.models.build import build_model
+from tests.support.dense_sets import CLASSES, build_instances, build_semantic
 from tests.support.jobs import Recorded, launch_jobs
-from tests.support.runs import run_module
+from tests.support.runs import launch, run_module
 
 CONFIG = "configs/demo_detect.yaml"
 STEPS, STOP = 6, 2  # of two epochs of three; in the midst of the first
@@ -28,7 +33,13 @@ def small(boxes: Path, root: Path, *more: str) -> list[str]:
         "detect",
         CONFIG,
         *(f"data.path={boxes}", f"output_root={root}", "data.resolution=64", "init.checkpoint=null"),
-        *("evaluate.short_side_px=64", "model.channels=16", "model.head_channels=32", "train.epochs=2"),
+        *(
+            "evaluate.short_side_px=64",
+            "model.channels=16",
+            "model.head_channels=32",
+            "model.sampled=32",
+            "train.epochs=2",
+        ),
         *("train.global_batch=12", "train.micro_batch=3", "optimizer.warmup_epochs=0.5", "evaluate.every_epochs=2"),
         *("model.drop_path_rate=0.2", "optimizer.layer_decay=0.8", "checkpoint.every_steps=100"),
         *more,
@@ -62,6 +73,52 @@ def test_a_stopped_run_goes_on_bit_by_bit(boxes: Path, tmp_path: Path) -> None:
         assert metrics[0]["val_samples"] == 7
         assert {"box_ap", "box_ap50", "box_ap75", "box_ap_model"} <= metrics[0].keys()
         assert ("mask_ap" in metrics[0]) == (stage == "masks-1")
+
+
+def test_from_a_backbone_and_measured_again(boxes: Path, tmp_path: Path) -> None:
+    """Under the launcher; what it found is the same measured by one rank and by two; what looks at runs knows it."""
+    config = load(CONFIG, [f"data.path={boxes}"], DetectConfig)
+    torch.manual_seed(5)
+    backbone = build_model(config.model, 7, 64)
+    torch.save({"model": backbone.state_dict()}, tmp_path / "backbone.pth")
+    more = ("name=run", f"init.checkpoint={tmp_path / 'backbone.pth'}", "data.workers_per_rank=1")
+    done = launch(*small(boxes, tmp_path, *more, "model.drop_path_rate=0", "optimizer.ema_decay=0.5"))
+    assert done.returncode == 0, done.stderr
+    assert f"backbone: weights from {tmp_path / 'backbone.pth'}" in done.stdout
+    assert "head: fresh" in done.stdout
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_samples"] == 7
+    rows = list(csv.DictReader((run / "classes.csv").read_text().splitlines()))
+    assert {row["class"] for row in rows} == set(CLASSES[1:])
+    assert [float(row["box_ap"]) for row in rows] == sorted(float(row["box_ap"]) for row in rows)
+    assert [int(row["annotations"]) for row in rows] == [6, 6]
+    assert sum(float(row["box_ap"]) for row in rows) / 2 == pytest.approx(summary["box_ap"], abs=0.01)
+
+    for extra in (["--name", "alone"], ["--ranks", "2", "--name", "two"], ["--flip"]):
+        done = run_module("pipeline", "evaluate-detect", str(run), *extra)
+        assert done.returncode == 0, done.stderr
+    found = {path.parent.name: json.loads(path.read_text()) for path in run.glob("evaluations/*/detection.json")}
+    (flipped,) = found.keys() - {"alone", "two"}
+    assert flipped.endswith("-ema-boxes-flip")
+    for name in ("alone", "two"):
+        for key in ("box_ap", "box_ap50", "box_ap75", "val_samples"):
+            assert found[name]["results"][key] == pytest.approx(summary[key], abs=1e-4)
+    assert found["alone"]["classes"] == found["two"]["classes"]
+    assert 100 * sum(found["two"]["curves"]["box_ap"]) / 101 == pytest.approx(summary["box_ap"], abs=1e-2)
+    files = {"per_class.csv", "per_class.png", "best_and_worst.png", "precision_recall.png", "detection.json"}
+    assert {path.name for path in (run / "evaluations" / "two").iterdir()} == files
+
+    for command, *rest in (("evaluate",), ("export", "--to", "timm"), ("evaluate-segment",)):
+        done = run_module("pipeline", command, str(run), *rest)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert "is of a run that learned to detect" in done.stderr
+    done = run_module("pipeline", "review", str(run), "--html", str(tmp_path / "page.html"), COLUMNS="200")
+    assert f"{summary['box_ap']:.2f} box AP" in done.stdout, done.stdout + done.stderr
+    done = run_module("pipeline", "checkpoint", str(run), COLUMNS="200")
+    assert f"{summary['box_ap']:.2f} box AP" in done.stdout
+    done = run_module("pipeline", "sync-tracking", str(run))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
