@@ -12,6 +12,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import Backbone
 
 STRIDE_PX = 32  # HorNet's total stride
+MASK2FORMER, GROUPS = "mask2former", 32  # a head; the groups of channels that its norms have
 _Scales = Annotated[tuple[Positive, ...], Field(min_length=1)]
 
 
@@ -82,8 +83,9 @@ class DenseAugment(Section):
 class SegmentationModel(Backbone):
     """A backbone of timm's registry, and the head on its four maps."""
 
-    head: Literal["uper", "gn-uper"] = Field(
-        description="uper: UPerNet's, with 3x3 convolutions; gn-uper: with gnConv in their places"
+    head: Literal["uper", "gn-uper", "mask2former"] = Field(
+        description="uper: UPerNet's, with 3x3 convolutions; gn-uper: with gnConv in their places; mask2former: "
+        "queries with a class and a mask each"
     )
     head_channels: Count
     auxiliary_weight: Annotated[float, Field(ge=0)] = Field(
@@ -91,6 +93,20 @@ class SegmentationModel(Backbone):
     )
     compile: ClassVar[bool] = False
     cuda_graphs: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _suits_the_head(self) -> SegmentationModel:
+        if self.head == MASK2FORMER and self.auxiliary_weight:
+            raise ValueError(
+                f"model.auxiliary_weight {self.auxiliary_weight:g} is of the uper heads, and {MASK2FORMER} learns from "
+                "each of its layers: set it to 0"
+            )
+        if self.head == MASK2FORMER and self.head_channels % GROUPS:
+            raise ValueError(
+                f"model.head_channels {self.head_channels} is not a multiple of {GROUPS}, the groups of "
+                f"{MASK2FORMER}'s norms"
+            )
+        return self
 
 
 class DenseEvaluate(Section):

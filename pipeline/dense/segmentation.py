@@ -45,7 +45,7 @@ class Segmentation:
         self.order: TrainingOrder = dense_order(config, self.data)
         self.reader = DenseReader(config.data.path, self.data, "train")
         self.mix: Mixing = lambda images, masks, key: (images, masks)
-        self.loss: Loss = segmentation_loss(config.model.auxiliary_weight)
+        self.loss: Loss = segmentation_loss(config.model, self.data.num_classes)
 
     @staticmethod
     def prepare(config: SegmentConfig) -> None:

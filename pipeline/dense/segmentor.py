@@ -1,4 +1,5 @@
-"""A net that segments: HorNet's four maps, normalised, under UPerNet's head, with a small second head while it trains.
+"""A net that segments: HorNet's four maps, normalised, under UPerNet's head, with a small second head while it trains,
+or under Mask2Former's.
 
 Source: HorNet, Rao et al. 2022, section 4.2 (semantic segmentation); UPerNet, Xiao et al. 2018.
 """
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_prep.dense_set import IGNORED
-from pipeline.config.dense import SegmentationModel
+from pipeline.config.dense import MASK2FORMER, SegmentationModel
+from pipeline.dense.mask2former import Mask2FormerHead, Predictions, mask2former_loss
 from pipeline.dense.uper_head import FcnHead, UperHead
 from pipeline.models.build import build_model
 from pipeline.models.wrapped import layer_matcher
@@ -22,7 +24,7 @@ AUXILIARY_CHANNELS, AUXILIARY_STAGE = 256, 2
 
 
 class Segmentor(nn.Module):
-    """Logits of `num_classes` for each pixel of a grid of stride 4.
+    """Logits of `num_classes` for each pixel of a grid of stride 4; with Mask2Former's head, of the image.
 
     Args:
         model: backbone and head, as the configuration has them.
@@ -30,7 +32,8 @@ class Segmentor(nn.Module):
         resolution: side of the crops, pixels: global filters are made for it.
 
     `forward`: images (B, 3, H, W), normalised, H and W at least 32 -> (B, num_classes, H // 4, W // 4) in eval mode;
-    in training also the second head's (B, num_classes, H // 16, W // 16), where there is one.
+    in training also the second head's (B, num_classes, H // 16, W // 16), where there is one. See `Mask2FormerHead` for
+    what that one gives.
     """
 
     def __init__(self, model: SegmentationModel, num_classes: int, resolution: int) -> None:
@@ -39,13 +42,17 @@ class Segmentor(nn.Module):
         self.backbone.prune_intermediate_layers([0, 1, 2, 3], prune_norm=True)
         widths = [int(info["num_chs"]) for info in self.backbone.feature_info]
         self.norms = nn.ModuleList([nn.LayerNorm(width, eps=NORM_EPS) for width in widths])
-        self.head = UperHead(widths, model.head_channels, num_classes, gnconv=model.head == "gn-uper")
+        self.head: nn.Module
+        if model.head == MASK2FORMER:
+            self.head = Mask2FormerHead(widths, model.head_channels, num_classes)
+        else:
+            self.head = UperHead(widths, model.head_channels, num_classes, gnconv=model.head == "gn-uper")
         self.auxiliary: FcnHead | None = None
         if model.auxiliary_weight:
             channels = min(AUXILIARY_CHANNELS, model.head_channels)
             self.auxiliary = FcnHead(widths[AUXILIARY_STAGE], channels, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor] | Predictions:
         maps = cast(list[Tensor], self.backbone.forward_intermediates(images, intermediates_only=True))
         maps = [norm(map_.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for norm, map_ in zip(self.norms, maps, strict=True)]
         logits = self.head(maps)
@@ -58,9 +65,14 @@ class Segmentor(nn.Module):
         return layer_matcher(self, coarse)
 
 
-def segmentation_loss(auxiliary_weight: float) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
-    """Cross-entropy of what a Segmentor returns against masks (B, H, W), summed over pixels that have a label and
-    divided by all: as published, and no sum over micro-batches hangs on how a batch is divided.
+def segmentation_loss(model: SegmentationModel, num_classes: int) -> Callable[..., Tensor]:
+    """Of what a Segmentor returns in training against masks (B, H, W)."""
+    return mask2former_loss(num_classes) if model.head == MASK2FORMER else pixel_loss(model.auxiliary_weight)
+
+
+def pixel_loss(auxiliary_weight: float) -> Callable[[Tensor | Sequence[Tensor], Tensor], Tensor]:
+    """Cross-entropy of a Segmentor's logits against masks (B, H, W), summed over pixels that have a label and divided
+    by all: as published, and no sum over micro-batches hangs on how a batch is divided.
     """
 
     def of(logits: Tensor, masks: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Source: RT-DETR, Zhao et al. 2024, and RT-DETRv2, Lv et al. 2024; D-FINE, Peng et al. 2025. Encoder, decoder, matching
 and losses are the library's (5.24), with the published figures but for what the configuration says. What differs:
-- The maps are given to the encoder; the library's own way to a backbone of timm's drops options without a word.
+- The maps are given to the encoder, and the library makes no backbone.
 - LayerNorm over channels stands where batch norm did, whose running means are no weights: a resumed run would not be
   the same run, and few images a rank are a poor sample. What only looks like a weight is a constant.
 - Under autocast the encoder alone is narrow: boxes in bf16 would be on a grid of 256 positions.
@@ -10,10 +10,7 @@ and losses are the library's (5.24), with the published figures but for what the
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,13 +18,13 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 
 from pipeline.config.detect import DetectionModel
 from pipeline.config.sections import ConfigError
+from pipeline.dense.by_transformers import found_transformers, stand_in, unchecked
 from pipeline.detection.base import Detector
 from pipeline.detection.scenes import Found, Objects
 from pipeline.ops.layers import NORM_EPS, as_planes, layer_norm, no_autocast, norm_of
 
 STAGES, STRIDES = (1, 2, 3), (8, 16, 32)
 ATTENTION_HEADS = 8
-_NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
 class SetDetector(Detector):
@@ -84,7 +81,7 @@ class SetDetector(Detector):
 
     def dry_run(self, images: Tensor) -> None:
         trained = self.training
-        with _unchecked():
+        with unchecked():
             self.eval()._outputs(images, None)  # in training it looks for infinities
         self.train(trained)
 
@@ -108,20 +105,6 @@ class ChannelNorm(nn.LayerNorm):
         return as_planes(layer_norm(input.permute(0, 2, 3, 1).contiguous(), norm_of(self)))
 
 
-@contextmanager
-def _unchecked() -> Iterator[None]:
-    """transformers does not look into its tensors, which on the meta device have no values."""
-    before = os.environ.get(_NO_CHECKS)
-    os.environ[_NO_CHECKS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_CHECKS]
-        else:
-            os.environ[_NO_CHECKS] = before
-
-
 def _check(model: DetectionModel, resolution: int) -> None:
     if model.channels % ATTENTION_HEADS:
         raise ConfigError(
@@ -137,24 +120,14 @@ def _check(model: DetectionModel, resolution: int) -> None:
 
 def _transformer(model: DetectionModel, num_classes: int, widths: list[int]) -> Any:
     """The library's model without a backbone, whose every weight learns, and whose state is its weights."""
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
-        raise ConfigError(
-            f"model.head {model.head} needs the package transformers: pip install 'hornet-pretraining[heads]', or set "
-            "mask-rcnn or cascade-mask-rcnn"
-        ) from None
+    transformers = found_transformers(model.head)
     make_config, make = {
         "rt-detr-v2": (transformers.RTDetrV2Config, transformers.RTDetrV2ForObjectDetection),
         "d-fine": (transformers.DFineConfig, transformers.DFineForObjectDetection),
     }[model.head]
-    # Any backbone with maps of these channels: it goes away below.
-    other = transformers.RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8, *widths], depths=[1] * 4, layer_type="basic", out_indices=[2, 3, 4]
-    )
     whole: Any = make(
         make_config(
-            backbone_config=other,
+            backbone_config=stand_in(widths),
             freeze_backbone_batch_norms=False,
             num_labels=num_classes,
             num_queries=model.queries,

@@ -43,7 +43,12 @@ def small(squares: Path, root: Path, *more: str) -> list[str]:
 
 def test_a_stopped_run_goes_on_bit_by_bit(squares: Path, tmp_path: Path) -> None:
     """The same losses and weights, each sample once an epoch, one evaluation; also for masks read by workers."""
-    stages = {"uper-1": ("model.head=uper", "train.zero_stage=1"), "gn-3": ("train.zero_stage=3",)}
+    queries = ("model.head=mask2former", "model.head_channels=32", "model.auxiliary_weight=0", "train.zero_stage=2")
+    stages = {
+        "uper-1": ("model.head=uper", "train.zero_stage=1"),
+        "gn-3": ("train.zero_stage=3",),
+        "queries-2": queries,
+    }
 
     def jobs(name: str, **fate: object) -> list[dict]:
         more = {stage: (*options, f"name={name}-{stage}") for stage, options in stages.items()}
