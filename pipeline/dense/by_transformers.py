@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from pipeline.config.sections import ConfigError
@@ -13,14 +14,18 @@ from pipeline.config.sections import ConfigError
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
 
 
-def found_transformers(head: str) -> Any:
-    """The library. Raises ConfigError where it is not installed."""
-    try:
-        return import_module("transformers")
-    except ImportError:
+def check_transformers(head: str) -> None:
+    """Raises ConfigError where the library is not installed. Nothing is imported."""
+    if find_spec("transformers") is None:
         raise ConfigError(
             f"model.head {head} needs the package transformers: pip install 'hornet-pretraining[heads]', or set another"
-        ) from None
+        )
+
+
+def found_transformers(head: str) -> Any:
+    """The library. Raises ConfigError where it is not installed."""
+    check_transformers(head)
+    return import_module("transformers")
 
 
 def stand_in(widths: Sequence[int]) -> Any:

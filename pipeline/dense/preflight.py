@@ -12,8 +12,9 @@ from typing import Any
 from data_prep.dense_set import DenseManifest
 from data_prep.storage import Folder, refuse_unwritable
 from pipeline.checkpoints.choice import check_model, find_source, newest_of_run
-from pipeline.config.dense import SegmentConfig
+from pipeline.config.dense import MASK2FORMER, SegmentConfig
 from pipeline.config.run import RunConfig
+from pipeline.dense.by_transformers import check_transformers
 from pipeline.dense.opened import check_files, dense_order, open_dense
 from pipeline.records.address import probe
 from pipeline.training.initial import fetch, local_init
@@ -25,6 +26,8 @@ def preflight(config: SegmentConfig, ranks: int | None, nodes: int, resume: bool
 
     `ranks` is their number, where it is known before the launch, on `nodes` hosts.
     """
+    if config.model.head == MASK2FORMER:
+        check_transformers(config.model.head)
     check_run(config, open_dense, ranks, resume)
 
 

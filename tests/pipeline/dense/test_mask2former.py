@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
 from data_prep.dense_set import IGNORED
-from pipeline.config.dense import SegmentationModel
+from pipeline.config.dense import SegmentationModel, SegmentConfig
+from pipeline.config.load import load
 from pipeline.config.sections import ConfigError
 from pipeline.dense.mask2former import Mask2FormerHead, Predictions, _config
+from pipeline.dense.preflight import preflight
 from pipeline.dense.segmentor import Segmentor, segmentation_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,11 +122,15 @@ def test_a_net_without_values_has_shapes() -> None:
         assert net(torch.empty(1, 3, 96, PX)).shape == (1, CLASSES, 96, PX)
 
 
-def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.auxiliary_weight 0.4 is of the uper heads"):
         model(auxiliary_weight=0.4)
     with pytest.raises(ValueError, match=r"model.head_channels 48 is not a multiple of 32"):
         model(head_channels=48)
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r"mask2former needs .* pip install 'hornet-pretraining\[heads\]'"):
+    missing = r"mask2former needs .* pip install 'hornet-pretraining\[heads\]'"
+    with pytest.raises(ConfigError, match=missing):
         segmentor()
+    config = load("configs/segment_mask2former_hornet_l_ade20k_640.yaml", [f"output_root={tmp_path}"], SegmentConfig)
+    with pytest.raises(ConfigError, match=missing):
+        preflight(config, None, 1, resume=False)
