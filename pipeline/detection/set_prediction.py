@@ -60,9 +60,7 @@ class SetDetector(Detector):
         for name, loss in self._outputs(images, labels).loss_dict.items():
             kind = "_".join(name.split("_")[:2])  # loss_bbox of loss_bbox_aux_3
             losses[kind] = losses[kind] + loss if kind in losses else loss
-        # Without objects nothing is denoised, and some layers find nothing to do.
-        nothing = sum(parameter.sum() * 0 for parameter in self.parameters())
-        return {**losses, "loss_vfl": losses["loss_vfl"] + nothing}
+        return losses
 
     def find(self, images: Tensor, size: tuple[int, int]) -> list[Found]:
         height, width = images.shape[-2:]
@@ -90,10 +88,14 @@ class SetDetector(Detector):
         projected = [project(map_) for project, map_ in zip(core.encoder_input_proj, self.maps(images), strict=True)]
         encoded = core.encoder(projected).last_hidden_state
         with no_autocast(images.device.type):
+            # Without objects nothing is denoised. By this those weights get a gradient all the same, and after those of
+            # the decoder in any case: DeepSpeed adds gradients of all ranks up in the order in which they come.
+            nothing = 0 * core.denoising_class_embed.weight.float().sum()
+            encoded = [each.float() + nothing for each in encoded]
             return self.transformer(
                 pixel_values=None,
                 inputs_embeds=images,  # of which it takes the device
-                encoder_outputs=([each.float() for each in encoded],),
+                encoder_outputs=(encoded,),
                 labels=labels,
             )
 

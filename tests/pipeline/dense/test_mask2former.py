@@ -100,16 +100,24 @@ def test_result_is_the_librarys() -> None:
 
 @pytest.mark.parametrize("labelled", ["all", "one image", "none"])
 def test_each_weight_gets_a_gradient_and_the_same_from_the_same_seed(labelled: str) -> None:
+    """In the same order whatever is labelled: by it DeepSpeed adds those of all ranks."""
     net, (x, masks) = segmentor(), images()
+    order: list[str] = []
+    for name, parameter in net.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+    segmentation_loss(model(), CLASSES)(net(x), masks).backward()
+    expected = order.copy()
     if labelled != "all":
         masks[1 if labelled == "one image" else slice(None)] = IGNORED
     found = []
     for _ in range(2):
         net.zero_grad()
+        order.clear()
         torch.manual_seed(1)
         loss = segmentation_loss(model(), CLASSES)(net(x), masks)
         loss.backward()
         assert torch.isfinite(loss)
+        assert order == expected
         found.append([loss.detach(), *(p.grad for p in net.parameters() if p.grad is not None)])
     assert len(found[0]) == 1 + len(list(net.parameters()))
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
