@@ -95,12 +95,10 @@ def test_from_a_backbone_and_measured_again(boxes: Path, tmp_path: Path) -> None
     assert [int(row["annotations"]) for row in rows] == [6, 6]
     assert sum(float(row["box_ap"]) for row in rows) / 2 == pytest.approx(summary["box_ap"], abs=0.01)
 
-    for extra in (["--name", "alone"], ["--ranks", "2", "--name", "two"], ["--flip"]):
+    for extra in (["--name", "alone"], ["--ranks", "2", "--name", "two"]):
         done = run_module("pipeline", "evaluate-detect", str(run), *extra)
         assert done.returncode == 0, done.stderr
     found = {path.parent.name: json.loads(path.read_text()) for path in run.glob("evaluations/*/detection.json")}
-    (flipped,) = found.keys() - {"alone", "two"}
-    assert flipped.endswith("-ema-boxes-flip")
     for name in ("alone", "two"):
         for key in ("box_ap", "box_ap50", "box_ap75", "val_samples"):
             assert found[name]["results"][key] == pytest.approx(summary[key], abs=1e-4)
@@ -109,16 +107,13 @@ def test_from_a_backbone_and_measured_again(boxes: Path, tmp_path: Path) -> None
     files = {"per_class.csv", "per_class.png", "best_and_worst.png", "precision_recall.png", "detection.json"}
     assert {path.name for path in (run / "evaluations" / "two").iterdir()} == files
 
-    for command, *rest in (("evaluate",), ("export", "--to", "timm"), ("evaluate-segment",)):
-        done = run_module("pipeline", command, str(run), *rest)
-        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
-        assert "is of a run that learned to detect" in done.stderr
+    done = run_module("pipeline", "export", str(run), "--to", "timm")
+    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+    assert "is of a run that learned to detect" in done.stderr
     done = run_module("pipeline", "review", str(run), "--html", str(tmp_path / "page.html"), COLUMNS="200")
     assert f"{summary['box_ap']:.2f} box AP" in done.stdout, done.stdout + done.stderr
     done = run_module("pipeline", "checkpoint", str(run), COLUMNS="200")
     assert f"{summary['box_ap']:.2f} box AP" in done.stdout
-    done = run_module("pipeline", "sync-tracking", str(run))
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
