@@ -74,9 +74,10 @@ def shown(annotated: Annotated, found: Found, score: float, name: str) -> Shown:
 def _side(
     image: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, scores: torch.Tensor | None, masks: torch.Tensor
 ) -> Side:
-    if len(masks):
-        table = colours(256)
-        image = draw_segmentation_masks(image, masks, 0.5, [tuple(table[label % 255].tolist()) for label in labels])
+    table = colours(256)
+    for mask, label in zip(masks.flip(0), labels.flip(0).tolist(), strict=False):
+        # One by one, the best last: where several overlap, torchvision (0.29.2) paints black.
+        image = draw_segmentation_masks(image, mask[None], 0.5, tuple(table[label % 255].tolist()))
     told = None if scores is None else scores.tolist()
     return Side(image.permute(1, 2, 0).numpy(), boxes.numpy(), labels.tolist(), told)
 
