@@ -89,4 +89,7 @@ class DetectConfig(RunConfig):
             )
         if self.checkpoint.best_metric == "mask_ap" and not self.model.masks:
             raise ValueError("checkpoint.best_metric is mask_ap, and model.masks is false: set box_ap")
+        # Where a rank's images have no object nothing is denoised, and it would not ask the others for that layer.
+        if self.model.head in SET_PREDICTORS and self.train.zero_stage == 3:
+            raise ValueError(f"train.zero_stage 3 does not go with model.head {self.model.head}: set 2 or less")
         return self

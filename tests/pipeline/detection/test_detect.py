@@ -121,6 +121,10 @@ def test_from_a_backbone_and_measured_again(boxes: Path, tmp_path: Path) -> None
     [
         (["data.resolution=100"], ["data.resolution 100 is not a multiple of 32", "nearest: 96"]),
         (["model.head=d-fine"], ["model.masks is true, and model.head d-fine finds boxes alone: set it to false"]),
+        (
+            ["model.head=d-fine", "model.masks=false", "train.zero_stage=3"],
+            ["train.zero_stage 3 does not go with model.head d-fine: set 2 or less"],
+        ),
         (["checkpoint.best_metric=miou"], ["checkpoint.best_metric miou is of another task: set box_ap"]),
         (["augment.scale_min=3"], ["augment.scale_min 3 is above augment.scale_max 1.5"]),
         (["train.global_batch=60"], ["40 training samples do not fill one global batch of 60"]),
