@@ -27,6 +27,7 @@ from pipeline.ranks.collectives import gather
 from pipeline.ranks.lifetime import EXIT_REQUEUE, StopRequest, Terminated
 from pipeline.ranks.log_file import say_at_once
 from pipeline.ranks.peers import Beat, LostPeerError, Sight, blame, named
+from pipeline.ranks.sentinel import Sentinel
 
 _FAREWELL_SECONDS = 5.0  # for a rank to notice by itself that another one has failed
 _START_SECONDS = 300.0  # models are built, kernels tried, checkpoints read
@@ -44,8 +45,7 @@ class Watchdog:
     With `stop` the run is starting until `begin`: no tick is then missed before five minutes are over, and all ranks
     leave, with EXIT_REQUEUE, where one of them is asked to stop.
 
-    A process that does not run Python any more at all writes its stacks on stderr, from a thread in C. That thread
-    cannot tell a process that was stopped: one that goes on says that such stacks are of no error.
+    A process that does not run Python any more at all writes its stacks on stderr: see sentinel.py.
 
     Where there are several ranks, MASTER_ADDR and MASTER_PORT have to be in the environment.
     """
@@ -82,7 +82,7 @@ class Watchdog:
 
     @property
     def lock_seconds(self) -> float:
-        """Without Python's lock: stacks then come from C."""
+        """Without Python's lock: stacks are then written from outside."""
         return self.seconds + 20 * self.interval
 
     def begin(self) -> None:
@@ -124,7 +124,8 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         self._ticked = self._store_answered = time.monotonic()
-        faulthandler.dump_traceback_later(self.lock_seconds, file=2)
+        self._sentinel = Sentinel(self.rank, self.interval)
+        self._sentinel.tell(self.lock_seconds)
         self._watcher.start()
         if self.ranks > 1:
             # Apart from the watcher: a TCPStore (torch 2.15) whose host is stopped does not even time out.
@@ -136,7 +137,7 @@ class Watchdog:
             return
         self._over.set()
         self._watcher.join(1.0)
-        faulthandler.cancel_dump_traceback_later()
+        self._sentinel.close()
         if kind not in (None, LostPeerError, Terminated) and self.ranks > 1:
             # NCCL tells nobody that a peer is gone: the others would sit in a collective until they are killed.
             at_most(
@@ -162,13 +163,11 @@ class Watchdog:
             reason = self._verdict or (self._stalled() if self._silent_seconds >= self.seconds else None)
             if reason is not None:
                 self._end(reason)
-            # A thread may hang with Python's lock held, and this one with it.
-            faulthandler.dump_traceback_later(self.lock_seconds, file=2)  # waits for stacks that are being written
+            self._sentinel.tell(self.lock_seconds)
             if unchecked_seconds > self.lock_seconds:
                 say_at_once(
                     f"note: rank {self.rank} goes on after {unchecked_seconds:.0f} s in which it was stopped (a "
-                    "suspended job, a debugger) or a thread held Python's lock; stacks just above are of that, and of "
-                    "no error"
+                    "suspended job, a debugger) or a thread held Python's lock; that is no error"
                 )
 
     def _stalled(self) -> str | None:

@@ -1,11 +1,13 @@
 """Ranks that hang, in real processes with a real store: who is blamed, what is left behind, and what is no stall."""
 
 import ctypes
+import math
 import multiprocessing
 import os
 import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -34,6 +36,8 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
     store = TCPStore("127.0.0.1", port, None, rank == 0, timedelta(seconds=PATIENCE_SECONDS), wait_for_workers=False)
     told = folder / f"{rank}.told"
     seconds = 10 * SECONDS if "fail" in habit else SECONDS
+    if "recurses" in habit:
+        threading.Thread(target=recurse, daemon=True).start()
     with Watchdog(rank, ranks, seconds, folder / "stacks", lambda reason: (told.write_text(reason), None)[1]) as dog:
         for step in range(100_000):
             dog.tick("waiting for data")
@@ -50,7 +54,7 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, habit: str) -> None
                 if habit == "is busy, and slow":
                     with dog.busy("indexing"):
                         time.sleep(SECONDS * 2)
-                if habit == "is slow":
+                if habit.startswith("is slow"):
                     for _ in range(40):
                         dog.tick("evaluating")
                         time.sleep(SECONDS * 2 / 40)
@@ -76,8 +80,21 @@ def wait_for_a_batch() -> None:
     time.sleep(1000)
 
 
+def recurse() -> None:
+    """So deep that CPython 3.11 takes memory for frames, and gives it back, all the time."""
+
+    def down(levels: int) -> None:
+        if levels:
+            down(levels - 1)
+
+    while True:
+        down(600)
+
+
 def hold_the_lock() -> None:
-    ctypes.PyDLL(None).sleep(int(1.5 * LOCK_SECONDS))
+    libc, end = ctypes.PyDLL(None), time.monotonic() + 1.5 * LOCK_SECONDS
+    while (left := end - time.monotonic()) > 0:
+        libc.sleep(math.ceil(left))  # ends early at a signal
 
 
 def collective(store: TCPStore, step: int, ranks: int) -> None:
@@ -176,7 +193,8 @@ def test_a_rank_that_hangs_in_python_shows_where(tmp_path: Path) -> None:
 
 def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_path: Path) -> None:
     halved = start(tmp_path / "halved", "", "")
-    resumed = start(tmp_path / "resumed", "is slow", "waits for the slow one")
+    # Who walks the frames of a thread that runs, as faulthandler's timer does after such a stop, ends in a segfault.
+    resumed = start(tmp_path / "resumed", "is slow, and recurses", "waits for the slow one, and recurses")
     send(halved[0], signal.SIGSTOP)
     for process in resumed:
         send(process, signal.SIGSTOP)
@@ -189,18 +207,16 @@ def test_the_holder_of_the_store_stops_and_a_whole_job_goes_on_when_resumed(tmp_
     for process in resumed:
         send(process, signal.SIGCONT)
     assert codes(*resumed) == [0, 0]  # and rank 1 has waited for rank 0, which ticked, for twice SECONDS
-    # Stacks may be there or not: C's timer and Python's watcher wake up together.
     for rank in (0, 1):
-        lines = errors(tmp_path / "resumed", f"{rank}.err")
-        assert lines[-1].startswith(f"note: rank {rank} goes on after ")
-        assert not any(line.startswith("error") for line in lines)
+        (line,) = errors(tmp_path / "resumed", f"{rank}.err")
+        assert line.startswith(f"note: rank {rank} goes on after ")
     assert not (tmp_path / "resumed" / "stacks").exists()
 
 
 def test_a_rank_that_holds_the_lock_of_python_shows_where_and_may_go_on(tmp_path: Path) -> None:
     assert codes(*start(tmp_path, "holds Python's lock, a slow one")) == [0]
     lines = errors(tmp_path)
-    assert lines[0] == f"Timeout (0:00:{LOCK_SECONDS:02.0f})!"
+    assert lines[0].startswith(f"note: rank 0 has run no Python for {LOCK_SECONDS:.0f} s: a thread holds Python's lock")
     assert any("in hold_the_lock" in line for line in lines)
     assert re.match(r"note: rank 0 goes on after \d+ s in which it was stopped ", lines[-1])
 
