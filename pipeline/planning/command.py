@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """The command with its options parsed; returns the exit code."""
-    from pipeline.config.load import load
+    from pipeline.config.kinds import load_any
 
-    config = load(options.config, options.overrides)
+    config = load_any(options.config, options.overrides)
     from pipeline.planning.rates import GB, gpu, measured
 
     kind = gpu(options.gpu)

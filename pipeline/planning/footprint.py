@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 
-from pipeline.config.load import Config
-from pipeline.models.build import build_model
+from pipeline.config.run import RunConfig
 from pipeline.planning import memory
 from pipeline.planning.images import images_of
-from pipeline.planning.memory import FP32, Layout, Peak
+from pipeline.planning.memory import Layout, Peak
 from pipeline.planning.rates import GIB, Gpu, GpuRates
-from pipeline.planning.trace import Policy, Traced, at_batch, trace
+from pipeline.planning.subject import Policy, subject_of
+from pipeline.planning.trace import Traced, at_batch, trace
 from pipeline.training.recipe import parameter_groups
 
 CONTEXT_BYTES = round(1.5 * GIB)  # CUDA's context, NCCL's buffers, cuBLAS's and cuDNN's workspaces
@@ -44,18 +44,18 @@ class Footprint:
     """Memory of a GPU under one configuration; traces are made once each."""
 
     def __init__(
-        self, config: Config, asked: Asked, tell: Callable[[str], Any] = lambda text: None, device: str = "cuda"
+        self, config: RunConfig, asked: Asked, tell: Callable[[str], Any] = lambda text: None, device: str = "cuda"
     ) -> None:
         self.config, self.asked, self.tell, self.device = config, asked, tell, device
         self.bf16 = config.train.bf16_on(device)
-        self.side = config.data.largest_resolution
         self.data = images_of(config, asked.images, asked.classes)
+        self.subject = subject_of(config, self.data.classes)
         with torch.device("meta"):
-            net = build_model(config.model, self.data.classes, self.side)
+            net = self.subject.net(config.model.checkpointing)
         self.parameters = tuple(parameter.numel() for parameter in net.parameters())
         groups = parameter_groups(net, config.optimizer)
         self.groups = tuple(sum(parameter.numel() for parameter in group["params"]) for group in groups)
-        self.blocks = sum(len(list(stage.children())) for stage in net.stages)
+        self.blocks = sum(len(list(stage.children())) for stage in self.subject.backbone(net).stages)
         self.fused = config.model.compile or asked.gpu.has_kernels
         self._traces: dict[tuple[Policy, int], Traced] = {}
 
@@ -78,9 +78,9 @@ class Footprint:
         passes = [self._traces[policy, each] for each in wanted]
         return passes[0] if batch == micro else at_batch(passes[0], passes[1], batch)
 
-    def _pass(self, policy: Policy, batch: int) -> tuple[Config, int, int, Policy, int, bool]:
+    def _pass(self, policy: Policy, batch: int) -> tuple[RunConfig, int, Policy, int, bool]:
         """The arguments of `trace`."""
-        return self.config, self.data.classes, self.side, policy, batch, self.bf16
+        return self.config, self.data.classes, policy, batch, self.bf16
 
     def trace_all(self, policies: Sequence[Policy]) -> None:
         """Trace several policies, each pass in a process of its own, where that is faster than one after another."""
@@ -121,7 +121,7 @@ class Footprint:
 
     def largest_micro_batch(self, policy: Policy, ranks: int) -> int:
         """That fits, whether or not it divides anything; 0 where none does."""
-        step = self._multiple
+        step = self.subject.multiple
         if not self.fits(policy, ranks, step):
             return 0
         low, high = 1, 2  # in steps: the one fits
@@ -132,19 +132,13 @@ class Footprint:
             low, high = (middle, high) if self.fits(policy, ranks, middle * step) else (low, middle)
         return low * step
 
-    @property
-    def _multiple(self) -> int:
-        """Mixup and cutmix pair images."""
-        augment = self.config.augment
-        return 2 if augment.mixup_alpha or augment.cutmix_alpha else 1
-
     def _micro_batches(self, part: int) -> list[int]:
-        return [batch for batch in range(self._multiple, part + 1, self._multiple) if part % batch == 0]
+        multiple = self.subject.multiple
+        return [batch for batch in range(multiple, part + 1, multiple) if part % batch == 0]
 
     def _image_bytes(self, micro_batch: int) -> int:
-        """Of a micro-batch on the device: as fp32, and as bytes where the device augments."""
-        values = 3 * self.side**2 * micro_batch
-        return values * (FP32 + (1 if self.config.augment.where == "device" else 0))
+        """Of a micro-batch on the device."""
+        return 3 * self.subject.side**2 * micro_batch * self.subject.bytes_per_value
 
 
 def each_stage(policy: Policy) -> tuple[str, ...]:

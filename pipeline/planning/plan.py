@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.config.sections import ConfigError
 from pipeline.planning import memory
 from pipeline.planning.communication import Times, Volume, times, volume
@@ -15,8 +16,7 @@ from pipeline.planning.images import Images, LoaderNeed, loader_need
 from pipeline.planning.memory import FP32, Peak
 from pipeline.planning.rates import GIB
 from pipeline.planning.speed import Range, images_per_second, seconds_per_image
-from pipeline.planning.trace import Policy
-from pipeline.records.flops import training_flops_per_image
+from pipeline.planning.subject import Policy
 
 SCALES = (1, 8, 64, 512)
 SCALES_WELL = 0.8
@@ -63,10 +63,11 @@ class ScaleRow:
 class Plan:
     """All of it; bytes, seconds, hours; `peak` is of the configuration's own policy on the GPUs asked for."""
 
-    config: Config
+    config: RunConfig
     asked: Asked
     bf16: bool
     data: Images
+    side: int
     parameters: int
     steps: int
     peak: Peak
@@ -105,7 +106,7 @@ class Planner(Footprint):
             by_stage[stage] = (moved, self._times(moved, ranks), sum(states.values()))
         steps = self.data.steps_per_epoch * config.train.epochs
         return Plan(
-            *(config, asked, self.bf16, self.data, sum(self.parameters), steps, peak, moments),
+            *(config, asked, self.bf16, self.data, self.subject.side, sum(self.parameters), steps, peak, moments),
             *(self.with_slack(peak) - peak.total, rows, row, scales, loader, by_stage, _stops_at(scales)),
             self._assumptions(),
         )
@@ -130,16 +131,20 @@ class Planner(Footprint):
         config, policy = self.config, self.config.model.checkpointing
         traced = self.traced(policy, config.train.micro_batch)
         seconds = seconds_per_image(traced, self.asked.gpu, self.bf16, self.fused, self.asked.rates)
-        rates, key = self.asked.rates, (config.model.name, self.side, shown(policy), "bf16" if self.bf16 else "fp32")
-        known = rates.train_rate(*key) if rates is not None else None
+        rates, key = (
+            self.asked.rates,
+            (config.model.name, self.subject.side, shown(policy), "bf16" if self.bf16 else "fp32"),
+        )
+        # What was measured is of nets that classify.
+        known = rates.train_rate(*key) if rates is not None and isinstance(config, Config) else None
         seconds = images_per_second(seconds, known).inverse
         return seconds * self._mean_area
 
     @property
     def _mean_area(self) -> float:
         """Of the run's images, as a share of the largest ones'."""
-        sides = [self.config.data.resolution_at(epoch) for epoch in range(self.config.train.epochs)]
-        return sum((side / self.side) ** 2 for side in sides) / len(sides)
+        sides = [self.subject.side_at(epoch) for epoch in range(self.config.train.epochs)]
+        return sum((side / self.subject.side) ** 2 for side in sides) / len(sides)
 
     def scale(self, ranks: int) -> ScaleRow:
         """The run on so many GPUs, with the micro-batch of the configuration or the next smaller one that divides."""
@@ -159,7 +164,7 @@ class Planner(Footprint):
         link = self._times(moved, ranks)
         step, lost = self._step(ranks, accumulation, link)
         rate = Range(train.global_batch / step.low, train.global_batch / step.high)
-        flops = training_flops_per_image(config.model, self.data.classes, self.side) * self._mean_area
+        flops = self.subject.training_flops() * self._mean_area
         mfu = rate * (flops / ranks / asked.gpu.peak_flops(self.bf16))
         single = max(each for each in self._micro_batches(train.global_batch) if each <= train.micro_batch)
         alone, _ = self._step(1, train.global_batch // single, Times(0.0, 0.0, "none"))

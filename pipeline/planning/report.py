@@ -105,8 +105,8 @@ def _memory(plan: Plan) -> RenderableType:
 
 
 def _policies(plan: Plan) -> RenderableType:
-    micro, config = plan.config.train.micro_batch, plan.config
-    table = Table(title=f"model.checkpointing at {config.data.largest_resolution} px, micro-batch {micro}")
+    title = f"model.checkpointing at {plan.side} px, micro-batch {plan.config.train.micro_batch}"
+    table = Table(title=title)
     for heading in ("policy", "kept, MB an image", "GiB a GPU", "fits", "largest micro-batch", "that divides"):
         table.add_column(heading, justify="left" if heading == "policy" else "right")
     for row in plan.policies:

@@ -19,13 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-from pipeline.config.load import Config
-from pipeline.config.sections import Checkpointing, Model
-from pipeline.models.build import build_model
+from pipeline.config.run import RunConfig
 from pipeline.ops import kernels
-from pipeline.training.recipe import mixing_and_loss
+from pipeline.planning.subject import Policy, Subject, subject_of
 
-Policy = Checkpointing | tuple[Checkpointing, ...]
 _MOVES_NOTHING = (
     *(torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty),
     *(torch.ops.aten.empty_strided, torch.ops.aten.new_empty_strided),
@@ -63,12 +60,11 @@ class Traced(NamedTuple):
     moved: int
 
 
-def trace(config: Config, num_classes: int, resolution: int, policy: Policy, batch: int, bf16: bool) -> Traced:
-    """What a training pass of `batch` images holds and does, under `policy`, in bf16 autocast or fp32."""
-    model = config.model.model_copy(update={"checkpointing": policy, "drop_path_rate": 0.0})
-    images = (batch, 3, resolution, resolution)
+def trace(config: RunConfig, num_classes: int, policy: Policy, batch: int, bf16: bool) -> Traced:
+    """What a pass of `batch` of the largest images holds and does, under `policy`, in bf16 autocast or fp32."""
+    subject = subject_of(config, num_classes)
     with kernels.enabled(False), FakeTensorMode():
-        return _trace_pass(config, fake_model(model, num_classes, resolution, "cpu"), num_classes, images, bf16)
+        return _trace_pass(subject, fake_net(subject, policy, "cpu"), batch, bf16)
 
 
 def at_batch(small: Traced, large: Traced, batch: int) -> Traced:
@@ -138,10 +134,10 @@ class _Live(TorchDispatchMode):
         self.now -= self._bytes.pop(key)
 
 
-def fake_model(model: Model, num_classes: int, resolution: int, device: str) -> nn.Module:
-    """The model with fake tensors on `device` as its weights."""
+def fake_net(subject: Subject, policy: Policy, device: str) -> nn.Module:
+    """The net with fake tensors on `device` as its weights."""
     with torch.device("meta"):  # where initial values, which a fake tensor cannot hold, are passed over
-        net = build_model(model, num_classes, resolution)
+        net = subject.net(policy)
     for module in net.modules():  # what `to_empty` does, which fake tensors refuse
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device)))
@@ -150,14 +146,9 @@ def fake_model(model: Model, num_classes: int, resolution: int, device: str) -> 
     return net.train()
 
 
-def _trace_pass(
-    config: Config, net: nn.Module, num_classes: int, shape: tuple[int, int, int, int], bf16: bool
-) -> Traced:
-    mixed = config.augment.mixup_alpha or config.augment.cutmix_alpha
-    _, loss = mixing_and_loss(config.augment, num_classes)
-    batch = shape[0]
-    images = torch.empty(shape)
-    targets = torch.empty(batch, num_classes) if mixed else torch.zeros(batch, dtype=torch.int64)
+def _trace_pass(subject: Subject, net: nn.Module, batch: int, bf16: bool) -> Traced:
+    loss, targets = subject.loss(), subject.targets(batch)
+    images = torch.empty(batch, 3, subject.side, subject.side)
     own = {t.untyped_storage()._cdata for t in (images, targets, *net.parameters(), *net.buffers())}
     kept = Kept(own)
     moments: list[Moment] = []
@@ -166,9 +157,9 @@ def _trace_pass(
             parameter.register_post_accumulate_grad_hook(_ended(name, live, moments))
         with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
             with autocast("cpu", bf16):
-                logits = net(images)
-            value = loss(logits, targets)
-            del logits
+                outputs = net(images)
+            value = loss(outputs, targets)
+            del outputs
         saved, forward_peak = kept.bytes, live.peak
         kept.storages.clear()
         live.peak = live.now

@@ -6,18 +6,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.load import Config
+from pipeline.config.run import RunConfig
 from pipeline.planning import footprint
 from pipeline.planning.trace import Traced, trace
 
 _traced: dict[Any, Traced] = {}
 
 
-def traced_once(config: Config, *rest: Any) -> Traced:
+def traced_once(config: RunConfig, *rest: Any) -> Traced:
     """`trace`, whose result depends on the net, the loss and the other arguments alone."""
-    augment = config.augment
-    loss = "soft" if augment.mixup_alpha or augment.cutmix_alpha else augment.label_smoothing
-    key = (config.model.name, loss, *rest)
+    key = (repr(config.model), repr(config.augment), repr(config.data), *rest)
     if key not in _traced:
         _traced[key] = trace(config, *rest)
     return _traced[key]

@@ -17,8 +17,9 @@ from pipeline.planning.images import images_of
 from tests.support.datasets import archive
 from tests.support.runs import ROOT
 
-DENSE = [path for task in ("segment", "detect") for path in sorted((ROOT / "configs").glob(f"*{task}*.yaml"))]
-CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*DENSE})
+# What their heads compute hangs on the objects in the images.
+UNTRACEABLE = [*(ROOT / "configs").glob("*detect*.yaml"), *(ROOT / "configs").glob("*mask2former*.yaml")]
+CONFIGS = sorted({*(ROOT / "configs").glob("*.yaml")} - {*UNTRACEABLE})
 DEMO = str(ROOT / "configs" / "demo_pretrain.yaml")
 SMALL = (DEMO, "data.path=nowhere/demo-22k", "data.resolution=32", "train.global_batch=64", "train.micro_batch=8")
 
@@ -45,6 +46,8 @@ def test_every_configuration_plans(path: Path, capsys: pytest.CaptureFixture[str
     """With the smallest net in place of theirs: a trace costs as many operations as the net has."""
     gpus = 1 if "demo" in path.stem else 8
     small = (f"data.path={tmp_path}/in22k", "model.name=hornet_nano_gf", "data.resolution=32", "train.micro_batch=8")
+    if "segment" in path.stem:
+        small = (*small, "model.head_channels=8", "evaluate.stride_px=16", "train.micro_batch=2")
     found = planned(capsys, str(path), *small, "--classes", "50", "--gpus", str(gpus), "--gpu", "a100")
     assert found["predicted"]
     assert found["steps"] > 0
@@ -55,10 +58,9 @@ def test_every_configuration_plans(path: Path, capsys: pytest.CaptureFixture[str
     assert found["data"]["known_by"].startswith("assumed")
 
 
-@pytest.mark.parametrize("task", ["segment", "detect"])
-def test_other_tasks_are_refused(capsys: pytest.CaptureFixture[str], task: str) -> None:
-    assert main(["plan", str(ROOT / "configs" / f"demo_{task}.yaml")]) == 1
-    assert f"is the configuration of `task: {task}`" in capsys.readouterr().err
+@pytest.mark.parametrize("path", sorted(UNTRACEABLE), ids=lambda path: path.stem)
+def test_what_cannot_be_traced_is_refused(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot be planned: what its head" in refused(capsys, str(path))
 
 
 def test_the_numbers_fit_together(capsys: pytest.CaptureFixture[str]) -> None:
