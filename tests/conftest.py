@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 
+# Before torch is imported. Two workers share the cores: a rank alone on a host takes a thread for each core, and OpenMP
+# threads that wait for one another spin. The limit is what ranks heed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 pytest.register_assert_rewrite("tests.support")  # before it is imported
 
 from tests.support.datasets import Datasets, build_datasets  # noqa: E402
 from tests.support.object_store import ObjectStore  # noqa: E402
 from tests.support.processes import Workers, children  # noqa: E402
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TESTS = Path(__file__).parent
 # Tests that start several ranks, or measure how long processes take to notice something. The longest come first.
