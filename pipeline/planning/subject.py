@@ -122,7 +122,7 @@ class _Segmentation:
         return torch.zeros(batch, self.side, self.side, dtype=torch.int64)
 
     def loss(self) -> Callable[[Any, Tensor], Tensor]:
-        return segmentation_loss(self.config.model.auxiliary_weight)
+        return segmentation_loss(self.config.model, self.classes)
 
     def side_at(self, epoch: int) -> int:
         return self.side

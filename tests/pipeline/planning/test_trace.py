@@ -65,7 +65,7 @@ def test_kept_as_in_a_real_pass(policy: str, bf16: bool) -> None:
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_segmentation_keeps_as_in_a_real_pass(bf16: bool) -> None:
     config = segmenting("selective")
-    net, loss = Segmentor(config.model, CLASSES, SIDE), segmentation_loss(config.model.auxiliary_weight)
+    net, loss = Segmentor(config.model, CLASSES, SIDE), segmentation_loss(config.model, CLASSES)
     masks = torch.randint(0, CLASSES, (BATCH, SIDE, SIDE))
     traced = traced_once(config, CLASSES, "selective", BATCH, bf16)
     assert traced.saved == pytest.approx(kept_by(net, loss, masks, bf16), rel=0.02)
