@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -32,6 +33,9 @@ class Detector(nn.Module, ABC):
 
     def __init__(self, model: DetectionModel, resolution: int, stages: Sequence[int]) -> None:
         super().__init__()
+        # Of each number of boxes that it meets oneDNN (torch 2.15, on a CPU) keeps compiled primitives, 1024 in all:
+        # gigabytes in an hour.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
         self.backbone = build_model(model, 0, resolution)
         self.backbone.prune_intermediate_layers(list(stages), prune_norm=True)
         self.stages = list(stages)
