@@ -153,7 +153,7 @@ def test_doctor_looks_at_its_data(squares: Path, tmp_path: Path) -> None:
         (["model.compile=true"], ["no key 'model.compile'"]),
         (["evaluate.mode=slide", "evaluate.stride_px=65"], ["evaluate.stride_px 65 is above data.resolution 64"]),
         (["checkpoint.best_metric=top1"], ["checkpoint.best_metric top1 is of another task"]),
-        (["augment.scale_min=3"], ["augment.scale_min 3 is above augment.scale_max 1.5"]),
+        (["augment.scale_min=3", "augment.scale_max=2"], ["augment.scale_min 3 is above augment.scale_max 2"]),
         (["train.global_batch=64"], ["40 training samples do not fill one global batch of 64"]),
         (["augment.mixup_alpha=1"], ["no key 'augment.mixup_alpha'"]),
         (["data.path=s3://bucket/x"], ["s3://bucket/x: sets with masks are read from local folders"]),
