@@ -77,6 +77,18 @@ def load_scene_rules() -> dict[str, Any]:
     return yaml.safe_load(resources.files("data_prep.demo").joinpath("scenes.yaml").read_bytes())
 
 
+def labels_of(rules: dict[str, Any], scene_rules: dict[str, Any]) -> dict[str, int]:
+    """The scenes' class of each WordNet id of the clip art. Raises ValueError where a synset is in none, or in two."""
+    ids = {entry["lemma"]: wnid for wnid, entry in rules["clipart"].items()}
+    grouped = [lemma for lemmas in scene_rules["classes"].values() for lemma in lemmas]
+    if sorted(grouped) != sorted(ids):
+        odd = set(ids).symmetric_difference(grouped) or {lemma for lemma in grouped if grouped.count(lemma) > 1}
+        raise ValueError(
+            f"scenes.yaml: {', '.join(sorted(odd))} must be in one of its classes, as a lemma of synsets.yaml"
+        )
+    return {ids[lemma]: label for label, lemmas in enumerate(scene_rules["classes"].values()) for lemma in lemmas}
+
+
 def cut_out(source: clipart.Source) -> tuple[Picture, np.ndarray | None] | None:
     """(the picture as demo-1k has it, its pixels, uint8 (height, width, 4), or None where it has no alpha)."""
     image = clipart.decoded(source)
@@ -102,7 +114,7 @@ def prepare_store(folder: Path, cache: Path, rules: dict[str, Any], scene_rules:
     debs = {short: clipart.fetch(cache, package, "scenes") for short, (package, _) in clipart.PACKAGES.items()}
     for package, told in scene_rules["packages"].items():
         debs[package] = clipart.fetch(cache, package, "scenes", told["megabytes"])
-    labels = {wnid: label for label, wnid in enumerate(sorted(rules["clipart"]))}
+    labels = labels_of(rules, scene_rules)
     with clipart.unpacked(cache, debs, "scenes") as folders:
         sources = clipart.find_sources(clipart.picture_folders(folders), rules)
         cut = [found for found in in_processes(cut_out, sources, "cut-outs") if found is not None]
@@ -122,9 +134,10 @@ def prepare_store(folder: Path, cache: Path, rules: dict[str, Any], scene_rules:
             if array is not None:
                 drawn.append((split, labels[picture.wnid], picture.name, array))
         of_split = [entry for entry in drawn if entry[0] == split]
-        lacking = labels.keys() - {wnid for wnid, label in labels.items() if label in {entry[1] for entry in of_split}}
+        lacking = set(labels.values()) - {entry[1] for entry in of_split}
         if lacking:
-            raise DemoError(f"no cut-outs of {', '.join(sorted(lacking))} for {split}: other versions of the packages?")
+            names = ", ".join(name for label, name in enumerate(scene_rules["classes"]) if label in lacking)
+            raise DemoError(f"no cut-outs of {names} for {split}: other versions of the packages?")
         say(f"{split}: {len(of_split):,} cut-outs, {sum(photo[0] == split for photo in photographs)} photographs")
     write_store(folder, [*drawn, *((split, -1, name, array) for split, name, array in photographs)])
     return {deb.name.split("_")[0]: clipart.version_of(deb) for deb in debs.values()}

@@ -20,6 +20,9 @@ OBJECTS = 6  # at most; a few scenes have none
 EMPTY_SHARE = 0.02
 OBJECT_SIDE = (0.18, 0.62)  # of an object's longer side, to the scene's
 TURN_DEGREES = 20
+ZOOM = (0.2, 1.0)  # what part of a photograph is seen
+LIGHT = (0.7, 1.1)  # its brightness, times that of each channel
+TINT = (0.75, 1.25)
 ATTEMPTS = 8  # to find a place where an object shows, and hides no other one
 LEAST_PIXELS = 48  # that an object must show
 LEAST_SHOWN = 0.5  # share of its pixels that must be seen
@@ -94,15 +97,21 @@ class _Placed:
 
 
 def _background(photograph: Image.Image, size: tuple[int, int], draw: Draw) -> np.ndarray:
-    """A part of the photograph of the scene's aspect, maybe mirrored, darker or lighter."""
-    fit = min(photograph.width / size[0], photograph.height / size[1]) * draw("zoom", 0.45, 1.0)
+    """A part of the photograph of the scene's aspect, maybe mirrored, darker or lighter, and of another tint.
+
+    There are few photographs: a net that has them by heart finds every object in front of them.
+    """
+    fit = min(photograph.width / size[0], photograph.height / size[1]) * draw("zoom", *ZOOM)
     width, height = size[0] * fit, size[1] * fit
     left, top = draw("left") * (photograph.width - width), draw("top") * (photograph.height - height)
     part = photograph.resize(size, Image.Resampling.LANCZOS, box=(left, top, left + width, top + height))
     if draw("mirror") < 0.5:
         part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    light = round(256 * draw("light", 0.75, 1.15))
-    return np.minimum(np.asarray(part, np.int32) * light >> 8, 255).astype(np.uint8)
+    if draw("upside") < 0.25:
+        part = part.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+    light = draw("light", *LIGHT)
+    gains = np.array([round(256 * light * draw(f"tint/{channel}", *TINT)) for channel in "rgb"], np.int32)
+    return np.minimum(np.asarray(part, np.int32) * gains >> 8, 255).astype(np.uint8)
 
 
 def _place(image: Image.Image, label: int, draw: Draw, number: int, pixels: np.ndarray, placed: list[_Placed]) -> None:

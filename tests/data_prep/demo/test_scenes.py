@@ -15,7 +15,7 @@ from data_prep.__main__ import main
 from data_prep.demo import layouts
 from data_prep.demo.clipart import Source
 from data_prep.demo.command import load_rules
-from data_prep.demo.cutouts import cut_out, load_scene_rules, write_store
+from data_prep.demo.cutouts import cut_out, labels_of, load_scene_rules, write_store
 from data_prep.demo.layouts import BACKGROUND, build_scenes, run_lengths, write_layouts
 from data_prep.demo.scenes import LEAST_PIXELS, SIDES, SceneTask, compose
 from data_prep.dense_set import DenseManifest
@@ -146,6 +146,19 @@ def test_cut_out_by_alpha_alone(tmp_path):
     found = cut_out(Source("n00000001", "oc/a", file))
     assert found is not None
     assert found[1] is None, "without alpha it has no outline"
+
+
+def test_each_synset_of_the_clip_art_is_in_one_class():
+    rules, scene_rules = load_rules(), load_scene_rules()
+    labels = labels_of(rules, scene_rules)
+    assert labels.keys() == rules["clipart"].keys()
+    told = {rules["clipart"][wnid]["lemma"]: list(scene_rules["classes"])[label] for wnid, label in labels.items()}
+    assert (told["insect"], told["apple"], told["truck"]) == ("animal", "food", "vehicle")
+    twice = {"animal": [*scene_rules["classes"]["animal"], "car"]}
+    with pytest.raises(ValueError, match=r"car must be in one"):
+        labels_of(rules, {"classes": scene_rules["classes"] | twice})
+    with pytest.raises(ValueError, match=r"car, truck must be in one"):
+        labels_of(rules, {"classes": {**scene_rules["classes"], "vehicle": []}})
 
 
 def test_photographs_of_validation_are_in_no_training_scene():
