@@ -72,7 +72,8 @@ def show_run(run: Path, hashes: bool, console: Console) -> bool:
 
     name = f"{run}: {own[-1].model_name}, {own[-1].num_classes:,} classes" if own else str(run)
     table = Table(title=Text(name), caption=_caption(folder, hashes))
-    for column in ("step", "epoch", "images seen", "written", "top-1 %", "size", "kept because", "state"):
+    score = next((_SCORES[name] for meta in own for name in _SCORES if name in meta.metrics), "score")
+    for column in ("step", "epoch", "images seen", "written", f"{score} %", "size", "kept because", "state"):
         left = column in ("written", "kept because", "state")
         table.add_column(column, justify="left" if left else "right", overflow="fold")
     for path in paths:
@@ -162,7 +163,7 @@ def _tensors(file: Path, norms: bool) -> list[TensorFacts] | None:
     return found
 
 
-_SCORES = {"top1": "", "miou": " mIoU", "box_ap": " box AP"}  # and how it is said which
+_SCORES = {"top1": "top-1", "miou": "mIoU", "box_ap": "box AP"}
 
 
 def _steps_per_epoch(run: Path, meta: Meta) -> int | None:
@@ -197,7 +198,7 @@ def _score(meta: Meta) -> str:
     score = next((name for name in _SCORES if name in meta.metrics), None)
     if score is None:
         return ""
-    return f"{meta.metrics[score]:.2f}{_SCORES[score]}" + (
+    return f"{meta.metrics[score]:.2f}" + (
         f" (at {meta.metrics_step:,})" if meta.metrics_step not in (None, meta.step) else ""
     )
 

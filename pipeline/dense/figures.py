@@ -13,6 +13,7 @@ import torch
 import torchvision.transforms.v2.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from data_prep.dense_set import IGNORED
@@ -23,6 +24,9 @@ _SIDE_PX = 224  # the longer one, of a picture
 _EACH = 4  # of the best, and of the worst
 _GOLDEN = 0.618034  # of the circle: hues of neighbouring labels are far apart
 _MOST_CLASSES = 60  # named in the legend of a sheet
+_STRIP_BYTES = 50_000  # what a page of runs takes
+_QUALITIES = (88, 75, 60, 40, 20)
+_GAP_PX = 4
 
 
 class Shown(NamedTuple):
@@ -92,6 +96,49 @@ def draw_sheet(pictures: Sequence[Shown], classes: Sequence[str], path: Path) ->
     ]
     figure.legend(handles=patches[:_MOST_CLASSES], loc="outside lower center", ncols=6, fontsize=7)
     save(figure, path)
+
+
+def strip_of(each: Shown, table: np.ndarray) -> np.ndarray:
+    """The image, its mask and what was found beside each other, uint8 (h, w, 3); `table`: see `colours`."""
+    return beside(each.pixels, table[each.mask], table[each.found])
+
+
+def beside(*pictures: np.ndarray) -> np.ndarray:
+    """Pictures uint8 (h, w, 3) of one height in a row, with white between them."""
+    gap = np.full((pictures[0].shape[0], _GAP_PX, 3), 255, np.uint8)
+    return np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
+
+
+def save_strip(pixels: np.ndarray, path: Path) -> None:
+    """As JPEG, as good as fits into a page of runs. Raises OSError."""
+    for quality in _QUALITIES:
+        written = io.BytesIO()
+        Image.fromarray(pixels).save(written, "JPEG", quality=quality)
+        if written.tell() <= _STRIP_BYTES:
+            break
+    with atomic_write(path) as file:
+        file.write(written.getvalue())
+
+
+def strip_name(number: int) -> str:
+    """The file of the picture of that rank, from 1, among those that are kept."""
+    return f"picture-{number}.jpg"
+
+
+def pictures_told(
+    pictures: Sequence[Scored], labels: Sequence[Sequence[int]], classes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What a result file says of pictures, the best first, with the classes that each shows and their colours."""
+    table = colours(len(classes))
+    return [
+        {
+            "file": strip_name(number),
+            "name": each.name.rpartition(": ")[2],
+            "score_percent": round(each.score, 4),
+            "classes": {classes[label]: "#" + table[label].tobytes().hex() for label in seen[:_MOST_CLASSES]},
+        }
+        for number, (each, seen) in enumerate(zip(pictures, labels, strict=True), 1)
+    ]
 
 
 def draw_classes(rows: Sequence[dict[str, Any]], key: str, label: str, path: Path) -> None:

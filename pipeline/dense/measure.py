@@ -7,21 +7,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from pipeline.checkpoints.state import read_tensors
 from pipeline.config.dense import SegmentConfig
 from pipeline.dense import measuring
 from pipeline.dense.data import DenseReader, Labelled, validation_images
 from pipeline.dense.evaluate import class_ious, confusion, image_iou, summarised
-from pipeline.dense.figures import Shown, draw_classes, draw_sheet, kept, shown
+from pipeline.dense.figures import (
+    Shown,
+    colours,
+    draw_classes,
+    draw_sheet,
+    kept,
+    pictures_told,
+    save_strip,
+    shown,
+    strip_name,
+    strip_of,
+)
 from pipeline.dense.measuring import CLASSES_PICTURE, SHEET, Kind, Measured, Opened, measure_on_ranks, open_asked
 from pipeline.dense.opened import open_dense
 from pipeline.dense.segmentor import Segmentor
+from pipeline.evaluation.ranks import progress
 from pipeline.ranks.collectives import Ranks, sum_over_ranks
 
 Part = tuple[torch.Tensor, float, int, list[Shown]]
@@ -58,15 +70,21 @@ def evaluate_segmentation(asked: Asked, ranks_here: int = 1) -> int:
 
 def _whole(opened: Opened[SegmentConfig], parts: Sequence[Part]) -> Measured:
     pixels, loss, count, _ = parts[0]  # the same on all ranks but for the pictures
-    results, table = summarised(pixels, loss, count), _classes(opened, pixels)
+    results, table, names = summarised(pixels, loss, count), _classes(opened, pixels), opened.data.classes
     pictures = kept([each for part in parts for each in part[3]])
 
     def draw(folder: Path) -> None:
         draw_classes(table, "iou_percent", "intersection over union, %", folder / CLASSES_PICTURE)
-        draw_sheet(pictures, opened.data.classes, folder / SHEET)
+        draw_sheet(pictures, names, folder / SHEET)
+        for number, each in enumerate(pictures, 1):
+            save_strip(strip_of(each, colours(len(names))), folder / strip_name(number))
 
+    seen = [[label for label in np.union1d(each.mask, each.found).tolist() if label < len(names)] for each in pictures]
     protocol = opened.config.evaluate.model_dump(exclude={"every_epochs"})
-    more = {"protocol": {**protocol, "window_px": opened.config.data.resolution}}
+    more = {
+        "protocol": {**protocol, "window_px": opened.config.data.resolution},
+        "pictures": pictures_told(pictures, seen, names),
+    }
     return Measured(results, table, more, lambda console: _print(console, results, table), draw)
 
 
@@ -86,7 +104,10 @@ def measure(opened: Opened[SegmentConfig], ranks: Ranks, device: torch.device) -
     def counted() -> Iterator[Labelled]:
         total = len(range(ranks.rank, len(reader), ranks.count))
         images = validation_images(config, reader, ranks)
-        yield from tqdm(images, total=total, unit="image", desc="evaluate", disable=ranks.rank > 0)
+        with progress(total, ranks) as bar:
+            for each in images:
+                yield each
+                bar.update()
 
     whole = confusion(
         *(net.to(device), counted(), config.evaluate, config.data.resolution, opened.data.num_classes, device),

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.transforms import InterpolationMode
-from torchvision.utils import draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from pipeline.dense.data import Annotated
-from pipeline.dense.figures import colours, save
+from pipeline.dense.figures import beside, colours, save
 from pipeline.detection.average_precision import MASK_THRESHOLD
 from pipeline.detection.data import objects_of
 from pipeline.detection.scenes import Found
@@ -93,6 +93,32 @@ def draw_sheet(pictures: Sequence[Shown], classes: Sequence[str], path: Path) ->
         for axes, side in zip(row, (each.true, each.found), strict=True):
             _draw(axes, side, classes)
     save(figure, path)
+
+
+def strip_of(each: Shown, classes: Sequence[str]) -> np.ndarray:
+    """What is true in the image and what was found beside each other, uint8 (h, w, 3)."""
+    return beside(*(_boxed(side, classes) for side in (each.true, each.found)))
+
+
+def _boxed(side: Side, classes: Sequence[str]) -> np.ndarray:
+    if not side.labels:  # torchvision warns
+        return side.pixels
+    names = [classes[label] for label in side.labels]
+    if side.scores is not None:
+        names = [f"{name} {score:.2f}" for name, score in zip(names, side.scores, strict=True)]
+    table = colours(256)
+    own = [tuple(table[label % 255].tolist()) for label in side.labels]
+    drawn = draw_bounding_boxes(
+        torch.from_numpy(side.pixels).permute(2, 0, 1),
+        torch.from_numpy(side.boxes),
+        labels=names,
+        colors=own,
+        width=2,
+        label_colors="white",
+        label_background_colors=own,
+        fill_labels=True,
+    )
+    return drawn.permute(1, 2, 0).numpy()
 
 
 def _draw(axes: Any, side: Side, classes: Sequence[str]) -> None:

@@ -10,12 +10,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from pipeline.checkpoints.state import read_tensors
 from pipeline.config.detect import DetectConfig
 from pipeline.dense.data import Annotated, DenseReader
-from pipeline.dense.figures import draw_classes, kept
+from pipeline.dense.figures import draw_classes, kept, pictures_told, save_strip, strip_name
 from pipeline.dense.measuring import (
     CLASSES_PICTURE,
     SHEET,
@@ -30,9 +29,10 @@ from pipeline.detection.average_precision import Evaluator
 from pipeline.detection.data import validation_images
 from pipeline.detection.detector import build_detector
 from pipeline.detection.evaluate import evaluated, summarised
-from pipeline.detection.figures import CURVES, Shown, draw_curves, draw_sheet, shown
+from pipeline.detection.figures import CURVES, Shown, draw_curves, draw_sheet, shown, strip_of
 from pipeline.detection.opened import open_instances
 from pipeline.detection.scenes import Found
+from pipeline.evaluation.ranks import progress
 from pipeline.ranks.collectives import Ranks
 
 
@@ -78,7 +78,10 @@ def measure(opened: Opened[DetectConfig], ranks: Ranks, device: torch.device) ->
     def counted() -> Iterator[Annotated]:
         total = len(range(ranks.rank, len(reader), ranks.count))
         images = validation_images(config, reader, ranks)
-        yield from tqdm(images, total=total, unit="image", desc="evaluate", disable=ranks.rank > 0)
+        with progress(total, ranks) as bar:
+            for each in images:
+                yield each
+                bar.update()
 
     evaluator, images = evaluated(
         *(net.to(device), counted(), names, config.evaluate, config.model.detections, device),
@@ -109,8 +112,14 @@ def _whole(opened: Opened[DetectConfig], parts: Sequence[Part]) -> Measured:
         draw_classes(classes, "box_ap_percent", "average precision of boxes, %", folder / CLASSES_PICTURE)
         draw_curves(curves, folder / CURVES)
         draw_sheet(pictures, opened.data.classes, folder / SHEET)
+        for number, each in enumerate(pictures, 1):
+            save_strip(strip_of(each, opened.data.classes), folder / strip_name(number))
 
-    more = {"curves": {name: [round(float(value), 5) for value in values] for name, values in curves.items()}}
+    seen = [sorted({*each.true.labels, *each.found.labels}) for each in pictures]
+    more = {
+        "curves": {name: [round(float(value), 5) for value in values] for name, values in curves.items()},
+        "pictures": pictures_told(pictures, seen, opened.data.classes),
+    }
     return Measured(results, classes, more, lambda console: _print(console, results, classes), draw)
 
 

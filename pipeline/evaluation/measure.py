@@ -16,14 +16,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tqdm import tqdm
 
 from pipeline.checkpoints.files import CheckpointError
 from pipeline.checkpoints.restore import Weights, at_resolution, find_weights, on_data, restore
 from pipeline.config.load import Config
 from pipeline.data.views import Batch
 from pipeline.evaluation.accuracy import logits_of
-from pipeline.evaluation.ranks import join, start_here
+from pipeline.evaluation.ranks import join, progress, start_here
 from pipeline.evaluation.result import ResultFolder, check_name, folder_name, of_pair, spread
 from pipeline.evaluation.scores import score
 from pipeline.evaluation.sets import EvaluationSet, Selection, open_set, select
@@ -145,11 +144,10 @@ def measure(opened: Opened, ranks: Ranks, device: torch.device) -> tuple[list[tu
     bf16 = opened.config.train.bf16_on(device.type)
     parts: list[tuple[np.ndarray, ...]] = []
     mine = len(range(ranks.rank, scored.size, ranks.count))
-    progress = tqdm(total=mine, unit="image", desc="evaluate", disable=ranks.rank > 0)
     started = time.monotonic()
-    with progress:
+    with progress(mine, ranks) as bar:
         for batch in _labelled(scored.batches(ranks), scored.labels):
-            progress.update(len(batch.samples))
+            bar.update(len(batch.samples))
             keep = (batch.labels if batch.labels.ndim == 1 else batch.labels[:, 0]) >= 0
             logits = opened.selection(logits_of(model, batch, device, bf16))[keep.to(device)]
             found = score(logits, batch.labels[keep].to(device))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from pipeline.ranks.collectives import Ranks, local_ranks, own_threads
 from pipeline.ranks.lifetime import StopRequest, leave_with_launcher
@@ -20,6 +21,13 @@ from pipeline.ranks.ports import any_free_port
 from pipeline.ranks.rendezvous import RendezvousError, meet
 
 _LEAVE_SECONDS = 10.0
+_SECONDS_A_LINE = (0.1, 15.0)  # of progress, in a terminal; in a file of a job
+
+
+def progress(total: int, ranks: Ranks) -> tqdm[Any]:
+    """A bar over this rank's `total` images, which rank 0 shows."""
+    seconds = _SECONDS_A_LINE[not sys.stderr.isatty()]
+    return tqdm(total=total, unit="image", desc="evaluate", disable=ranks.rank > 0, mininterval=seconds)
 
 
 def start_here(arguments: Sequence[str], count: int) -> int:

@@ -1,4 +1,4 @@
-"""What `evaluate` left in a run's folder, cut to what a page can hold: scores, classes, worst pairs, pictures."""
+"""What `evaluate` and its sisters left in a run's folder, cut to what a page can hold: scores, classes, pictures."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pipeline.review.dense_evaluations import RESULT_FILES, dense_content
 from pipeline.review.run import read_mapping
+from pipeline.review.said import file_inside, is_number, mappings, scalars, text
 
 _NAMES = 20  # evaluations of a run, the newest
 _CLASSES = 1000  # in the table: the worst and the best; all are counted
 _CSV_ROWS = 100_000
 _GROUPS = 40  # of a confusion matrix, as many as can be read
 _PAIRS, _SAMPLES, _PER_PAIR = 20, 24, 6
-_TEXT_CHARS = 160
 _PICTURE_BYTES = 60_000
 _COLUMNS = ("wnid", "name", "images", "top1_percent", "top5_percent", "precision_percent", "confused_with_name")
 _NUMBERS = ("images", "top1_percent", "top5_percent", "precision_percent")
@@ -35,34 +36,46 @@ class Evaluation(NamedTuple):
 
 
 def read_evaluations(run_path: Path, run_name: str) -> list[Evaluation]:
-    """Those of a run, the oldest first. A folder without a readable evaluation.json is none."""
+    """Those of a run, the oldest first. A folder without a readable result file is none."""
     try:
         folders = [path for path in (run_path / "evaluations").iterdir() if path.is_dir()]
     except OSError:
         return []
     found = []
     for folder in folders:
-        said = read_mapping(folder / "evaluation.json")
-        if isinstance(said.get("results"), dict):
-            found.append((_text(said.get("created")), folder.name, folder, said))
-    return [
-        _evaluation(run_path, run_name, folder, said) for _, _, folder, said in sorted(found, key=lambda each: each[:2])
-    ][-_NAMES:]
+        for file in ("evaluation.json", *RESULT_FILES):
+            said = read_mapping(folder / file)
+            if isinstance(said.get("results"), dict):
+                found.append((text(said.get("created")), folder.name, file, folder, said))
+    found.sort(key=lambda each: each[:3])
+    return [_evaluation(run_path, run_name, *each[2:]) for each in found[-_NAMES:]]
 
 
-def _evaluation(run_path: Path, run_name: str, folder: Path, said: dict[str, Any]) -> Evaluation:
-    pairs = [_pair(pair) for pair in _mappings(said.get("worst_pairs"), _PAIRS)]
-    samples = [_picture(sample) for sample in _mappings(said.get("samples"), _SAMPLES)]
-    rows, count = _classes(folder / "per_class.csv")
+def _evaluation(run_path: Path, run_name: str, file: str, folder: Path, said: dict[str, Any]) -> Evaluation:
     content = {
         "run": run_name,
         "name": folder.name,
-        "created": _text(said.get("created")),
-        "checkpoint": _scalars(said.get("checkpoint")),
-        "data": _scalars(said.get("data")),
-        "protocol": _scalars(said.get("protocol")),
-        "results": _scalars(said.get("results")),
-        "reliability": [_scalars(each) for each in _mappings(said.get("reliability"), 100)],
+        "created": text(said.get("created")),
+        "checkpoint": scalars(said.get("checkpoint")),
+        "data": scalars(said.get("data")),
+        "protocol": scalars(said.get("protocol")),
+        "results": scalars(said.get("results")),
+    }
+    more, names = _classification(folder, said) if file not in RESULT_FILES else dense_content(file, said)
+    found = {name: file_inside(folder, name) for name in names}
+    pictures = {name: path for name, path in found.items() if path is not None}
+    return Evaluation(run_path, folder.name, {**content, **more}, pictures)
+
+
+def _classification(folder: Path, said: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What the page shows beside scores, and the files of its pictures, the most wanted first."""
+    pairs = [_pair(pair) for pair in mappings(said.get("worst_pairs"), _PAIRS)]
+    samples = [_picture(sample) for sample in mappings(said.get("samples"), _SAMPLES)]
+    rows, count = _classes(folder / "per_class.csv")
+    content = {
+        "kind": "classify",
+        "score": ["top-1", scalars(said["results"]).get("top1_percent")],
+        "reliability": [scalars(each) for each in mappings(said.get("reliability"), 100)],
         "confusion": _confusion(said.get("confusion")),
         "pairs": pairs,
         "samples": samples,
@@ -70,29 +83,15 @@ def _evaluation(run_path: Path, run_name: str, folder: Path, said: dict[str, Any
         "class_count": count,
         "histogram": _histogram(rows),
     }
-    pictures = {}
     # In turn: where there is no room for all, each pair has one, and some samples are seen.
     by_pair = [pair["pictures"] for pair in pairs]
     in_turn = [pictures_of[i] for i in range(_PER_PAIR) for pictures_of in by_pair if i < len(pictures_of)]
-    for picture in _alternating(in_turn, samples):
-        if (path := _inside(folder, picture["file"])) is not None:
-            pictures[picture["file"]] = path
-    return Evaluation(run_path, folder.name, content, pictures)
+    return content, [picture["file"] for picture in _alternating(in_turn, samples)]
 
 
 def _alternating(*lists: list[Any]) -> Iterator[Any]:
     for i in range(max(map(len, lists), default=0)):
         yield from (each[i] for each in lists if i < len(each))
-
-
-def _inside(folder: Path, name: str) -> Path | None:
-    """A file of the folder itself: a link or a name that leads out of it is none."""
-    path = folder / name
-    try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-        return path if name and inside and path.is_file() else None
-    except (OSError, ValueError):
-        return None
 
 
 def picture_uri(path: Path) -> str | None:
@@ -109,24 +108,24 @@ def picture_uri(path: Path) -> str | None:
 
 
 def _pair(pair: dict[str, Any]) -> dict[str, Any]:
-    return {**_scalars(pair), "pictures": [_picture(each) for each in _mappings(pair.get("pictures"), _PER_PAIR)]}
+    return {**scalars(pair), "pictures": [_picture(each) for each in mappings(pair.get("pictures"), _PER_PAIR)]}
 
 
 def _picture(picture: dict[str, Any]) -> dict[str, Any]:
-    predictions = [_scalars(each) for each in _mappings(picture.get("predictions"), 5)]
-    return {**_scalars(picture), "file": _text(picture.get("file")), "predictions": predictions}
+    predictions = [scalars(each) for each in mappings(picture.get("predictions"), 5)]
+    return {**scalars(picture), "file": text(picture.get("file")), "predictions": predictions}
 
 
 def _confusion(said: Any) -> dict[str, Any] | None:
     if not isinstance(said, dict):
         return None
-    groups, matrix = _mappings(said.get("groups"), _GROUPS + 1), said.get("matrix")
+    groups, matrix = mappings(said.get("groups"), _GROUPS + 1), said.get("matrix")
     count = len(groups)
     if not 0 < count <= _GROUPS or not isinstance(matrix, list) or len(matrix) != count:
         return None
-    if not all(isinstance(row, list) and len(row) == count and all(map(_is_number, row)) for row in matrix):
+    if not all(isinstance(row, list) and len(row) == count and all(map(is_number, row)) for row in matrix):
         return None
-    return {"by": _text(said.get("by")), "groups": [_scalars(group) for group in groups], "matrix": matrix}
+    return {"by": text(said.get("by")), "groups": [scalars(group) for group in groups], "matrix": matrix}
 
 
 def _classes(path: Path) -> tuple[list[list[Any]], int]:
@@ -143,11 +142,11 @@ def _classes(path: Path) -> tuple[list[list[Any]], int]:
     return rows, len(rows)
 
 
-def _cell(key: str, text: str | None) -> Any:
+def _cell(key: str, said: str | None) -> Any:
     if key not in _NUMBERS:
-        return _text(text)
+        return text(said)
     try:
-        value = float(text or "")
+        value = float(said or "")
     except ValueError:
         return None
     return value if math.isfinite(value) else None
@@ -169,30 +168,3 @@ def _histogram(rows: list[list[Any]]) -> list[int]:
         if (top1 := row[_COLUMNS.index("top1_percent")]) is not None:
             counts[min(max(int(top1 / 100 * _BINS), 0), _BINS - 1)] += 1
     return counts
-
-
-def _mappings(value: Any, most: int) -> list[dict[str, Any]]:
-    return [each for each in value[:most] if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _scalars(value: Any) -> dict[str, Any]:
-    """The numbers and texts of a mapping; a list as how many it has."""
-    if not isinstance(value, dict):
-        return {}
-    shown: dict[str, Any] = {}
-    for key, each in list(value.items())[:60]:
-        if each is None or isinstance(each, bool) or _is_number(each):
-            shown[str(key)] = each
-        elif isinstance(each, str):
-            shown[str(key)] = _text(each)
-        elif isinstance(each, list) and key == "unmatched":
-            shown[str(key)] = len(each)
-    return shown
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _text(value: Any) -> str:
-    return value[:_TEXT_CHARS] if isinstance(value, str) else ""

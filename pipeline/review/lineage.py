@@ -82,8 +82,8 @@ class Lineage:
         key = f"data:{identity}"
         if key in self._nodes:
             return key
-        synsets, splits = manifest.get("synsets"), manifest.get("splits")
-        classes = len(synsets) if isinstance(synsets, list) else 0
+        names, splits = manifest.get("synsets", manifest.get("classes")), manifest.get("splits")  # of a dense set
+        classes = len(names) if isinstance(names, list) else 0
         details = [("dataset_id", identity), ("path", path), ("classes", f"{classes:,}")]
         images = 0
         for name, split in splits.items() if isinstance(splits, dict) else ():
@@ -182,8 +182,8 @@ class Lineage:
             step = evaluation.content["checkpoint"].get("step")
             names = [str(each["name"]) for each in self._runs[key].checkpoints if each["step"] == step]
             origin = self._checkpoint(key, names[0]) if names else self._newest(key)
-            top1 = results.get("top1_percent")
-            about = f"top-1 {top1:.2f} %" if isinstance(top1, float | int) else ""
+            score, value = evaluation.content["score"]
+            about = f"{score} {value:.2f} %" if isinstance(value, float | int) else ""
             details = [(name, str(value)) for name, value in {**data, **results}.items() if value is not None]
             node = f"evaluation:{key}:{evaluation.name}"
             self._add(node, "evaluation", evaluation.name, about, details)

@@ -29,7 +29,7 @@ from pipeline.review.differences import differences
 from pipeline.review.evaluations import Evaluation, picture_uri
 from pipeline.review.lineage import Lineage
 from pipeline.review.log import Curve, Log, curves
-from pipeline.review.run import ReviewError, Run
+from pipeline.review.run import ReviewError, Run, score_of
 from pipeline.review.terminal import data_share
 
 PAGE_BYTES = 5_000_000
@@ -37,7 +37,7 @@ PAGE_BYTES = 5_000_000
 _CURVES_BYTES, _PICTURES_BYTES, _TABLES_BYTES = 1_300_000, 450_000, 300_000
 _BUCKETS = 1500  # at most: as many as a screen has pixels across
 _MOST_BUCKETS = 12_000  # of all runs together, tried first
-_SCRIPTS = ("dom", "charts", "runs", "curves", "time", "evaluations", "configuration", "lineage", "start")
+_SCRIPTS = ("dom", "charts", "runs", "curves", "time", "evaluations", "dense", "configuration", "lineage", "start")
 
 
 class Page:
@@ -101,6 +101,7 @@ def _run(run: Run, log: Log, buckets: int) -> dict[str, Any]:
         "mlflow": run.mlflow,
         "last": {key: _json_number(run.last[key]) for key in found},
         "score": _json_number(run.score),
+        "score_name": score_of(run.stage)[1],
         "best_score": _json_number(run.best_score),
         "images_per_second": _json_number(run.images_per_second),
         "data_share": _json_number(data_share(run)),

@@ -19,7 +19,7 @@ from pipeline.review.timeline import Timeline, read_timeline
 
 _FILE_BYTES = 64_000_000  # of a JSON or YAML file; dataset.json of ImageNet-22K has 2 MB
 _VALUE_CHARS = 300
-SCORES = {"segment": ("miou", " mIoU"), "detect": ("box_ap", " box AP")}  # by stage, which is the task; others: top-1
+SCORES = {"segment": ("miou", "mIoU"), "detect": ("box_ap", "box AP")}  # by stage, which is the task; others: top-1
 _CHECKPOINTS = 50
 
 
@@ -73,8 +73,8 @@ class Run:
 
 
 def score_of(stage: str) -> tuple[str, str]:
-    """The metric of `Run.score`, and how it is told which."""
-    return SCORES.get(stage, ("top1", ""))
+    """The metric of `Run.score`, and its name."""
+    return SCORES.get(stage, ("top1", "top-1"))
 
 
 def find_runs(paths: list[Path]) -> list[Path]:

@@ -14,7 +14,7 @@ from pipeline.review.differences import differences
 from pipeline.review.run import Run, score_of
 
 _KEYS = 40
-_COLUMNS = ("run", "stage", "state", "step", "loss", "top-1", "best", "images/s", "data wait", "hours", "faults")
+_COLUMNS = ("run", "stage", "state", "step", "loss", "score", "best", "images/s", "data wait", "hours", "faults")
 _WIDEST = 10_000
 _LEAST_NAME = 12  # characters of a line of a run's name; numbers are never cut
 _TEXTS = ("run", "stage", "state")
@@ -51,8 +51,11 @@ def print_comparison(runs: list[Run]) -> None:
 def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
     table = Table(title=f"{len(runs)} run{'s' if len(runs) > 1 else ''}")
     shown = [name for name in _COLUMNS if name not in left_out]
+    scores = {score_of(run.stage)[1] for run in runs}
+    score = scores.pop() if len(scores) == 1 else ""
     for name in shown:  # a number that is cut is another number
-        table.add_column(name, overflow="fold", justify="left" if name in _TEXTS else "right", no_wrap=name != "run")
+        head = score if name == "score" and score else name
+        table.add_column(head, overflow="fold", justify="left" if name in _TEXTS else "right", no_wrap=name != "run")
     for run in runs:
         cells = {
             "run": run.name,
@@ -60,8 +63,8 @@ def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
             "state": run.state,
             "step": f"{run.step:,} / {run.steps:,}" if run.steps else f"{run.step:,}",
             "loss": number(run.last.get("loss"), ".4f"),
-            "top-1": _score(run, run.score),
-            "best": _score(run, run.best_score),
+            "score": _score(run, run.score, not score),
+            "best": _score(run, run.best_score, not score),
             "images/s": number(run.images_per_second, ",.0f"),
             "data wait": number(data_share(run), ".0%"),
             "hours": hours(run),
@@ -71,9 +74,9 @@ def _table(runs: list[Run], left_out: tuple[str, ...]) -> Table:
     return table
 
 
-def _score(run: Run, percent: float | None) -> str:
-    unit = "" if percent is None else score_of(run.stage)[1]
-    return number(percent, ".2f") + unit
+def _score(run: Run, percent: float | None, named: bool) -> str:
+    name = f" {score_of(run.stage)[1]}" if named and percent is not None else ""
+    return number(percent, ".2f") + name
 
 
 def _width(table: Table, console: Console, runs: list[Run]) -> int:

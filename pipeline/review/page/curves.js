@@ -1,9 +1,11 @@
 // Curves of several runs over each other.
 
-const FIRST = ["loss", "top1", "lr", "grad_norm", "images_per_second", "data_wait"];
-const ORDER = ["loss", "val_loss", "top1", "top1_model", "top5", "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "data_wait_max", "memory_gb", "checkpoint_stall"];
+const FIRST = ["loss", "top1", "miou", "box_ap", "mask_ap", "lr", "grad_norm", "images_per_second", "data_wait"];
+const ORDER = ["loss", "val_loss", "top1", "top1_model", "top5", "miou", "miou_model", "macc", "pixel_accuracy", "box_ap", "box_ap_model", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75", "lr", "grad_norm", "images_per_second", "mfu", "data_wait", "data_wait_max", "memory_gb", "checkpoint_stall"];
 const LABELS = {
-  loss: "training loss", val_loss: "validation loss", top1: "top-1 (%)", top1_model: "top-1 without EMA (%)", top5: "top-5 (%)", lr: "learning rate",
+  loss: "training loss", val_loss: "validation loss", top1: "top-1 (%)", top1_model: "top-1 without EMA (%)", top5: "top-5 (%)",
+  miou: "mIoU (%)", miou_model: "mIoU without EMA (%)", macc: "class accuracy (%)", pixel_accuracy: "pixels (%)", box_ap: "box AP (%)", box_ap_model: "box AP without EMA (%)",
+  box_ap50: "box AP at IoU 0.5 (%)", box_ap75: "box AP at IoU 0.75 (%)", mask_ap: "mask AP (%)", mask_ap50: "mask AP at IoU 0.5 (%)", mask_ap75: "mask AP at IoU 0.75 (%)", lr: "learning rate",
   grad_norm: "gradient norm", images_per_second: "images/s", mfu: "MFU", data_wait: "waiting for data (share)", data_wait_max: "waiting for data, slowest rank (share)",
   memory_gb: "memory (GB)", checkpoint_stall: "checkpoint stall (s)", skipped_steps: "skipped steps", bad_samples: "bad images",
 };

@@ -10,36 +10,40 @@ function pictureOf(which, picture, pictures, rows) {
   return el("figure", { class: "picture" }, frame, el("figcaption", {}, el("div", { class: right ? "truth" : "truth bad" }, `${right ? "✓" : "✗"} ${picture.name ?? picture.source ?? ""}`), guesses));
 }
 
-function classTable(evaluation) {
-  const heads = ["class", "images", "top-1 %", "top-5 %", "precision %", "mostly taken for"];
-  let order = [2, 1], word = "";
+// Columns of a table of classes: its head, the place in a row, the digits of a number. The first is the row's head.
+const CLASS_COLUMNS = [["class", 1], ["images", 2, 0], ["top-1 %", 3, 1], ["top-5 %", 4, 1], ["precision %", 5, 1], ["mostly taken for", 6]];
+
+// `sorted`: the column it is sorted by at first, ascending.
+function classTable(evaluation, columns, sorted, searched) {
+  let order = [sorted, 1], word = "";
   const body = el("tbody"), count = el("p", { class: "note" });
   const fill = () => {
-    const [column, sign] = order, key = [1, 2, 3, 4, 5, 6][column];
-    const rows = evaluation.classes.filter((row) => !word || `${row[0]} ${row[1]} ${row[6]}`.toLowerCase().includes(word));
+    const [column, sign] = order, key = columns[column][1];
+    const rows = evaluation.classes.filter((row) => !word || row.filter((each) => typeof each === "string").join(" ").toLowerCase().includes(word));
     rows.sort((one, other) => {
       const [a, b] = [one[key], other[key]];
       if (a === null || b === null) return (a === null) - (b === null);
       return sign * (typeof a === "string" ? a.localeCompare(b) : a - b);
     });
-    body.replaceChildren(...rows.slice(0, 300).map((row) => el("tr", {}, el("th", { scope: "row", title: row[0] }, row[1] || row[0]),
-      [number(row[2], 0), number(row[3], 1), number(row[4], 1), number(row[5], 1)].map((text) => el("td", { class: "number" }, text)), el("td", {}, row[6] || "–"))));
+    const cell = (row, [, place, digits]) => (digits === undefined ? el("td", {}, row[place] || "–") : el("td", { class: "number" }, number(row[place], digits)));
+    body.replaceChildren(...rows.slice(0, 300).map((row) => el("tr", {}, el("th", { scope: "row", title: row[0] }, row[columns[0][1]] || row[0]), columns.slice(1).map((column) => cell(row, column)))));
     const left = evaluation.class_count - evaluation.classes.length;
     count.textContent = `${number(Math.min(rows.length, 300), 0)} of ${number(evaluation.class_count, 0)} classes${left > 0 ? `; the page has the worst and the best ${number(evaluation.classes.length, 0)}, per_class.csv has all` : ""}.`;
     head.querySelectorAll("th").forEach((each, i) => each.setAttribute("aria-sort", i === column ? (sign > 0 ? "ascending" : "descending") : "none"));
-    head.querySelectorAll("button").forEach((each, i) => { each.textContent = heads[i] + (i === column ? (sign > 0 ? " ↑" : " ↓") : ""); });
+    head.querySelectorAll("button").forEach((each, i) => { each.textContent = columns[i][0] + (i === column ? (sign > 0 ? " ↑" : " ↓") : ""); });
   };
-  const head = el("tr", {}, heads.map((text, i) => el("th", { scope: "col", class: i && i < 5 && "number" }, el("button", { type: "button", onclick: () => { order = [i, order[0] === i ? -order[1] : 1]; fill(); } }, text))));
-  const search = el("input", { type: "search", placeholder: "name or WordNet id", "aria-label": "classes with this in their name", oninput: () => { word = search.value.toLowerCase(); fill(); } });
+  const head = el("tr", {}, columns.map(([text, , digits], i) => el("th", { scope: "col", class: digits !== undefined && "number" }, el("button", { type: "button", onclick: () => { order = [i, order[0] === i ? -order[1] : 1]; fill(); } }, text))));
+  const search = el("input", { type: "search", placeholder: searched, "aria-label": "classes with this in their name", oninput: () => { word = search.value.toLowerCase(); fill(); } });
   fill();
   return el("div", { class: "card", id: "classes" }, el("div", { class: "controls" }, el("h3", {}, "Classes"), search), scroll("classes", el("table", { class: "first-stays" }, el("thead", {}, head), body), "tall"), count);
 }
 
+const weightsOf = (checkpoint) => `${checkpoint.weights === "ema" ? "EMA weights" : checkpoint.weights === "raw" ? "raw weights" : ""} of step ${number(checkpoint.step, 0)}`;
+const figure = (value, text) => el("div", {}, el("b", {}, value), el("span", {}, text));
+
 function showEvaluation(place, evaluations, chosen, pictures) {
   const evaluation = evaluations[chosen], { results, data, protocol, checkpoint } = evaluation, made = [];
-  const figure = (value, text) => el("div", {}, el("b", {}, value), el("span", {}, text));
-  const about = [`${checkpoint.weights === "ema" ? "EMA weights" : checkpoint.weights === "raw" ? "raw weights" : ""} of step ${number(checkpoint.step, 0)}`,
-    `${data.name ?? data.path ?? ""}`, protocol.resolution && `${protocol.resolution} px, ${protocol.resize ?? ""} ${protocol.crop_ratio ?? ""}`, protocol.precision, evaluation.created && date(Date.parse(evaluation.created))];
+  const about = [weightsOf(checkpoint), `${data.name ?? data.path ?? ""}`, protocol.resolution && `${protocol.resolution} px, ${protocol.resize ?? ""} ${protocol.crop_ratio ?? ""}`, protocol.precision, evaluation.created && date(Date.parse(evaluation.created))];
   const card = el("div", { class: "card" }, el("p", { class: "note" }, about.filter(Boolean).join(" · ")), el("div", { class: "figures" },
     figure(`${number(results.top1_percent, 2)} %`, "top-1"), figure(`${number(results.top5_percent, 2)} %`, "top-5"), figure(number(results.loss, 3), "loss"), figure(number(results.ece, 3), "calibration error"),
     figure(`${number(results.tied_top1_percent, 2)} %`, "tied at the top"), figure(number(results.images, 0), "images"), figure(number(results.images_per_second, 0), "images/s"),
@@ -75,22 +79,24 @@ function showEvaluation(place, evaluations, chosen, pictures) {
   drawn.slice(first).forEach((each) => { each.hidden = true; });
   const more = drawn.length > first && el("button", { type: "button", class: "plain", onclick: () => { drawn.forEach((each) => { each.hidden = false; }); more.remove(); } }, `all ${drawn.length}`);
   const samples = drawn.length > 0 && el("div", { class: "card", id: "samples" }, el("div", { class: "controls" }, el("h3", {}, "Sample predictions"), more), el("div", { class: "pictures" }, drawn));
-  place.replaceChildren(...[card, el("div", { class: "grid" }, made.map((each) => each.node)), evaluation.classes.length > 0 && classTable(evaluation), pairs, samples].filter(Boolean));
+  place.replaceChildren(...[card, el("div", { class: "grid" }, made.map((each) => each.node)), evaluation.classes.length > 0 && classTable(evaluation, CLASS_COLUMNS, 2, "name or WordNet id"), pairs, samples].filter(Boolean));
   return made;
 }
 
 function showEvaluations(evaluations, pictures) {
   if (!evaluations.length) return;
   const place = el("div", { id: "evaluation" });
-  const heads = [["evaluation"], ["run"], ["data"], ["weights"], ["step", 1], ["top-1 %", 1], ["top-5 %", 1], ["calibration", 1], ["images", 1]];
+  const classified = evaluations.every((each) => each.kind === "classify");
+  const scores = classified ? [["top-1 %", 1], ["top-5 %", 1], ["calibration", 1]] : [["score %", 1], ["of"]];
+  const heads = [["evaluation"], ["run"], ["data"], ["weights"], ["step", 1], ...scores, ["images", 1]];
   const rows = evaluations.map((each, i) => [el("button", { type: "button", class: "plain", onclick: () => choose(i) }, each.name), each.run, each.data.name ?? each.data.path ?? "–", each.checkpoint.weights, number(each.checkpoint.step, 0),
-    number(each.results.top1_percent, 2), number(each.results.top5_percent, 2), number(each.results.ece, 3), number(each.results.images, 0)]);
+    ...(classified ? [number(each.score[1], 2), number(each.results.top5_percent, 2), number(each.results.ece, 3)] : [number(each.score[1], 2), each.score[0]]), number(each.results.images ?? each.results.val_samples, 0)]);
   const list = table(heads.map(([text, number]) => ({ text, number })), rows, { class: "first-stays" });
   let made = [];
   const choose = (chosen) => {
     remove(made);
     list.querySelectorAll("tbody tr").forEach((row, i) => { row.className = i === chosen ? "chosen" : ""; row.querySelector("button").setAttribute("aria-pressed", String(i === chosen)); });
-    made = showEvaluation(place, evaluations, chosen, pictures);
+    made = (evaluations[chosen].kind === "classify" ? showEvaluation : showDense)(place, evaluations, chosen, pictures);
   };
   section("evaluations", "Evaluations", evaluations.length > 1 && el("div", { class: "card" }, scroll("evaluations", list, "tall")), place);
   choose(evaluations.length - 1);

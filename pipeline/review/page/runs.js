@@ -19,7 +19,9 @@ function faultsOf(run) {
 
 function showRuns(runs) {
   runs.forEach((_, i) => shown.add(i));
-  const heads = [["run"], ["top-1 (mIoU) %", 1], ["best", 1], ["loss", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["stage"], ["state"], ["faults"], ["MLflow"]];
+  const scores = new Set(runs.map((run) => run.score_name)), one = scores.size === 1;
+  const score = (run, value) => (one || typeof value !== "number" ? number(value, 2) : twoLines(number(value, 2), run.score_name));
+  const heads = [["run"], [`${one ? [...scores][0] : "score"} %`, 1], ["best", 1], ["loss", 1], ["images/s", 1], ["data wait", 1], ["running", 1], ["stage"], ["state"], ["faults"], ["MLflow"]];
   const rows = runs.map((run, i) => {
     const input = el("input", { type: "checkbox", checked: true, "aria-label": `show ${run.name}`, onchange: (event) => {
       if (event.target.checked) shown.add(i); else shown.delete(i);
@@ -28,7 +30,7 @@ function showRuns(runs) {
     const spent = run.timeline.spent;
     const faults = faultsOf(run);
     return [
-      runLabel(run, i, input), number(run.score, 2), number(run.best_score, 2), number(run.last.loss, 4),
+      runLabel(run, i, input), score(run, run.score), score(run, run.best_score), number(run.last.loss, 4),
       number(run.images_per_second, 0), percent(run.data_share), duration(spent.training + spent.data + spent.evaluation + spent.other),
       twoLines(run.stage, run.model),
       twoLines(run.state, `step ${number(run.step, 0)}${run.steps_of_all && run.steps_of_all !== run.step ? ` of ${number(run.steps_of_all, 0)}` : ""}`),

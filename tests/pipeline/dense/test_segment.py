@@ -111,7 +111,12 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
         assert found[name]["results"]["val_samples"] == 7
     assert found["alone"]["classes"] == found["two"]["classes"]
     files = {"per_class.csv", "per_class.png", "best_and_worst.png", "segmentation.json"}
+    files |= {f"picture-{number}.jpg" for number in range(1, 8)}
     assert {path.name for path in (run / "evaluations" / "two").iterdir()} == files
+    told = found["two"]["pictures"]
+    assert [each["score_percent"] for each in told] == sorted((each["score_percent"] for each in told), reverse=True)
+    assert told == found["alone"]["pictures"]
+    assert told[0]["classes"].keys() <= {"ground", "red", "blue"}
     for command in ("evaluate", "export"):
         more = ["--to", "timm"] if command == "export" else []
         done = run_module("pipeline", command, str(run), *more)
@@ -120,9 +125,11 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
 
     # What else looks at runs knows it.
     done = run_module("pipeline", "review", str(run), "--html", str(tmp_path / "page.html"), COLUMNS="200")
-    assert f"{summary['miou']:.2f} mIoU" in done.stdout, done.stdout + done.stderr
+    assert "mIoU" in done.stdout, done.stdout + done.stderr
+    assert f"{summary['miou']:.2f}" in done.stdout
     done = run_module("pipeline", "checkpoint", str(run), COLUMNS="200")
-    assert f"{summary['miou']:.2f} mIoU" in done.stdout
+    assert "mIoU %" in done.stdout
+    assert f"{summary['miou']:.2f}" in done.stdout
     done = run_module("pipeline", "sync-tracking", str(run))
     assert done.returncode == 0, done.stderr
     (tmp_path / "again").mkdir()

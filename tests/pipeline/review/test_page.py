@@ -14,7 +14,7 @@ import pytest
 from pipeline.review.page import PAGE_BYTES
 from tests.support.browser import needs_browser
 from tests.support.devtools import Page, browser
-from tests.support.made_up_runs import make_chain, make_evaluation, make_run
+from tests.support.made_up_runs import make_chain, make_dense_evaluation, make_evaluation, make_run
 from tests.support.runs import run_module
 
 pytestmark = needs_browser
@@ -223,6 +223,48 @@ def test_evaluations(page: Page, chain: Reviewed) -> None:
     )
     assert page.value("document.querySelectorAll('#classes tbody tr').length") == 1
     assert page.value("document.querySelector('#classes tbody th').textContent") == "red fox"
+
+
+def test_evaluations_of_dense_tasks(chromium: Page, tmp_path: Path) -> None:
+    """Scores, classes and pictures of a segmentation and a detection, beside a classification and damaged files."""
+    run = make_run(tmp_path, "dense", steps=60)
+    make_evaluation(run, "of-classify", 60)
+    for task in ("detect", "segment"):
+        make_dense_evaluation(run, task, 60)
+    for number, damage in enumerate(
+        ({"classes": 3, "curves": [1], "pictures": {}}, {"classes": [{}], "pictures": [{}]})
+    ):
+        folder = run / "evaluations" / f"damaged-{number}"
+        folder.mkdir()
+        (folder / "detection.json").write_text(json.dumps({"created": "2026", "results": {"box_ap": "high"}, **damage}))
+    page = opened(chromium, reviewed(tmp_path, file=tmp_path / "page.html").file, width=390, height=844)
+    rows = page.value("[...document.querySelectorAll('#evaluations tbody tr')].map((row) => row.innerText)")
+    told = {row.split()[0]: row.split() for row in rows}
+    assert told["of-segment"][-4:] == ["60", "63.50", "mIoU", "2,000"]
+    assert told["of-detect"][-5:] == ["60", "41.25", "box", "AP", "2,000"]
+    assert "top-1" in told["of-classify"]
+
+    def choose(name: str) -> None:
+        found = f"[...document.querySelectorAll('#evaluations tbody button')].find((e) => e.textContent === '{name}')"
+        page.value(f"{found}.click()")
+
+    for name in ("damaged-0", "damaged-1", "of-classify", "of-detect", "of-segment"):
+        choose(name)
+        assert page.errors == []
+        assert page.value("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    figures = page.value("[...document.querySelectorAll('#evaluation .figures div')].map((each) => each.innerText)")
+    assert figures[0].split("\n") == ["63.50 %", "mIoU"]
+    first = page.value("[...document.querySelectorAll('#classes tbody tr')].map((row) => row.innerText)")
+    assert first[0].split("\t") == ["lemon", "35.5", "35.5", "35.5", "8,000", "orange"]
+    assert first[-1].startswith("orange\t–"), "a class that is in no image comes last"
+    assert page.value("document.querySelectorAll('#predictions img').length") == 2
+    captions = page.value("[...document.querySelectorAll('#predictions figcaption')].map((each) => each.innerText)")
+    assert captions[0].split() == ["97.5", "%", "image", "1", "tabby", "lynx"]
+    choose("of-detect")
+    lines = {trace["name"]: trace for trace in drawn(page, "Precision over recall, boxes")}
+    assert lines.keys() == {"IoU 0.5", "mean of 0.5 to 0.95"}
+    assert lines["IoU 0.5"]["y"][50] == 0.75
+    assert page.value("document.querySelectorAll('#predictions img').length") == 2
 
 
 @pytest.mark.parametrize("phone", [False, True])
