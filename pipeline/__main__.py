@@ -50,7 +50,7 @@ _COMMANDS = {
         "what would go wrong on the hosts of a run: versions, GPUs, data, disks, network",
     ),
     "plan": ("pipeline.planning.command", "memory, hours and cost of a run before it is started; no GPU is needed"),
-    "bench-data": ("pipeline.data.command", "images per second of a configuration's data loader on this host"),
+    "bench-data": ("pipeline.bench_data.command", "images per second of a configuration's data loader on this host"),
 }
 _EPILOG = """\
 examples

@@ -149,7 +149,7 @@ def test_other_sets_and_configurations(boxes: Path, tmp_path: Path) -> None:
     assert "has masks of classes: `detect` takes a set with objects" in done.stderr
     done = run_module("pipeline", "segment", "configs/demo_segment.yaml", f"data.path={boxes}", "--check")
     assert "has objects: `segment` takes a set with masks of classes" in done.stderr
-    for command in ("pretrain", "segment", "bench-data"):
+    for command in ("pretrain", "segment"):
         done = run_module("pipeline", command, CONFIG)
         assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
         assert "demo_detect.yaml is the configuration of `task: detect`" in done.stderr

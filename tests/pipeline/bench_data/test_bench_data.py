@@ -4,12 +4,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data_prep.manifest import Manifest
 from pipeline.__main__ import main
+from pipeline.bench_data.feeds import ImageFeed
+from pipeline.bench_data.report import HostSpeed, RankSpeed, advice
 from pipeline.config.load import load
-from pipeline.data.bench import HostSpeed, RankSpeed, advice
 from tests.support.datasets import Datasets, needs_ffcv
+from tests.support.dense_sets import build_instances, build_semantic
 from tests.support.runs import run_module, small_run
 
 FFCV = ("data.format=ffcv", "augment.where=device")
@@ -60,6 +64,21 @@ def test_the_numbers_fit_together(datasets: Datasets, more: tuple[str, ...]) -> 
     assert numbers(rows["bytes of an image"][0])[0] < stored or "data.format=ffcv" in more
     assert 0.05 < numbers(rows["memory"][0])[0] < 20
     assert not {"keeps up", "BAD SAMPLES"} & rows.keys()
+
+
+def test_masks_and_objects_are_measured_too(tmp_path: Path) -> None:
+    for task, data in (("segment", build_semantic(tmp_path)), ("detect", build_instances(tmp_path))):
+        more = [f"data.path={data}", "init.checkpoint=null", "data.resolution=64", "train.global_batch=8"]
+        more += ["train.micro_batch=4", "data.workers_per_rank=1", "--seconds", "1", "--need", "1e7"]
+        done = run_module("pipeline", "bench-data", f"configs/demo_{task}.yaml", *more)
+        assert done.returncode == 3, done.stderr
+        rows = {line.split("│")[1].strip(): line.split("│")[2] for line in done.stdout.splitlines() if "│" in line}
+        assert numbers(rows["images/s, this host"])[0] > 1
+        manifest = json.loads((data / "dataset.json").read_text())["splits"]["train"]
+        index = [np.load(data / entry["file"].replace(".tar", ".index.npz")) for entry in manifest["shards"]]
+        mean = np.concatenate([each["image_bytes"] for each in index]).mean()
+        assert numbers(rows["bytes of an image"])[0] == pytest.approx(mean / 1e3, rel=0.2)  # of those that were drawn
+        assert ("model.masks=false" in done.stdout) == (task == "detect")
 
 
 def test_need_of_a_run(datasets: Datasets, tmp_path: Path) -> None:
@@ -141,7 +160,8 @@ def speed_of(needed: float, cores_busy: float, cores: int = 16) -> HostSpeed:
         ((*FFCV, "data.workers_per_rank=16"), 30_000, 16.0, ["data.format=webdataset", "smaller", "32 cores"]),
     ],
 )
-def test_advice(options: tuple[str, ...], needed: float, busy: float, wanted: list[str]) -> None:
-    found = advice(load("configs/demo_pretrain.yaml", options), speed_of(needed, busy))
+def test_advice(datasets: Datasets, options: tuple[str, ...], needed: float, busy: float, wanted: list[str]) -> None:
+    feed = ImageFeed(load("configs/demo_pretrain.yaml", options), Manifest.load(datasets.in22k))
+    found = advice(feed, speed_of(needed, busy))
     assert len(found) == len(wanted)
     assert all(part in line for part, line in zip(wanted, found, strict=True)), found

@@ -1,4 +1,4 @@
-"""The command `bench-data`: its options. The measuring itself is in `bench.py`, imported when it is asked for."""
+"""The command `bench-data`: its options. The measuring itself is in `measure.py`, imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace) -> int:
     """The command with its options parsed; returns the exit code: 3 where the loader does not keep up."""
-    from pipeline.config.load import load
-    from pipeline.data.bench import run
+    from pipeline.bench_data.measure import run
+    from pipeline.config.kinds import load_any
 
-    config = load(options.config, options.overrides)
+    config = load_any(options.config, options.overrides)
     speed = run(config, options.seconds, options.ranks_per_node, options.need, options.of_run, options.nodes)
     return 3 if speed.keeps_up is False else 0
