@@ -30,7 +30,7 @@ from pipeline.detection.data import validation_images
 from pipeline.detection.detector import build_detector
 from pipeline.detection.evaluate import evaluated, summarised
 from pipeline.detection.figures import CURVES, Shown, draw_curves, draw_sheet, shown, strip_of
-from pipeline.detection.opened import open_instances
+from pipeline.detection.opened import open_measured
 from pipeline.detection.scenes import Found
 from pipeline.evaluation.ranks import progress
 from pipeline.ranks.collectives import Ranks
@@ -49,7 +49,7 @@ def _protocol(config: DetectConfig) -> str:
     return "-flip" if config.evaluate.flip else ""
 
 
-KIND = Kind("detect", DetectConfig, open_instances, _protocol, "detection.json", "box_ap")
+KIND = Kind("detect", DetectConfig, open_measured, _protocol, "detection.json", "box_ap")
 
 
 def evaluate_detection(asked: Asked, ranks_here: int = 1) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from data_prep.dense_set import DenseManifest
 from pipeline.config.detect import DetectConfig
@@ -23,11 +26,9 @@ def open_instances(config: DetectConfig) -> DenseManifest:
     manifest = open_dense(config, "instance")
     if not sum(manifest.split("train").class_annotations):
         raise ConfigError(f"{config.data.path} has no objects in its training images: there is nothing to learn")
-    if config.evaluate.every_epochs is not None and not sum(manifest.split("val").class_annotations):
-        raise ConfigError(
-            f"{config.data.path} has no objects in its validation images and evaluate.every_epochs is "
-            f"{config.evaluate.every_epochs}: set it to null"
-        )
+    if config.evaluate.every_epochs is not None:
+        every = config.evaluate.every_epochs
+        _check_validation(config, manifest, f" and evaluate.every_epochs is {every}: set it to null")
     if config.model.masks and _has_boxes_alone(config.data.path, manifest):
         raise ConfigError(
             f"{config.data.path} has boxes without masks, and model.masks is true: set model.masks=false, or shard a "
@@ -36,20 +37,40 @@ def open_instances(config: DetectConfig) -> DenseManifest:
     return manifest
 
 
+def open_measured(config: DetectConfig) -> DenseManifest:
+    """The manifest of an instance set whose validation images are to be evaluated on; it may have boxes alone.
+
+    Raises ManifestError, and ConfigError where there is nothing to find.
+    """
+    manifest = open_dense(config, "instance")
+    _check_validation(config, manifest, ": give another set with --data")
+    return manifest
+
+
+def _check_validation(config: DetectConfig, manifest: DenseManifest, hint: str) -> None:
+    """Crowds count in no score: a set of them alone would be known as one after hours, at the first evaluation."""
+    folder, classes = config.data.path, manifest.split("val").class_annotations
+    if not sum(classes) or all(each["iscrowd"] for told in _annotations(folder, manifest, "val") for each in told):
+        crowds = ", crowds aside," if sum(classes) else ""
+        raise ConfigError(f"{folder} has no objects{crowds} in its validation images{hint}")
+
+
 def _has_boxes_alone(folder: str, manifest: DenseManifest) -> bool:
     """Whether there are objects, and none with a mask, among the first samples of the training split."""
-    objects = masks = 0
-    for entry in manifest.split("train").shards[:1]:
+    found = [each for told in islice(_annotations(folder, manifest, "train"), _LOOKED_INTO) for each in told]
+    return bool(found) and all(each["segmentation"] is None for each in found)
+
+
+def _annotations(folder: str, manifest: DenseManifest, split: str) -> Iterator[list[dict[str, Any]]]:
+    """Of each sample of a split. Raises ManifestError, DataError."""
+    for entry in manifest.split(split).shards:
         index, path = manifest.load_index(folder, entry), Path(folder) / entry.file
         try:
             with open(path, "rb") as file:
-                for offset, size in zip(index.json_offset[:_LOOKED_INTO], index.json_bytes, strict=False):
+                for offset, size in zip(index.json_offset, index.json_bytes, strict=True):
                     file.seek(int(offset))
-                    told = json.loads(file.read(int(size)))["annotations"]
-                    objects += len(told)
-                    masks += sum(each["segmentation"] is not None for each in told)
+                    yield json.loads(file.read(int(size)))["annotations"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} cannot be read: {error}; `python -m data_prep verify {folder}` lists what cannot"
             ) from None
-    return objects > 0 and masks == 0

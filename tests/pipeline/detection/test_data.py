@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_prep.__main__ import main as prepare
 from data_prep.dense_set import DenseManifest
 from pipeline.config.detect import DetectConfig
 from pipeline.config.load import load
@@ -19,9 +20,9 @@ from pipeline.data.shards import DataError
 from pipeline.dense.data import DenseReader
 from pipeline.dense.opened import dense_order
 from pipeline.detection.data import objects_of, training_views, validation_images
-from pipeline.detection.opened import open_instances
+from pipeline.detection.opened import open_instances, open_measured
 from pipeline.ranks.collectives import Ranks
-from tests.support.dense_sets import build_instances, build_semantic
+from tests.support.dense_sets import build_instances, build_semantic, coco_folder
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,7 @@ def test_sets_that_cannot_be_learned_from(boxes: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has boxes without masks, and model.masks is true: set model.masks=false"):
         open_instances(configured(alone))
     assert open_instances(configured(alone, "model.masks=false")).num_classes == 2
+    assert open_measured(configured(alone)).num_classes == 2, "boxes are measured on it, whatever the net finds besides"
     for split, told in (("val", "evaluate.every_epochs is 2: set it to null"), ("train", "there is nothing to learn")):
         other = tmp_path / split
         shutil.copytree(boxes, other)
@@ -110,3 +112,18 @@ def test_sets_that_cannot_be_learned_from(boxes: Path, tmp_path: Path) -> None:
         (other / "dataset.json").write_text(json.dumps(tree))
         with pytest.raises(ConfigError, match=told):
             open_instances(configured(other))
+
+
+def test_validation_images_of_crowds_alone(tmp_path: Path) -> None:
+    """They count in no score: said before the run, not at its first evaluation."""
+    source = coco_folder(tmp_path / "coco", train=5, val=4)
+    file = source / "annotations" / "instances_val2017.json"
+    told = json.loads(file.read_text())
+    told["annotations"] = [each | {"iscrowd": 1} for each in told["annotations"]]
+    file.write_text(json.dumps(told))
+    assert prepare(["shard-dense", "--coco", str(source), "--output", str(tmp_path / "set"), "--workers", "1"]) == 0
+    config = configured(tmp_path / "set")
+    with pytest.raises(ConfigError, match=r"no objects, crowds aside, in its validation images and evaluate\.every_ep"):
+        open_instances(config)
+    with pytest.raises(ConfigError, match=r"no objects, crowds aside, .*: give another set with --data"):
+        open_measured(config)
