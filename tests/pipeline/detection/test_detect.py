@@ -47,8 +47,13 @@ def small(boxes: Path, root: Path, *more: str) -> list[str]:
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(boxes: Path, tmp_path: Path) -> None:
-    """The same losses and weights, each sample once an epoch, one evaluation, each image once; also without masks."""
-    stages = {"masks-1": ("train.zero_stage=1",), "boxes-3": ("model.masks=false", "train.zero_stage=3")}
+    """The same losses and weights, each sample once an epoch, one evaluation, each image once; with each kind of head."""
+    boxes_alone = "model.masks=false"
+    stages = {
+        "masks-1": ("train.zero_stage=1",),
+        "cascade-3": ("model.head=cascade-mask-rcnn", boxes_alone, "train.zero_stage=3"),
+        "set-2": ("model.head=rt-detr-v2", "model.queries=20", boxes_alone, "train.zero_stage=2"),
+    }
 
     def jobs(name: str, **fate: object) -> list[dict]:
         more = {stage: (*options, f"name={name}-{stage}") for stage, options in stages.items()}
