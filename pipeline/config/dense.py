@@ -106,7 +106,17 @@ class SegmentationModel(Backbone):
                 f"model.head_channels {self.head_channels} is not a multiple of {GROUPS}, the groups of "
                 f"{MASK2FORMER}'s norms"
             )
+        if self.head == "gn-uper" and self.head_channels % 2:
+            raise ValueError(f"model.head_channels {self.head_channels} is odd, and gn-uper's gnConvs halve it")
         return self
+
+
+def check_sides(short_side_px: int, long_side_max_px: int) -> None:
+    """Of the images of an evaluation. Raises ValueError."""
+    if short_side_px > long_side_max_px:
+        raise ValueError(
+            f"evaluate.short_side_px {short_side_px} is above evaluate.long_side_max_px {long_side_max_px}"
+        )
 
 
 class DenseEvaluate(Section):
@@ -121,6 +131,11 @@ class DenseEvaluate(Section):
     stride_px: Count = Field(description="with slide: from window to window")
     scales: _Scales = Field(description="test-time augmentation: probabilities are averaged over these; [1.0]: none")
     flip: bool = Field(description="test-time augmentation: and over the mirrored image")
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> DenseEvaluate:
+        check_sides(self.short_side_px, self.long_side_max_px)
+        return self
 
 
 class SegmentConfig(RunConfig):

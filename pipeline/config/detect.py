@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config.dense import DenseData
+from pipeline.config.dense import DenseData, check_sides
 from pipeline.config.fields import Count, Fraction, Positive, Section
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import Backbone
@@ -60,6 +60,8 @@ class DetectionModel(Backbone):
     def _has_masks(self) -> DetectionModel:
         if self.masks and self.head in SET_PREDICTORS:
             raise ValueError(f"model.masks is true, and model.head {self.head} finds boxes alone: set it to false")
+        if self.pyramid == "horfpn" and self.head not in SET_PREDICTORS and self.channels % 2:
+            raise ValueError(f"model.channels {self.channels} is odd, and horfpn's gnConvs halve it")
         return self
 
 
@@ -70,6 +72,11 @@ class DetectionEvaluate(Section):
     short_side_px: Count = Field(description="the image is resized to this shorter side")
     long_side_max_px: Count
     flip: bool = Field(description="test-time augmentation: boxes of the mirrored image join in")
+
+    @model_validator(mode="after")
+    def _sides_fit(self) -> DetectionEvaluate:
+        check_sides(self.short_side_px, self.long_side_max_px)
+        return self
 
 
 class DetectConfig(RunConfig):

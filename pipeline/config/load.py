@@ -124,8 +124,8 @@ def _check_task(tree: dict[str, Any], path: Path, kind: type[RunConfig]) -> None
     wanted = get_args(field.annotation)[0] if (field := kind.model_fields.get("task")) else None
     if isinstance(found, str | types.NoneType) and found != wanted:
         what = "a classification (it has no key `task`)" if found is None else f"`task: {found}`"
-        command = "pretrain, adapt or finetune" if found is None else found
-        raise ConfigError(f"{path} is the configuration of {what}: give it to `python -m pipeline` {command}")
+        command = "pretrain`, `adapt` or `finetune" if found is None else found
+        raise ConfigError(f"{path} is the configuration of {what}: give it to `python -m pipeline {command}`")
 
 
 def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:

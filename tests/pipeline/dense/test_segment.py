@@ -163,6 +163,8 @@ def test_doctor_looks_at_its_data(squares: Path, tmp_path: Path) -> None:
         (["augment.scale_min=3", "augment.scale_max=2"], ["augment.scale_min 3 is above augment.scale_max 2"]),
         (["train.global_batch=64"], ["40 training samples do not fill one global batch of 64"]),
         (["augment.mixup_alpha=1"], ["no key 'augment.mixup_alpha'"]),
+        (["model.head=gn-uper", "model.head_channels=9"], ["model.head_channels 9 is odd"]),
+        (["evaluate.short_side_px=500"], ["evaluate.short_side_px 500 is above evaluate.long_side_max_px 384"]),
         (["data.path=s3://bucket/x"], ["s3://bucket/x: sets with masks are read from local folders"]),
     ],
 )
@@ -177,7 +179,7 @@ def test_configurations_of_other_tasks(squares: Path) -> None:
     """Each command says of which the other's file is."""
     done = run_module("pipeline", "pretrain", CONFIG, "--check")
     assert "demo_segment.yaml is the configuration of `task: segment`" in done.stderr
-    assert "`python -m pipeline` segment" in done.stderr
+    assert "`python -m pipeline segment`" in done.stderr
     done = run_module("pipeline", "segment", "configs/demo_pretrain.yaml", "--check")
     assert "is the configuration of a classification" in done.stderr
     done = run_module("pipeline", "pretrain", "configs/demo_pretrain.yaml", f"data.path={squares}", "--check")

@@ -47,7 +47,7 @@ def small(boxes: Path, root: Path, *more: str) -> list[str]:
 
 
 def test_a_stopped_run_goes_on_bit_by_bit(boxes: Path, tmp_path: Path) -> None:
-    """The same losses and weights, each sample once an epoch, one evaluation, each image once; with each kind of head."""
+    """The same losses and weights, each sample once an epoch, one evaluation, each image once; each kind of head."""
     boxes_alone = "model.masks=false"
     stages = {
         "masks-1": ("train.zero_stage=1",),
@@ -137,6 +137,8 @@ def test_from_a_backbone_and_measured_again(boxes: Path, tmp_path: Path) -> None
         (["augment.scale_min=3"], ["augment.scale_min 3 is above augment.scale_max 1.5"]),
         (["train.global_batch=60"], ["40 training samples do not fill one global batch of 60"]),
         (["augment.class_share_max=1"], ["no key 'augment.class_share_max'"]),
+        (["model.channels=7"], ["model.channels 7 is odd, and horfpn's gnConvs halve it"]),
+        (["evaluate.short_side_px=500"], ["evaluate.short_side_px 500 is above evaluate.long_side_max_px 256"]),
         (["data.path=s3://bucket/x"], ["s3://bucket/x: sets with masks are read from local folders"]),
     ],
 )
