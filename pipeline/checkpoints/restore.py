@@ -50,7 +50,8 @@ def find_weights(path: Path, which: str | None, task: str | None = None) -> Weig
     if (learned := meta.config.get("task")) != task:
         command = "evaluate" if learned is None else f"evaluate-{learned}"
         raise CheckpointError(
-            f"{path} is of a run that learned to {learned or 'classify'}: `python -m pipeline {command}` measures it"
+            f"{path} is of a run that learned to {learned or 'classify'}, and not to {task or 'classify'}: `python -m "
+            f"pipeline {command}` measures it"
         )
     found = Weights(path, meta, which or ("ema" if "ema.safetensors" in meta.files else "raw"))
     if found.file.name not in meta.files:

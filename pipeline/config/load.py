@@ -115,7 +115,7 @@ def load(path: Path | str, overrides: Sequence[str] = (), kind: type[RunConfig] 
     try:
         return kind.model_validate(_as_declared(tree, kind))
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error, path, kind))) from None
+        raise ConfigError("; ".join(explained(error, path, kind))) from None
 
 
 def _check_task(tree: dict[str, Any], path: Path, kind: type[RunConfig]) -> None:
@@ -227,7 +227,8 @@ def _takes_text(kind: Any, value: Any) -> bool:
     return kind in (str, Path) or (isinstance(value, bool) and kind in (int, float))
 
 
-def _explain(error: ValidationError, path: Path, kind: type[RunConfig]) -> Iterator[str]:
+def explained(error: ValidationError, path: Path, kind: type[RunConfig]) -> Iterator[str]:
+    """What is wrong with the configuration at `path`, a line for each fault: where, what, perhaps what was meant."""
     known = set(known_keys(kind))
     sections = {key.rpartition(".")[0] for key in known} - {""}
     faults = error.errors(include_url=False)

@@ -22,6 +22,7 @@ from data_prep.dense_set import DenseManifest
 from data_prep.storage import atomic_folder
 from pipeline.checkpoints.files import CheckpointError
 from pipeline.checkpoints.restore import Weights, find_weights
+from pipeline.config.load import explained
 from pipeline.config.run import RunConfig
 from pipeline.dense.opened import check_files
 from pipeline.evaluation.ranks import join, start_here
@@ -110,7 +111,8 @@ def open_asked(kind: Kind[_Config], asked: Asked, changes: Mapping[str, Any]) ->
     try:
         config = kind.config.model_validate(tree)
     except ValidationError as error:
-        raise CheckpointError(f"it cannot be measured so: {error.errors()[0]['msg']}") from None
+        told = "; ".join(explained(error, weights.path, kind.config))
+        raise CheckpointError(f"it cannot be measured so: {told}") from None
     data = kind.open_set(config)
     check_files(config.data.path, data, "val")
     if data.classes != weights.meta.synsets:

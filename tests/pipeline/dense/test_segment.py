@@ -117,6 +117,11 @@ def test_learns_under_the_launcher_from_a_backbone(squares: Path, tmp_path: Path
     assert [each["score_percent"] for each in told] == sorted((each["score_percent"] for each in told), reverse=True)
     assert told == found["alone"]["pictures"]
     assert told[0]["classes"].keys() <= {"ground", "red", "blue"}
+    wide = ["--mode", "slide", "--stride", "999"], "evaluate.stride_px 999 is above data.resolution 64"
+    for asked, told in ((["--scales", "0"], "evaluate.scales[0] = 0.0: "), wide):
+        done = run_module("pipeline", "evaluate-segment", str(run), *asked)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1), done.stderr
+        assert told in done.stderr
     for command in ("evaluate", "export"):
         more = ["--to", "timm"] if command == "export" else []
         done = run_module("pipeline", command, str(run), *more)
