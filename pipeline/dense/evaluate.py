@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from data_prep.dense_set import IGNORED
 from pipeline.config.dense import STRIDE_PX, DenseEvaluate
@@ -101,6 +100,9 @@ def confusion(
     found in it (H, W), and its own pixels by true and predicted class. Raises ValueError where no pixel of any image
     has a label.
     """
+    # Not before: torchmetrics (1.9.0) imports transformers, scipy.signal and matplotlib, as long a start as torch's.
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
     net.eval()
     counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images

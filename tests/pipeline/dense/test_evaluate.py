@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +131,16 @@ def test_mirror_images_and_scales_are_averaged() -> None:
     torch.testing.assert_close(both, (of(each.image) + of(each.image.flip(2)).flip(2)) / 2)
     scaled = of(each.image, scales=[1.0, 1.5])
     torch.testing.assert_close(scaled, (of(each.image, scales=[1.0]) + of(each.image, scales=[1.5])) / 2)
+
+
+def test_a_rank_starts_without_what_only_evaluations_need() -> None:
+    """torchmetrics (1.9.0) brings transformers, scipy.signal and matplotlib: as long a start as torch's."""
+    slow = {"torchmetrics", "transformers", "scipy.signal", "matplotlib"}
+    program = "import sys, pipeline.dense.segmentation, pipeline.detection.detection, pipeline.training.run; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{program} print(sorted({slow} & sys.modules.keys()))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
