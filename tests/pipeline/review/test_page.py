@@ -14,7 +14,8 @@ import pytest
 from pipeline.review.page import PAGE_BYTES
 from tests.support.browser import needs_browser
 from tests.support.devtools import Page, browser
-from tests.support.made_up_runs import make_chain, make_dense_evaluation, make_evaluation, make_run
+from tests.support.made_up_evaluations import make_dense_evaluation, make_evaluation
+from tests.support.made_up_runs import make_chain, make_run
 from tests.support.runs import run_module
 
 pytestmark = needs_browser

@@ -19,7 +19,8 @@ from pipeline.review.lineage import Lineage
 from pipeline.review.log import Column, Log, curves, read_log, thinned
 from pipeline.review.run import find_runs, read_run
 from pipeline.review.timeline import read_timeline
-from tests.support.made_up_runs import make_chain, make_evaluation, make_run
+from tests.support.made_up_evaluations import make_evaluation
+from tests.support.made_up_runs import make_chain, make_run
 from tests.support.read_only import run_beside
 from tests.support.runs import run_module
 
