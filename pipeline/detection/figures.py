@@ -23,7 +23,7 @@ from pipeline.detection.scenes import Found
 
 CURVES = "precision_recall.png"
 _SIDE_PX = 320  # the longer one, of a picture
-_SCORE_MIN = 0.3  # of a box that is drawn
+_SCORE_MIN = 0.3  # of boxes that are drawn in any case
 _MOST = 30  # boxes in a picture
 _NAMES = {"ap50": "IoU 0.5", "ap75": "IoU 0.75", "ap": "mean of 0.5 to 0.95"}
 
@@ -62,10 +62,14 @@ def shown(annotated: Annotated, found: Found, score: float, name: str) -> Shown:
         masks = F.resize(known, list(size), InterpolationMode.NEAREST_EXACT).bool()
     true = _side(image, objects.boxes * ratio, objects.labels, None, masks)
 
-    best = (found.scores.cpu() >= _SCORE_MIN).nonzero()[:_MOST, 0]
+    # Of each class at least as many as are true: what is found with little certainty counts in the score, by its rank.
+    drawn = found.scores.cpu() >= _SCORE_MIN
+    for label in objects.labels.unique():
+        drawn[(found.labels.cpu() == label).nonzero()[: int((objects.labels == label).sum()), 0]] = True
+    best = drawn.nonzero()[:_MOST, 0]
     boxes, scores, labels = (each.cpu()[best] for each in (found.boxes, found.scores, found.labels))
     masks = none
-    if found.masks is not None and len(best):
+    if found.masks is not None and len(scores):
         pasted = paste_masks_in_image(found.masks.cpu()[best][:, None].float(), boxes * ratio, size)
         masks = pasted[:, 0] >= MASK_THRESHOLD
     return Shown(score, name, true, _side(image, boxes * ratio, labels, scores, masks))

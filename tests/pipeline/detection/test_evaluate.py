@@ -14,6 +14,7 @@ from pipeline.data.shards import DataError
 from pipeline.dense.data import Annotated, DenseReader
 from pipeline.detection.data import objects_of, validation_images
 from pipeline.detection.evaluate import evaluated, found_in, summarised
+from pipeline.detection.figures import shown, strip_of
 from pipeline.detection.opened import open_instances
 from pipeline.detection.scenes import Found
 from pipeline.ranks.collectives import Ranks
@@ -107,3 +108,18 @@ def test_no_objects_are_no_score(images: list[Annotated]) -> None:
     evaluator, count = evaluated(net, [net.next], ["red", "blue"], settings(), 100, CPU, False)
     with pytest.raises(DataError, match="no objects to evaluate on"):
         summarised(evaluator, count)
+
+
+def test_pictures_show_what_counts_however_uncertain() -> None:
+    """Of each class at least as many as are true, and what is certain in any case; by class, as the score goes."""
+    told = [{"bbox": [10, 10, 20, 20], "label": 1, "iscrowd": 0, "segmentation": None}]
+    image = Annotated(torch.zeros(3, 60, 80, dtype=torch.uint8), 1, told, 0)
+    boxes = torch.tensor([[40.0, 5.0, 70.0, 50.0]] * 2 + [[10.0, 10.0, 30.0, 30.0]] * 2)
+    found = Found(boxes, torch.tensor([0.6, 0.2, 0.1, 0.05]), torch.tensor([0, 0, 1, 1]), None)
+    drawn = shown(image, found, 90.0, "a: b")
+    assert (drawn.true.labels, drawn.found.labels) == ([1], [0, 1])
+    assert drawn.found.scores == pytest.approx([0.6, 0.1])
+    assert strip_of(drawn, ["cat", "dog"]).shape == (240, 644, 3)
+    nothing = shown(image, Found(boxes[:0], torch.zeros(0), torch.zeros(0, dtype=torch.int64), None), 0.0, "a: b")
+    assert nothing.found.labels == []
+    assert strip_of(nothing, ["cat", "dog"]).shape == (240, 644, 3)
