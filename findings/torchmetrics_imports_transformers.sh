@@ -5,9 +5,8 @@
 #   corner of the library; what other metrics need is imported when they are used, or at most looked up.
 # What happens: the package's __init__ imports the metrics of text, audio and images, and each of these what it would need
 #   and finds installed: of texts transformers, of audio scipy.signal, for plots matplotlib. None of it is used.
-# Whom it hurts: who starts many processes, as a rank a GPU does: the import takes about as long again as torch itself, and
-#   reads thousands of files, from a network file system perhaps, on every rank at once. A broken transformers breaks a
-#   confusion matrix.
+# Whom it hurts: who starts many processes, as a rank a GPU does: the import takes longer than torch's own, on top of it, and
+#   loads more than a thousand modules, from a network file system perhaps, on every rank at once.
 # Instead: import it where it is first called, not where the rank starts.
 # (torch takes 0.9 GB where pip finds the CPU build, and several where it takes the CUDA build.)
 set -euo pipefail

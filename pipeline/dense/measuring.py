@@ -86,7 +86,7 @@ class Measured(NamedTuple):
 class Kind(NamedTuple, Generic[_Config]):
     """What a task's command differs in.
 
-    task: as the configuration has it; open_set: its data, as the run opens it; protocol: see `Opened`; result_file:
+    task: as the configuration has it; open_set: the data to measure on; protocol: see `Opened`; result_file:
     of the folder; score: the result that stands for all.
     """
 
